@@ -1,0 +1,50 @@
+# Every target makes its own virtual environment, once, and installs everything into it.
+# PYTHON chooses the interpreter (3.11 or newer), VENV the environment's place, ARGS is handed to the program that runs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install quickstart test lint parity mutants bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP)  ## make the environment and install megalm into it
+
+quickstart: $(STAMP)  ## text, tokenizer, training on four processes, evaluation, a sample
+	$(BIN)/megalm quickstart $(ARGS)
+
+test: lint  ## lint, types and all tests that need neither GPU nor cluster
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+parity: $(STAMP)  ## every layout against one plain process, as a table
+	$(BIN)/python -m tests.parity $(ARGS)
+
+mutants: $(STAMP)  ## planted faults, each of which the parity gate must catch, as a table
+	$(BIN)/python -m tests.parity.mutants $(ARGS)
+
+bench: $(STAMP)  ## our training step against a plain PyTorch loop
+	$(BIN)/python benchmarks/train_step.py $(ARGS)
+
+clean:  ## remove the environment and build products
+	rm -rf $(VENV) build dist *.egg-info
+
+# torch first and with its exact version, so that no other build of it is resolved on the way.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "$(PYTHON) is missing or older than Python 3.11; give a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,mpi]'
+	@touch $@

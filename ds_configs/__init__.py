@@ -1,0 +1,1 @@
+"""DeepSpeed JSON files that `zero.config` names; installed as `megalm.ds_configs`."""

@@ -1,0 +1,83 @@
+"""What `megalm checkpoint inspect` and `megalm checkpoint verify` answer; the command line prints it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints
+from megalm.checkpoint.manifest import CHECKPOINT_NAME, MANIFEST
+from megalm.checkpoint.reader import CheckpointReader
+from megalm.checkpoint.tensor_file import DTYPES
+from megalm.errors import CheckpointError
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Return what the newest checkpoint at `path` holds; tensor files are not read.
+
+    `path` is a run's directory or one checkpoint's. Keys: path, step, layout, tensors, parameters, dtype (of
+    the weights), bytes (by kind), files ([{name, bytes}]), total_bytes, state. Raises CheckpointError.
+    """
+    reader = CheckpointReader(_checkpoints(path)[0])
+    sizes: Counter[str] = Counter()
+    parameters, dtypes = 0, set()
+    for (kind, _), rows in reader.manifest.tensors.items():
+        count = prod(rows[0]["shape"])
+        sizes[kind] += count * DTYPES[rows[0]["dtype"]].itemsize
+        if kind == "weight":
+            parameters += count
+            dtypes.add(rows[0]["dtype"])
+    records = reader.manifest.files.values()
+    return {
+        "path": str(reader.directory),
+        "step": reader.step,
+        "layout": dict(reader.layout),
+        "tensors": len(reader.names("weight")),
+        "parameters": parameters,
+        "dtype": ", ".join(sorted(dtypes)),
+        "bytes": dict(sorted(sizes.items())),
+        "files": [{"name": record.name, "bytes": record.size} for record in records],
+        "total_bytes": sum(record.size for record in records),
+        "state": reader.state,
+    }
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every byte of the checkpoints at `path`, a run's directory (all of them) or one checkpoint's.
+
+    Keys: checkpoints ([{path, step, files, bytes}]), seconds. Raises CheckpointError if any is damaged,
+    with the first reason, after all have been checked.
+    """
+    begin = time.monotonic()
+    checked: list[dict[str, Any]] = []
+    errors: list[str] = []
+    for directory in _checkpoints(path):
+        try:
+            reader = CheckpointReader(directory)
+            reader.verify_files()
+        except CheckpointError as error:
+            errors.append(str(error))
+            continue
+        total = sum(record.size for record in reader.manifest.files.values())
+        files = len(reader.manifest.files)
+        checked.append({"path": str(directory), "step": reader.step, "files": files, "bytes": total})
+    if errors:
+        more = f" (and {len(errors) - 1} more damaged, {len(checked)} good)" if len(errors) + len(checked) > 1 else ""
+        raise CheckpointError(errors[0] + more)
+    return {"checkpoints": checked, "seconds": time.monotonic() - begin}
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    if (path / MANIFEST).exists() or CHECKPOINT_NAME.fullmatch(path.resolve().name):
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path}: no such checkpoint; give a run's directory or one of its {CHECKPOINTS}/step-*"
+            )
+        return [path]
+    found = find_checkpoints(path / CHECKPOINTS) or find_checkpoints(path)
+    if not found:
+        raise CheckpointError(f"{path}: holds no checkpoint; give a run's directory or one of its {CHECKPOINTS}/step-*")
+    return found

@@ -1,0 +1,233 @@
+"""The manifest of a checkpoint: which files belong to it, and which piece of which tensor lies where.
+
+Owns: the index, its JSON form with its own checksum, the check that every tensor is there exactly once, and
+the names of a checkpoint's directories and files. The format is described in docs/checkpoint-format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.geometry import Piece
+from megalm.checkpoint.tensor_file import DAMAGED, DTYPES, FileRecord, open_regular, unreadable
+from megalm.distributed.sharding import ShardSpec
+from megalm.errors import CheckpointError
+
+FORMAT, VERSION = "megalm-checkpoint", 1
+MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST_LIMIT_BYTES = 4 << 30
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,18})")
+HIDDEN_NAME = re.compile(r"\.(step-(\d{8,18}))\.(partial|replaced|deleted)")
+FILE_NAME = re.compile(r"rank-(\d{5,9})-(?:weight|optimizer)(?:-\d+)?\.safetensors")
+KIND = re.compile(r"[A-Za-z0-9_.-]+")
+_TAIL = re.compile(rb'\n"checksum": "([0-9a-f]{64})"\n}\n\Z')
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the directory of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def hidden(path: Path, role: str) -> Path:
+    """Return the hidden neighbour of a checkpoint's directory: role "partial", "replaced" or "deleted"."""
+    return path.with_name(f".{path.name}.{role}")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A piece of the tensor (kind, name) and the file that holds it under `key`."""
+
+    kind: str
+    dtype: str
+    file: str
+    piece: Piece
+
+    @property
+    def key(self) -> str:
+        """The tensor's name inside its safetensors file."""
+        return f"{self.piece.shard.name}/{self.kind}/{self.piece.shard.start}/{self.piece.start}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as JSON values."""
+        shard = self.piece.shard
+        return {
+            "kind": self.kind,
+            "name": shard.name,
+            "dtype": self.dtype,
+            "shape": list(shard.global_shape),
+            "file": self.file,
+            "local_shape": list(shard.local_shape),
+            "dim": shard.dim,
+            "start": shard.start,
+            "length": shard.length,
+            "flat": [self.piece.start, self.piece.stop],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Entry:
+        """Return the entry that `to_json` wrote. Raises KeyError, TypeError or ValueError."""
+        shape, local, dim = tuple(value["shape"]), tuple(value["local_shape"]), value["dim"]
+        shard = ShardSpec(value["name"], shape, local, dim, value["start"], value["length"])
+        start, stop = value["flat"]
+        problem = piece_problem(shard, start, stop)
+        if problem or value["dtype"] not in DTYPES or not FILE_NAME.fullmatch(value["file"]):
+            raise ValueError(problem or f"dtype {value['dtype']!r}, file {value['file']!r}")
+        return cls(value["kind"], value["dtype"], value["file"], Piece(shard, start, stop))
+
+
+def piece_problem(shard: ShardSpec, start: int, stop: int) -> str | None:
+    """Return what is wrong with a shard and a flat range of it, or None."""
+    shape, local, dim = shard.global_shape, shard.local_shape, shard.dim
+    if not all(type(size) is int and size >= 0 for size in (*shape, *local)):
+        return f"shapes {shape} and {local} are not all counts"
+    if dim is None:
+        fits = shape == local
+    else:
+        fits = (
+            0 <= dim < len(shape) == len(local) and shape[:dim] == local[:dim] and shape[dim + 1 :] == local[dim + 1 :]
+        )
+        fits = fits and 0 <= shard.length <= local[dim] and 0 <= shard.start <= shape[dim] - shard.length
+    if not fits:
+        at = f"dim {dim}, start {shard.start}, length {shard.length}"
+        return f"local shape {local} ({at}) is no part of {shape}"
+    if not 0 <= start <= stop <= prod(local):
+        return f"flat range {start}:{stop} is outside of the {prod(local)} elements of local shape {local}"
+    return None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says. Entries, by (kind, tensor name), stay JSON values until asked for."""
+
+    step: int
+    layout: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[tuple[str, str], list[dict[str, Any]]] = field(repr=False)
+
+    def entries(self, kind: str, name: str) -> list[Entry]:
+        """Return the pieces of one tensor. Raises KeyError where there is none."""
+        return [Entry.from_json(value) for value in self.tensors[kind, name]]
+
+    def encode(self) -> bytes:
+        """Return the text of `manifest.json`: a line a file and a tensor, then the checksum of all that."""
+        lines = {
+            "format": json.dumps(FORMAT),
+            "version": json.dumps(VERSION),
+            "step": json.dumps(self.step),
+            "layout": json.dumps(self.layout, sort_keys=True),
+            "files": _lines([record.sha256, record.size, name] for name, record in sorted(self.files.items())),
+            "tensors": _lines(_group(rows) for _, rows in sorted(self.tensors.items())),
+        }
+        text = "{" + "".join(f'\n"{key}": {value},' for key, value in lines.items())
+        body = text.encode()
+        return body + f'\n"checksum": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Read and check `directory/manifest.json`. Raises CheckpointError."""
+        path = directory / MANIFEST
+        try:
+            with open_regular(path) as file:
+                data = file.read(MANIFEST_LIMIT_BYTES)
+                while more := file.read(MANIFEST_LIMIT_BYTES):
+                    data += more
+        except OSError as error:
+            raise unreadable(path, error) from error
+        tail = _TAIL.search(data[-96:])
+        if tail is None:
+            raise CheckpointError(f"{path}: does not end with a checksum; {DAMAGED}")
+        body = memoryview(data)[: len(data) - (tail.end() - tail.start())]
+        if hashlib.sha256(body).hexdigest().encode() != tail[1]:
+            raise CheckpointError(f"{path}: its checksum is not that of its text; {DAMAGED}")
+        try:
+            return cls._from_json(path, json.loads(data))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error}); {DAMAGED}") from error
+
+    @classmethod
+    def _from_json(cls, path: Path, value: Mapping[str, Any]) -> Manifest:
+        if value["format"] != FORMAT:
+            raise ValueError(f"format {value['format']!r}")
+        if value["version"] != VERSION:
+            found = value["version"]
+            raise CheckpointError(f"{path}: format version {found}, this program reads {VERSION}; use a newer megalm")
+        files = {name: FileRecord(name, size, sha256) for sha256, size, name in value["files"]}
+        for name in files:
+            if name != STATE and not FILE_NAME.fullmatch(name):
+                raise ValueError(f"file name {name!r}")
+        tensors = {(group["kind"], group["name"]): _ungroup(group) for group in value["tensors"]}
+        return cls(value["step"], value["layout"], files, tensors)
+
+
+def _lines(values: Iterable[Any]) -> str:
+    return "[" + ",".join("\n  " + json.dumps(value, separators=(",", ":")) for value in values) + "]"
+
+
+_SHARED = ("kind", "name", "dtype", "shape")
+_OWN = ("file", "local_shape", "dim", "start", "length", "flat")
+
+
+def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {**{key: rows[0][key] for key in _SHARED}, "pieces": [[row[key] for key in _OWN] for row in rows]}
+
+
+def _ungroup(group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    shared = {key: group[key] for key in _SHARED}
+    return [{**shared, **dict(zip(_OWN, piece, strict=True))} for piece in group["pieces"]]
+
+
+def collect(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Group the entries (JSON values) of all ranks by tensor, and check that each is there exactly once.
+
+    Raises CheckpointError, naming the tensor, for a gap, for elements written twice, and for shapes or dtypes
+    on which the ranks do not agree.
+    """
+    tensors: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        tensors.setdefault((row["kind"], row["name"]), []).append(row)
+    for (kind, name), group in tensors.items():
+        group.sort(key=lambda row: (row["start"], row["flat"]))
+        problem = _coverage_problem(group)
+        if problem:
+            raise CheckpointError(f"tensor {name} ({kind}): {problem}; the ranks' fragments must tile each tensor once")
+    return tensors
+
+
+def _coverage_problem(rows: list[dict[str, Any]]) -> str | None:
+    for key in ("shape", "dtype", "dim"):
+        known = {json.dumps(row[key]) for row in rows}
+        if len(known) > 1:
+            return f"the ranks wrote {key} {' and '.join(sorted(known))}"
+    shards: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        shards.setdefault((row["start"], row["length"]), []).append(row)
+    for (start, _), pieces in shards.items():
+        shard = Entry.from_json(pieces[0]).piece.shard
+        edges = [
+            0,
+            *(edge for row in pieces for edge in row["flat"]),
+            Piece(shard, 0, prod(shard.local_shape)).valid_stop,
+        ]
+        for stop, following in list(pairwise(edges))[::2]:
+            if stop != following:
+                return f"in the shard at {start}, elements {stop} to {following} are " + _verdict(stop, following, rows)
+    if rows[0]["dim"] is not None:
+        edges = [0, *(edge for start, length in sorted(shards) for edge in (start, start + length))]
+        edges.append(rows[0]["shape"][rows[0]["dim"]])
+        for stop, following in list(pairwise(edges))[::2]:
+            if stop != following and prod(rows[0]["shape"]):
+                return f"indices {stop} to {following} of dim {rows[0]['dim']} are " + _verdict(stop, following, rows)
+    return None
+
+
+def _verdict(stop: int, following: int, rows: list[dict[str, Any]]) -> str:
+    names = ", ".join(sorted({row["file"] for row in rows})[:4])
+    return ("missing" if following > stop else "written twice") + f" (files {names})"

@@ -1,0 +1,188 @@
+"""Reading a checkpoint into any layout: any local shard or flat range of it, from the pieces that overlap.
+
+Owns: which files a read touches, their verification, and the errors of a damaged or foreign checkpoint.
+The choice among several checkpoints belongs to `manager.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalm.checkpoint.geometry import Offsets, Piece, overlap
+from megalm.checkpoint.manifest import CHECKPOINT_NAME, STATE, Entry, Manifest, piece_problem
+from megalm.checkpoint.tensor_file import (
+    DAMAGED,
+    DTYPES,
+    TensorFile,
+    hash_file,
+    open_regular,
+    read_exactly,
+    unreadable,
+)
+from megalm.distributed.sharding import ShardSpec
+from megalm.errors import CheckpointError
+
+VERIFY_THREADS = 4
+RECIPE = "use the recipe that wrote it (config.yaml of its run)"
+
+
+class CheckpointReader:
+    """One checkpoint's directory, open for reading. Every method may raise CheckpointError.
+
+    `step`, `state` (what was saved with it) and `layout` (what wrote it) are checked on opening, always. With
+    `verify` the SHA-256 of each tensor file is checked once, when a read first touches it, before that read
+    returns.
+    """
+
+    def __init__(self, directory: Path, verify: bool = True) -> None:
+        """Read and check the manifest and the state; tensor files are checked for presence and size only."""
+        self.directory = directory
+        self.manifest = Manifest.load(directory)
+        self.step = self.manifest.step
+        self.layout: Mapping[str, Any] = self.manifest.layout
+        self._verify = verify
+        self._headers: dict[str, TensorFile] = {}
+        self._checks: dict[str, Future[None]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._index: dict[tuple[str, str], tuple[list[Entry], Offsets, Offsets]] = {}
+        self.state: dict[str, Any] = self._read_state()
+        named = CHECKPOINT_NAME.fullmatch(directory.name)
+        if named and int(named[1]) != self.step:
+            raise CheckpointError(f"{directory}: holds step {self.step}, not the step of its name; rename it")
+        for record in self.manifest.files.values():
+            self._check_size(record.name, record.size)
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of tensors that are there, sorted."""
+        return sorted({kind for kind, _ in self.manifest.tensors})
+
+    def names(self, kind: str) -> list[str]:
+        """Return the logical names of the tensors of one kind, sorted."""
+        return sorted(name for found, name in self.manifest.tensors if found == kind)
+
+    def read_local(self, shard: ShardSpec, kind: str) -> Tensor:
+        """Return the local tensor of `shard`, a CPU tensor of the stored dtype; padding is zero."""
+        return self.read_flat(shard, kind, 0, prod(shard.local_shape)).reshape(shard.local_shape)
+
+    def read_flat(self, shard: ShardSpec, kind: str, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of `shard`'s row-major flattened local tensor; padding is zero."""
+        entries, low, high = self._entries(shard, kind)
+        problem = piece_problem(shard, start, stop)
+        if problem:
+            raise CheckpointError(f"read of {shard.name} ({kind}): {problem}; correct the caller")
+        target = Piece(shard, start, stop)
+        wanted = target.count()
+        dtype = DTYPES[entries[0].dtype]
+        out = (torch.empty if wanted == stop - start else torch.zeros)(stop - start, dtype=dtype)
+        begin, end = target.bounds()
+        chosen = [entries[i] for i in np.flatnonzero((low < end) & (high > begin))] if wanted else []
+        touched = sorted({entry.file for entry in chosen}) if self._verify else []
+        checks = [self._check(name) for name in touched]
+        try:
+            found = sum(self._read_overlap(entry, target, out) for entry in chosen)
+        finally:
+            for check in checks:
+                check.result()
+        if found != wanted:
+            problem = f"{found} of {wanted} elements listed"
+            raise CheckpointError(f"{self.directory}: {shard.name} ({kind}): {problem}; {DAMAGED}")
+        return out
+
+    def verify_files(self, names: Iterable[str] | None = None) -> None:
+        """Check the SHA-256 of the named files (None: of all). What was checked is not checked again."""
+        checks = [self._check(name) for name in (self.manifest.files if names is None else names)]
+        for check in checks:
+            check.result()
+
+    def close(self) -> None:
+        """End the threads; the reader may still be used, and starts them again."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _entries(self, shard: ShardSpec, kind: str) -> tuple[list[Entry], Offsets, Offsets]:
+        """Return the pieces of a tensor and their global bounds; a tensor of another shape is an error."""
+        key = (kind, shard.name)
+        if key not in self._index:
+            if key not in self.manifest.tensors:
+                raise CheckpointError(self._missing(shard.name, kind))
+            try:
+                entries = self.manifest.entries(kind, shard.name)
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{self.directory}: index of {shard.name} ({kind}): {error}; {DAMAGED}"
+                ) from error
+            bounds = np.array([entry.piece.bounds() for entry in entries], np.int64)
+            self._index[key] = (entries, bounds[:, 0], bounds[:, 1])
+        stored = self._index[key][0][0].piece.shard.global_shape
+        if stored != tuple(shard.global_shape):
+            raise CheckpointError(
+                f"{self.directory}: tensor {shard.name} ({kind}) has shape {stored} in the checkpoint and "
+                f"{tuple(shard.global_shape)} in this model; {RECIPE}"
+            )
+        return self._index[key]
+
+    def _missing(self, name: str, kind: str) -> str:
+        kinds = [found for found, known in self.manifest.tensors if known == name]
+        if kinds:
+            known = f"it has {', '.join(sorted(kinds))} of it"
+        else:
+            known = f"it has {len(self.names(kind))} tensors of that kind (kinds: {', '.join(self.kinds())})"
+        return f"{self.directory}: no tensor {name} ({kind}) in the checkpoint; {known}; {RECIPE}"
+
+    def _read_overlap(self, entry: Entry, target: Piece, out: Tensor) -> int:
+        copies = list(overlap(entry.piece, target))
+        if not copies:
+            return 0
+        if entry.file not in self._headers:
+            self._headers[entry.file] = TensorFile(self.directory / entry.file)
+        return self._headers[entry.file].read(entry.key, copies, out)
+
+    def _check(self, name: str) -> Future[None]:
+        if name not in self._checks:
+            if name not in self.manifest.files:
+                raise CheckpointError(f"{self.directory}: the manifest names {name} but has no checksum; {DAMAGED}")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(min(VERIFY_THREADS, os.cpu_count() or 1), "checkpoint-verify")
+            self._checks[name] = self._pool.submit(hash_file, self.directory / name, self.manifest.files[name])
+        return self._checks[name]
+
+    def _check_size(self, name: str, expected: int) -> None:
+        path = self.directory / name
+        try:
+            size = path.lstat().st_size
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if size != expected:
+            raise CheckpointError(f"{path}: {size} bytes where the manifest has {expected}; {DAMAGED}")
+
+    def _read_state(self) -> dict[str, Any]:
+        path = self.directory / STATE
+        record = self.manifest.files.get(STATE)
+        if record is None:
+            raise CheckpointError(f"{self.directory}: the manifest does not name {STATE}; {DAMAGED}")
+        self._check_size(STATE, record.size)
+        try:
+            with open_regular(path) as file:
+                data = read_exactly(file.fileno(), path, 0, record.size)
+            if hashlib.sha256(data).hexdigest() != record.sha256:
+                raise CheckpointError(f"{path}: its SHA-256 is not the manifest's; {DAMAGED}")
+            state = json.loads(data)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not JSON ({error}); {DAMAGED}") from error
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path}: holds a {type(state).__name__}, not an object; {DAMAGED}")
+        return state

@@ -1,0 +1,291 @@
+"""The command line: arguments in, an exit status out.
+
+0: done; 1: failed; 2: the user's input is wrong; 130: interrupted.
+
+Owns the arguments and how errors are shown. What each command does is left to `commands`, which is imported
+only once a command is to be run, so that `megalm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from megalm.errors import MegalmError, UserError
+from megalm.registry import nearest
+from megalm.version import __version__
+
+INTERRUPTED = 130
+OVERRIDES = "key=value pairs that change the recipe, such as model.layers=4 parallel.tensor=2"
+
+
+class UsageError(UserError):
+    """The command line itself is wrong."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser without abbreviations that raises UsageError, with the nearest name, instead of exiting."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice:
+            known = re.findall(r"[\w-]+", choice.group(3))
+            raise UsageError(f"{self.prog}: {_unknown(choice.group(2), choice.group(1), known)}")
+        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            raise UsageError(f"{self.prog}: {_unknown(str(value), 'command', list(action.choices))}")
+        super()._check_value(action, value)
+
+    def option_names(self) -> list[str]:
+        """Return the options of this parser and of all commands below it."""
+        names = []
+        for action in self._actions:
+            names += [name for name in action.option_strings if name.startswith("--")]
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    names += parser.option_names()
+        return sorted(set(names))
+
+
+def _unknown(word: str, what: str, known: Sequence[str]) -> str:
+    guess = nearest(word, known)
+    hint = f"did you mean {guess}? " if guess else ""
+    return f"unknown {what} {word!r}; {hint}known: {', '.join(known)}"
+
+
+def _number(least: int) -> Any:
+    """Return an argument type for whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+
+
+class _Commands:
+    """Adds commands, each with the options that all share and the name of its function in `commands`."""
+
+    def __init__(self, parser: _Parser, shared: _Parser, title: str) -> None:
+        self.parser, self.shared, self.title = parser, shared, title
+        self.actions = parser.add_subparsers(title=title, metavar="COMMAND", required=False)
+
+    def add(self, name: str, function: str | None, text: str) -> _Parser:
+        parser: _Parser = self.actions.add_parser(name, parents=[self.shared], help=text, description=text)
+        parser.set_defaults(function=function, parser=parser)
+        return parser
+
+    def group(self, name: str, text: str) -> _Commands:
+        return _Commands(self.add(name, None, text), self.shared, "commands")
+
+
+def build_parser() -> _Parser:
+    """Return the parser of the whole command line."""
+    shared = _Parser(add_help=False)
+    shared.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback of errors"
+    )
+    parser = _Parser(
+        prog="megalm",
+        description="Train large Transformer language models: tensor, pipeline and data parallel, ZeRO.",
+        parents=[shared],
+    )
+    parser.add_argument("--version", action="version", version=f"megalm {__version__}")
+    parser.set_defaults(function=None, parser=parser)
+    commands = _Commands(parser, shared, "commands")
+    _add_run_commands(commands)
+    _add_data_commands(commands)
+    _add_look_commands(commands)
+    return parser
+
+
+def _add_run_commands(commands: _Commands) -> None:
+    quickstart = commands.add(
+        "quickstart", "quickstart", "text, tokenizer, training, evaluation and a sample in one go"
+    )
+    quickstart.add_argument(
+        "--out", default="runs/quickstart", metavar="DIR", help="where everything is written"
+    )
+    quickstart.add_argument("--fresh", action="store_true", help="remove an earlier quick start in DIR first")
+    quickstart.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+
+    train = commands.add("train", "train", "train the model of a recipe, or go on from its last checkpoint")
+    train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    train.add_argument("--fresh", action="store_true", help="remove the run in run.dir and begin anew")
+
+    evaluate = commands.add("evaluate", "evaluate", "perplexity and bits per byte of a run on held-out text")
+    evaluate.add_argument("run", metavar="RUN", help="a run's directory")
+    evaluate.add_argument(
+        "--split", choices=["validation", "train"], default="validation", help="default: %(default)s"
+    )
+    evaluate.add_argument("--json", action="store_true", help="write the result as JSON")
+
+    generate = commands.add("generate", "generate", "let the model of a run continue a text")
+    generate.add_argument("run", metavar="RUN", help="a run's directory")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    generate.add_argument(
+        "--tokens", type=_number(1), default=100, metavar="N", help="new tokens (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--temperature", type=_fraction, default=1.0, metavar="X", help="0 is greedy (default: 1)"
+    )
+    generate.add_argument(
+        "--top-k", type=_number(1), metavar="N", help="draw from the N likeliest tokens only"
+    )
+    generate.add_argument(
+        "--top-p", type=_fraction, metavar="X", help="draw from the likeliest of probability X only"
+    )
+    generate.add_argument(
+        "--seed", type=_number(0), default=0, metavar="N", help="of the draws (default: %(default)s)"
+    )
+
+    for parser in (train, evaluate, generate):
+        parser.add_argument(
+            "--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)"
+        )
+        parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+
+
+def _add_data_commands(commands: _Commands) -> None:
+    data = commands.group("data", "make text into tokens, and look at them")
+    prepare = data.add("prepare", "data_prepare", "make a directory of tokens from text")
+    tokenizer = commands.group("tokenizer", "make and look at tokenizers")
+    learn = tokenizer.add("train", "tokenizer_train", "learn a tokenizer from text")
+    for parser in (prepare, learn):
+        parser.add_argument(
+            "files",
+            nargs="*",
+            default=[],
+            metavar="FILE",
+            help=".txt or .jsonl files, .gz too, or directories",
+        )
+        parser.add_argument("--corpus", metavar="NAME", help="text that Python brings: builtin or topics")
+        parser.add_argument(
+            "--vocab", type=_number(1), default=2048, metavar="N", help="tokens (default: %(default)s)"
+        )
+        parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
+        parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+        parser.add_argument(
+            "--separator", metavar="LINE", help="line between the documents of a .txt (empty: blank)"
+        )
+        parser.add_argument(
+            "--text-field", default="text", metavar="NAME", help="a .jsonl's text (default: %(default)s)"
+        )
+    prepare.add_argument(
+        "--tokenizer", metavar="FILE", help="a tokenizer.json to use instead of learning one"
+    )
+    prepare.add_argument(
+        "--held-out", type=_fraction, default=0.05, metavar="X", help="share (default: %(default)s)"
+    )
+    prepare.add_argument(
+        "--seed", type=_number(0), default=1234, metavar="N", help="of the split (default: %(default)s)"
+    )
+
+    _add_look(data, "inspect", "data_inspect", "show what a directory of tokens holds")
+    _add_look(data, "verify", "data_verify", "compare a directory of tokens with its checksums")
+    _add_look(tokenizer, "inspect", "tokenizer_inspect", "show what a tokenizer holds")
+
+
+def _add_look_commands(commands: _Commands) -> None:
+    config = commands.group("config", "look at recipes")
+    show = config.add(
+        "show", "config_show", "print a recipe with everything that it inherits and by default is"
+    )
+    show.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    show.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+    show.add_argument("--deepspeed", action="store_true", help="print what DeepSpeed is started with instead")
+    show.add_argument("--json", action="store_true", help="write the result as JSON")
+    listing = config.add("list", "config_list", "list the recipes and DeepSpeed files that come with megalm")
+    listing.add_argument("--json", action="store_true", help="write the result as JSON")
+
+    checkpoint = commands.group("checkpoint", "look at checkpoints")
+    _add_look(
+        checkpoint,
+        "inspect",
+        "checkpoint_inspect",
+        "show what a run's newest checkpoint, or one checkpoint, holds",
+    )
+    _add_look(
+        checkpoint, "verify", "checkpoint_verify", "compare the checkpoints of a run with their checksums"
+    )
+
+
+def _add_look(group: _Commands, name: str, function: str, text: str) -> None:
+    """Add a command that takes a path and can answer in JSON."""
+    parser = group.add(name, function, text)
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--json", action="store_true", help="write the result as JSON")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed command line. Raises UsageError; `--help` and `--version` print and exit with 0."""
+    parser = build_parser()
+    # Of `RECIPE --nproc 2 a=1` argparse leaves a=1 over, so overrides are taken from there as well.
+    parsed, left = parser.parse_known_args(arguments, argparse.Namespace(debug=False))
+    options = [word for word in left if word.startswith("-")]
+    if options:
+        guess = nearest(options[0].split("=")[0], parser.option_names())
+        hint = f"did you mean {guess}?" if guess else f"see {parsed.parser.prog} --help"
+        raise UsageError(f"{parsed.parser.prog}: unknown option {options[0]}; {hint}")
+    if left and not hasattr(parsed, "overrides"):
+        raise UsageError(
+            f"{parsed.parser.prog}: {left[0]!r} is one argument too many; see {parsed.parser.prog} --help"
+        )
+    if left:
+        parsed.overrides = [*parsed.overrides, *left]
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (None: this process's own) and return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        parsed = parse(arguments)
+        if parsed.function is None:
+            parsed.parser.print_help(sys.stderr)
+            return UserError.exit_status
+        from megalm import commands
+
+        status: int = getattr(commands, parsed.function)(parsed)
+        sys.stdout.flush()
+        return status
+    except MegalmError as error:
+        return _fail(str(error), error.exit_status, debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED, debug)
+    except BrokenPipeError:
+        # The reader has seen enough, as in `megalm config list | head -1`; the flush at exit must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        remedy = "" if debug else "; --debug shows where"
+        return _fail(
+            f"{type(error).__name__}: {' '.join(str(error).split())}{remedy}", MegalmError.exit_status, debug
+        )
+
+
+def _fail(message: str, status: int, debug: bool) -> int:
+    """Write the message to stderr, then the traceback if it is wanted, and return the status."""
+    print(f"error: {message}", file=sys.stderr)
+    if debug:
+        traceback.print_exc()
+    return status

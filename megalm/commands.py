@@ -1,0 +1,263 @@
+"""What each command of `megalm` does with its parsed arguments; each function returns the exit status.
+
+Owns the order of things before a run: every check of recipe, world and data comes first, then the start of
+workers. Heavy modules are imported inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megalm.errors import ConfigError, LaunchError
+
+if TYPE_CHECKING:
+    from megalm.config.run import RunConfig
+
+
+def _print(text: str) -> int:
+    print(text)
+    return 0
+
+
+def _answer(result: dict[str, Any], as_json: bool) -> int:
+    """Print a result as JSON, or one `key  value` a line with nested keys dotted."""
+    if as_json:
+        return _print(json.dumps(result, indent=2, ensure_ascii=False))
+    rows = list(_rows("", result))
+    width = max(len(key) for key, _ in rows)
+    return _print("\n".join(f"{key:<{width}}  {value}" for key, value in rows))
+
+
+def _rows(prefix: str, result: dict[str, Any]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in result.items():
+        if isinstance(value, dict) and value:
+            rows += _rows(f"{prefix}{key}.", value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for index, item in enumerate(value):
+                rows += _rows(f"{prefix}{key}.{index}.", item)
+        elif isinstance(value, list):
+            rows.append((prefix + key, ", ".join(json.dumps(item, ensure_ascii=False) for item in value)))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            rows.append((prefix + key, f"{value:,}"))
+        else:
+            rows.append((prefix + key, value if isinstance(value, str) else json.dumps(value)))
+    return rows
+
+
+def _world(config: RunConfig, nproc: int | None) -> tuple[int, bool]:
+    """Return how many ranks the run has, and whether this process is to start them.
+
+    Under a launcher the world is the launcher's. Raises LaunchError when --nproc says something else.
+    """
+    from megalm.distributed.rendezvous import read_environment
+
+    launched = read_environment(os.environ)
+    if launched is None:
+        world = nproc or config.parallel.tensor * config.parallel.pipeline
+        return world, world > 1
+    if nproc not in (None, launched.world_size):
+        raise LaunchError(
+            f"--nproc={nproc} contradicts the {launched.world_size} ranks of {launched.launcher}; "
+            "leave --nproc out"
+        )
+    return launched.world_size, False
+
+
+def _check_world(config: RunConfig, world: int) -> int:
+    """Return the data-parallel ranks in `world`, with the DeepSpeed JSON checked as well."""
+    from megalm.config.checks import check_world
+    from megalm.config.deepspeed import deepspeed_config
+
+    data_size = check_world(config, world)
+    deepspeed_config(config, data_size)
+    return data_size
+
+
+def _check_data(config: RunConfig) -> None:
+    """Raise DataError or ConfigError unless the prepared data is whole and fits the recipe."""
+    from megalm.data.datasets import open_prepared
+
+    path = config.data.path
+    data = open_prepared(path)
+    vocab = config.model.vocab
+    if vocab is not None and vocab < data.vocabulary:
+        raise ConfigError(
+            f"model.vocab={vocab} is smaller than the {data.vocabulary} tokens of the tokenizer in {path}; "
+            f"use {data.vocabulary} or more, or leave model.vocab out"
+        )
+    sequence, tokens = config.model.sequence, len(data.train)
+    if tokens <= sequence:
+        raise ConfigError(
+            f"model.sequence={sequence} is not shorter than the {tokens} training tokens in {path}; "
+            "use a smaller model.sequence or more text"
+        )
+
+
+def _start_workers(args: Namespace, command: Sequence[str], world: int, log_dir: Path | None) -> int:
+    """Start the command `world` times on this machine, wait, and return its exit status."""
+    from megalm.launch.local import run_workers
+
+    debug = ["--debug"] if args.debug else []
+    return run_workers([sys.executable, "-m", "megalm", *command, *debug], world, log_dir)
+
+
+def train(args: Namespace) -> int:
+    """`megalm train`: check everything, then train here or in workers of this machine."""
+    from megalm.config.load import load_recipe
+
+    config = load_recipe(args.recipe, args.overrides)
+    world, starts_workers = _world(config, args.nproc)
+    _check_world(config, world)
+    _check_data(config)
+    if starts_workers:
+        command = ["train", args.recipe, *args.overrides, *(["--fresh"] if args.fresh else [])]
+        return _start_workers(args, command, world, Path(config.run.dir) / "logs")
+    from megalm.train.pretrain import train as pretrain
+
+    pretrain(config, args.fresh)
+    return 0
+
+
+def evaluate(args: Namespace) -> int:
+    """`megalm evaluate`: the loss of a run's newest checkpoint on a split of its data."""
+    from megalm.config.trained import trained_config
+
+    config = trained_config(Path(args.run), args.overrides)
+    world, starts_workers = _world(config, args.nproc)
+    _check_world(config, world)
+    _check_data(config)
+    if starts_workers:
+        command = ["evaluate", args.run, *args.overrides, "--split", args.split]
+        return _start_workers(args, [*command, *(["--json"] if args.json else [])], world, None)
+    from megalm.evaluation.command import evaluate as run
+
+    result = run(args.run, args.overrides, args.split)
+    return 0 if result is None else _answer(result, args.json)
+
+
+def generate(args: Namespace) -> int:
+    """`megalm generate`: let the model of a run continue a text."""
+    from megalm.config.trained import trained_config
+
+    config = trained_config(Path(args.run), args.overrides)
+    world, starts_workers = _world(config, args.nproc)
+    _check_world(config, world)
+    if starts_workers:
+        command = ["generate", args.run, *args.overrides, f"--prompt={args.prompt}", f"--tokens={args.tokens}"]
+        command += [f"--temperature={args.temperature}", f"--seed={args.seed}"]
+        command += [f"--top-k={args.top_k}"] if args.top_k is not None else []
+        command += [f"--top-p={args.top_p}"] if args.top_p is not None else []
+        return _start_workers(args, command, world, None)
+    from megalm.generation.command import generate as run
+
+    text = run(
+        args.run, args.overrides, args.prompt,
+        tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+    )  # fmt: skip
+    return 0 if text is None else _print(text)
+
+
+def quickstart(args: Namespace) -> int:
+    """`megalm quickstart`: from text to a sample of a trained model."""
+    from megalm.quickstart import run
+
+    return run(args.out, args.overrides, args.fresh)
+
+
+def data_prepare(args: Namespace) -> int:
+    """`megalm data prepare`: text to tokens."""
+    from megalm.data.commands import prepare_command
+
+    result = prepare_command(
+        args.corpus, args.files, args.vocab, args.out, args.tokenizer,
+        args.held_out, args.seed, args.overwrite, args.separator, args.text_field,
+    )  # fmt: skip
+    return _answer(result, as_json=False)
+
+
+def data_inspect(args: Namespace) -> int:
+    """`megalm data inspect`: what prepared data holds."""
+    from megalm.data.commands import inspect_command
+
+    return _answer(inspect_command(args.path), args.json)
+
+
+def data_verify(args: Namespace) -> int:
+    """`megalm data verify`: prepared data against its checksums."""
+    from megalm.data.commands import verify_command
+
+    return _answer(verify_command(args.path), args.json)
+
+
+def tokenizer_train(args: Namespace) -> int:
+    """`megalm tokenizer train`: text to a tokenizer."""
+    from megalm.data.commands import train_tokenizer_command
+
+    result = train_tokenizer_command(
+        args.corpus, args.files, args.vocab, args.out, args.overwrite, args.separator, args.text_field
+    )
+    return _answer(result, as_json=False)
+
+
+def tokenizer_inspect(args: Namespace) -> int:
+    """`megalm tokenizer inspect`: what a tokenizer holds."""
+    from megalm.data.commands import inspect_tokenizer_command
+
+    return _answer(inspect_tokenizer_command(args.path), args.json)
+
+
+def config_show(args: Namespace) -> int:
+    """`megalm config show`: a recipe, resolved; or the dict that DeepSpeed gets."""
+    from megalm.config.deepspeed import deepspeed_config
+    from megalm.config.load import dump_yaml, load_recipe
+
+    config = load_recipe(args.recipe, args.overrides)
+    joined = deepspeed_config(config)
+    if args.deepspeed or args.json:
+        return _print(json.dumps(joined if args.deepspeed else config.model_dump(mode="json"), indent=2))
+    return _print(dump_yaml(config).rstrip())
+
+
+def config_list(args: Namespace) -> int:
+    """`megalm config list`: the recipes and DeepSpeed files that ship, each recipe with its first words."""
+    from megalm.config.deepspeed import shipped_configs
+    from megalm.config.load import shipped_recipes
+
+    recipes = {name: _about(path) for name, path in shipped_recipes().items()}
+    configs = list(shipped_configs())
+    if args.json:
+        return _answer({"recipes": recipes, "deepspeed_configs": configs}, as_json=True)
+    width = max(len(name) for name in recipes)
+    lines = [f"  {name:<{width}}  {about}" for name, about in recipes.items()]
+    return _print("\n".join(["recipes:", *lines, "zero.config:", f"  {', '.join(configs)}"]))
+
+
+def _about(recipe: Path) -> str:
+    """Return the first sentence of a recipe's comment."""
+    words = []
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        words.append(line.lstrip("# "))
+    return " ".join(words).split(". ")[0].rstrip(".")
+
+
+def checkpoint_inspect(args: Namespace) -> int:
+    """`megalm checkpoint inspect`: what a checkpoint holds."""
+    from megalm.checkpoint.commands import inspect
+
+    return _answer(inspect(Path(args.path)), args.json)
+
+
+def checkpoint_verify(args: Namespace) -> int:
+    """`megalm checkpoint verify`: checkpoints against their checksums."""
+    from megalm.checkpoint.commands import verify
+
+    return _answer(verify(Path(args.path)), args.json)

@@ -1,0 +1,43 @@
+"""The recipe of a trained model, for a layout of its own: evaluation and generation start from it.
+
+Owns which keys may be set anew once a model is trained. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalm.config.load import load_resolved
+from megalm.config.run import RunConfig, key_types
+from megalm.errors import ConfigError
+
+# One process, whatever trained the model. These come before the user's overrides.
+ONE_PROCESS = (
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.sequence=false",
+    "parallel.partition=null",
+    "zero.stage=0",
+    "zero.config=null",
+)
+_FREE_SECTIONS = frozenset({"parallel", "evaluate"})
+_FREE_KEYS = frozenset(
+    {"precision", "train.micro_batch", "data.path", "run.start_timeout_s", "run.collective_timeout_s"}
+)
+
+
+def trained_config(run: Path, overrides: Sequence[str]) -> RunConfig:
+    """Return the recipe of the run in directory `run`, laid out on one process unless `overrides` say else.
+
+    Raises ConfigError where there is no run, and for an override of what the training has fixed.
+    """
+    known = key_types()
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in known and key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS:
+            raise ConfigError(
+                f"{override} cannot be set for a trained model; what may change of its recipe is parallel.*, "
+                f"evaluate.*, {', '.join(sorted(_FREE_KEYS))}"
+            )
+    return load_resolved(run, (*ONE_PROCESS, *overrides))

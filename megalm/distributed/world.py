@@ -1,0 +1,40 @@
+"""A recipe's mesh, from the launcher's environment to the end of the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megalm.config.checks import check_world
+from megalm.config.run import RunConfig
+from megalm.distributed import launch
+from megalm.distributed.layout import RankLayout
+from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.rendezvous import read_environment
+
+
+@contextmanager
+def joined_mesh(config: RunConfig) -> Iterator[ParallelMesh]:
+    """Join the world that the launcher's environment describes (none: a world of one) and give the recipe's mesh.
+
+    The groups are gone afterwards, also after an error. Raises ConfigError where the world does not fit the recipe,
+    before any group is formed; LaunchError for an environment that contradicts itself; DistributedError where the
+    other ranks cannot be reached in time.
+    """
+    rendezvous = read_environment(os.environ)
+    world_size = 1 if rendezvous is None else rendezvous.world_size
+    parallel = config.parallel
+    layout = RankLayout(pipeline=parallel.pipeline, data=check_world(config, world_size), tensor=parallel.tensor)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    device = launch.local_device(rendezvous, device_type)
+    launch.start(rendezvous, device_type, config.run.start_timeout_s, config.run.collective_timeout_s)
+    finished = False
+    try:
+        with launch.peer_errors(f"rank {0 if rendezvous is None else rendezvous.rank}"):
+            yield ParallelMesh.create(layout, device, config.run.collective_timeout_s)
+        finished = True
+    finally:
+        launch.stop(failed=not finished)

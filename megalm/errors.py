@@ -1,0 +1,36 @@
+"""The errors a user can meet, and the exit status that each one ends the program with.
+
+Every message is one line: the value, the reason, the remedy.
+"""
+
+
+class MegalmError(Exception):
+    """Something failed while running: exit status 1."""
+
+    exit_status = 1
+
+
+class UserError(MegalmError):
+    """What the user wrote or passed is wrong: exit status 2, before memory is taken or a group is formed."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """A recipe, an override or a DeepSpeed JSON is wrong."""
+
+
+class DataError(UserError):
+    """A text, token or tokenizer file is wrong."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class LaunchError(UserError):
+    """The environment that a launcher left is partial or contradicts itself or the recipe."""
+
+
+class DistributedError(MegalmError):
+    """A peer died, could not be reached in time, or reported an error of its own."""

@@ -1,0 +1,63 @@
+"""`megalm generate`: a run's model continues a text.
+
+Owns text in and text out; the loop over tokens is `generate`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalm.config.trained import trained_config
+from megalm.data.tokenizer import Tokenizer
+from megalm.distributed.world import joined_mesh
+from megalm.errors import LaunchError
+from megalm.generation.generate import WindowModel, generate_tokens
+from megalm.generation.sampling import Sampling
+from megalm.models.trained import load_trained
+
+logger = logging.getLogger(__name__)
+
+# Windows have any length, which the tensor axis need not divide.
+_WITHOUT_SEQUENCE_PARALLELISM = "parallel.sequence=false"
+
+
+def generate(
+    run: str,
+    overrides: Sequence[str],
+    prompt: str,
+    *,
+    tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    echo: bool = True,
+) -> str | None:
+    """Return `prompt` (without `echo`: not) and up to `tokens` new tokens; None on all ranks but 0.
+
+    Temperature 0 is greedy. The same seed gives the same text in every layout. An empty prompt begins a
+    document; one longer than the model's window is seen from its end only, with a warning. The layout is one
+    process unless `overrides` say else. Raises ConfigError, DataError, CheckpointError, and LaunchError for
+    superfluous ranks.
+    """
+    directory = Path(run)
+    sampling = Sampling(temperature, top_k, 1.0 if top_p is None else top_p, seed)
+    config = trained_config(directory, (*overrides, _WITHOUT_SEQUENCE_PARALLELISM))
+    tokenizer = Tokenizer.load(directory)
+    start = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    window = config.model.sequence
+    with joined_mesh(config) as mesh:
+        if mesh.size("data") > 1:
+            needed = config.parallel.tensor * config.parallel.pipeline
+            raise LaunchError(f"{mesh.layout.world_size} processes for a model that takes {needed}; start {needed}")
+        if len(start) > window and mesh.rank == 0:
+            logger.warning("the prompt has %d tokens, the model sees the last %d of them", len(start), window)
+        trained = load_trained(directory, config, config.model.vocab or tokenizer.vocabulary, mesh)
+        model = WindowModel(trained.executor, mesh, window=window, vocab=tokenizer.vocabulary)
+        new = list(generate_tokens(model, mesh, start, tokens, sampling, tokenizer.end_of_text))
+        if mesh.rank != 0:
+            return None
+    # Together, not one by one: a character may be spread over several tokens.
+    return tokenizer.decode((start if echo and prompt else []) + new)

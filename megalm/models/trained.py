@@ -1,0 +1,54 @@
+"""A trained model from its run's directory, in any layout: what evaluation and generation start from.
+
+Owns reading the newest checkpoint's weights into a stage that only runs forward. The recipe is from
+`config.trained`; where a layout's processes come from is left to the caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalm.checkpoint.manager import CHECKPOINTS, latest_checkpoint
+from megalm.checkpoint.reader import CheckpointReader
+from megalm.config.run import RunConfig
+from megalm.distributed.mesh import ParallelMesh
+from megalm.errors import CheckpointError
+from megalm.models.build import build_executor, build_stage
+from megalm.models.transformer import Transformer
+from megalm.pipeline_parallel.executor import PipelineExecutor
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """One rank's stage of a trained model, ready to run forward; `step` updates were made."""
+
+    model: Transformer
+    executor: PipelineExecutor
+    step: int
+
+
+def load_trained(run: Path, config: RunConfig, vocab: int, mesh: ParallelMesh) -> TrainedModel:
+    """Return this rank's stage with the weights of the run's newest valid checkpoint. All ranks call.
+
+    Raises CheckpointError where there is none, or where it is of another model.
+    """
+    reader = latest_checkpoint(run, dist.group.WORLD)
+    if reader is None:
+        raise CheckpointError(f"{run / CHECKPOINTS}: no checkpoint yet; train the run until it has saved one")
+    model = build_stage(config, vocab, mesh).eval()
+    try:
+        read_weights(model, reader)
+    finally:
+        reader.close()
+    return TrainedModel(model, build_executor(config, model, mesh), reader.step)
+
+
+@torch.no_grad()
+def read_weights(model: Transformer, reader: CheckpointReader) -> None:
+    """Fill every parameter with its part of the checkpoint's weights, cast to the parameter's dtype."""
+    for parameter in model.parameters():
+        parameter.copy_(reader.read_local(parameter.shard, "weight"))  # type: ignore[attr-defined]

@@ -1,0 +1,61 @@
+"""One pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)) (Radford et al. 2019)."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalm.config.run import ModelSection
+from megalm.nn.attention import Attention
+from megalm.nn.dropout import Dropout, DropoutKeys
+from megalm.nn.mlp import MLP
+from megalm.nn.norms import NORMS
+from megalm.nn.positions import Rotation
+from megalm.tensor_parallel.initialize import Initializer
+
+
+class TransformerBlock(nn.Module):
+    """Block number `index` of the whole model: x_BTD -> x_BTD (x_BTtD with `sequence`)."""
+
+    def __init__(
+        self,
+        index: int,
+        config: ModelSection,
+        *,
+        group: dist.ProcessGroup,
+        init: Initializer,
+        sequence: bool,
+    ) -> None:
+        super().__init__()
+        name = f"blocks.{index}"
+        make_norm = NORMS.get(config.norm)
+        token_group = group if sequence else None
+
+        def norm(which: str) -> nn.Module:
+            return make_norm(
+                f"{name}.{which}",
+                config.hidden,
+                eps=config.norm_eps,
+                bias=config.bias,
+                group=token_group,
+                init=init,
+            )
+
+        self.attention_norm = norm("attention_norm")
+        self.attention = Attention(f"{name}.attention", config, group=group, init=init, sequence=sequence)
+        self.attention_dropout = Dropout(f"{name}.attention", config.dropout)
+        self.mlp_norm = norm("mlp_norm")
+        self.mlp = MLP(f"{name}.mlp", config, group=group, init=init, sequence=sequence)
+        self.mlp_dropout = Dropout(f"{name}.mlp", config.dropout)
+
+    def forward(
+        self, x: Tensor, rotate: Rotation, keys: DropoutKeys | None, first_token: int, tokens: int
+    ) -> Tensor:
+        """Return the residual stream after this block.
+
+        x holds tokens `first_token` ... of sequences of `tokens` tokens: all of them, or this rank's part.
+        """
+        attended = self.attention(self.attention_norm(x), rotate, keys)
+        x = x + self.attention_dropout(attended, keys, first_token, tokens)
+        transformed = self.mlp(self.mlp_norm(x))
+        return x + self.mlp_dropout(transformed, keys, first_token, tokens)

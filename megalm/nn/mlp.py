@@ -1,0 +1,70 @@
+"""The feed-forward half of a block. A new activation is one line in ACTIVATIONS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalm.config.run import ModelSection
+from megalm.nn import ops
+from megalm.registry import Registry
+from megalm.tensor_parallel.initialize import Initializer
+from megalm.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A function of `parts` projections of the same input, each [..., F], to [..., F]."""
+
+    parts: int
+    apply: Callable[..., Tensor]
+
+
+ACTIVATIONS: Registry[Activation] = Registry("activation")
+ACTIVATIONS.register("gelu")(Activation(1, ops.gelu))
+ACTIVATIONS.register("swiglu")(Activation(2, ops.swiglu))
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), F split over the tensor axis: x_BTD -> y_BTD (x_BTtD -> y_BTtD with `sequence`)."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelSection,
+        *,
+        group: dist.ProcessGroup,
+        init: Initializer,
+        sequence: bool,
+    ) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS.get(config.activation)
+        self.up = ColumnParallelLinear(
+            f"{name}.up",
+            config.hidden,
+            config.feed_forward,
+            group=group,
+            init=init,
+            std=config.init_std,
+            bias=config.bias,
+            sequence=sequence,
+            parts=self.activation.parts,
+        )
+        self.down = RowParallelLinear(
+            f"{name}.down",
+            config.feed_forward,
+            config.hidden,
+            group=group,
+            init=init,
+            std=config.init_std / math.sqrt(2 * config.layers),
+            bias=config.bias,
+            sequence=sequence,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's second contribution to the residual stream."""
+        return self.down(self.activation.apply(*self.up(x).chunk(self.activation.parts, dim=-1)))

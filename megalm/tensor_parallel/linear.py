@@ -1,0 +1,106 @@
+"""Linear layers whose weight is split over the tensor axis.
+
+A column-parallel layer followed by a row-parallel one needs one collective in each direction
+(Shoeybi et al. 2019, section 3). With `sequence` the activations between such pairs are split over the
+tokens instead of replicated, and the collectives become all-gather and reduce-scatter of the same volume
+(Korthikanti et al. 2022, section 4.2).
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalm.distributed.collectives import (
+    copy_to_group,
+    gather_sequence,
+    reduce_from_group,
+    reduce_scatter_sequence,
+    sum_gradient,
+)
+from megalm.distributed.sharding import ShardSpec
+from megalm.tensor_parallel.initialize import Initializer
+
+
+class ColumnParallelLinear(nn.Module):
+    """Split a linear layer's output features over the tensor axis: y = x W^T + b.
+
+    x_BTD (x_BTtD with `sequence`) -> y_BTFt. With `parts` > 1 the layer holds that many projections of the same
+    input, weight [parts, F, D], and returns them side by side: y_BT(parts * Ft); each part is split by itself, so
+    the logical weight does not depend on the layout. The last rank's rows are padded with zeros where the group's
+    size does not divide F. The backward pass sums dx over `group`: every rank of it must call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        group: dist.ProcessGroup,
+        init: Initializer,
+        std: float,
+        bias: bool,
+        sequence: bool = False,
+        parts: int = 1,
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.sequence = sequence
+        leading = (parts,) if parts > 1 else ()
+        index, count = dist.get_rank(group), dist.get_world_size(group)
+        dim = len(leading)
+        shape = (*leading, out_features, in_features)
+        self.weight = init.normal(ShardSpec.split(f"{name}.weight", shape, dim, index, count), std)
+        self.bias = None
+        if bias:
+            spec = ShardSpec.split(f"{name}.bias", shape[:-1], dim, index, count)
+            self.bias = init.constant(spec, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return this rank's output features."""
+        x = gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
+        bias = None if self.bias is None else self.bias.flatten()
+        return F.linear(x, self.weight.flatten(0, -2), bias)
+
+
+class RowParallelLinear(nn.Module):
+    """Split a linear layer's input features over the tensor axis: y = sum over ranks of x_t W_t^T, plus b.
+
+    x_BTFt -> y_BTD (y_BTtD with `sequence`). The forward pass sums over `group`: every rank of it must call.
+    The bias is added once, after the sum.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        group: dist.ProcessGroup,
+        init: Initializer,
+        std: float,
+        bias: bool,
+        sequence: bool = False,
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.sequence = sequence
+        index, count = dist.get_rank(group), dist.get_world_size(group)
+        spec = ShardSpec.split(f"{name}.weight", (out_features, in_features), 1, index, count)
+        self.weight = init.normal(spec, std)
+        self.bias = None
+        if bias:
+            self.bias = init.constant(ShardSpec.whole(f"{name}.bias", (out_features,)), 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the whole output features, of all tokens or (with `sequence`) of this rank's tokens."""
+        if dist.get_world_size(self.group) == 1:
+            return F.linear(x, self.weight, self.bias)
+        partial = F.linear(x, self.weight)
+        if not self.sequence:
+            y = reduce_from_group(partial, self.group)
+            return y if self.bias is None else y + self.bias
+        y = reduce_scatter_sequence(partial, self.group)
+        return y if self.bias is None else y + sum_gradient(self.bias, self.group)

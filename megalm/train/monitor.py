@@ -1,0 +1,260 @@
+"""How large the model is, how much arithmetic a token costs, how fast the run goes, how much memory it takes.
+
+Owns the counting formulas, the table of peak rates and the meter. It prints and writes nothing: `tracking`
+does. torch is imported only where a device is asked, so that counting works without it.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from megalm.config.run import ModelSection
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Logical parameters of each part of the model; padding of the vocabulary is not counted."""
+
+    embedding: int
+    position: int
+    attention: int
+    mlp: int
+    norms: int
+    head: int
+    """0 when the head is tied to the embedding."""
+
+    @property
+    def total(self) -> int:
+        """All parameters of the model."""
+        return sum(asdict(self).values())
+
+
+def count_parameters(model: ModelSection, vocab: int) -> ParameterCount:
+    """Return the exact parameter count of each part, from the recipe alone. `vocab` is unpadded."""
+    heads_width = model.heads * model.head_size
+    qkv_width = (model.heads + 2 * model.key_value_heads) * model.head_size
+    up_width = model.feed_forward * (2 if model.activation == "swiglu" else 1)
+    norm = model.hidden * (2 if model.norm == "layernorm" and model.bias else 1)
+    attention_biases = (qkv_width + model.hidden) if model.bias else 0
+    mlp_biases = (up_width + model.hidden) if model.bias else 0
+    return ParameterCount(
+        embedding=vocab * model.hidden,
+        position=model.sequence * model.hidden if model.position == "learned" else 0,
+        attention=model.layers * (model.hidden * (qkv_width + heads_width) + attention_biases),
+        mlp=model.layers * (model.hidden * (up_width + model.feed_forward) + mlp_biases),
+        norms=(2 * model.layers + 1) * norm,
+        head=0 if model.tie_embeddings else vocab * model.hidden,
+    )
+
+
+def flops_per_token(model: ModelSection, vocab: int) -> float:
+    """Return the model FLOPs of one token's forward and backward pass at the recipe's full sequence length.
+
+    6 per weight of a matrix product (2 forward, 4 backward), the head included (tied or not), the embedding
+    look-up not; plus 12 * layers * heads * head_size * sequence for the scores and their product with the
+    values, counted as full squares: the half that a causal mask leaves out is *not* subtracted. Recomputed
+    activations, norms, biases and element-wise work do not count. This is the convention of PaLM (Chowdhery
+    et al. 2022, appendix B) and of Megatron-LM (Narayanan et al. 2021, equation 2, without its
+    recomputation), so figures compare with theirs.
+    """
+    heads_width = model.heads * model.head_size
+    qkv_width = (model.heads + 2 * model.key_value_heads) * model.head_size
+    up_width = model.feed_forward * (2 if model.activation == "swiglu" else 1)
+    block_weights = model.hidden * (qkv_width + heads_width + up_width + model.feed_forward)
+    matmul_weights = model.layers * block_weights + vocab * model.hidden
+    return 6.0 * matmul_weights + 12.0 * model.layers * heads_width * model.sequence
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The rate, in FLOP/s, that MFU divides by, for one rank, and where the figure comes from."""
+
+    flops: float
+    source: str
+
+
+# Dense peaks in TFLOP/s from the vendors' data sheets, without sparsity. The first entry whose words all
+# stand in the device's name counts, so longer names stand first. What is missing is measured instead.
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    "B200": {"fp32": 75.0, "tf32": 1125.0, "bf16": 2250.0, "fp16": 2250.0, "fp64": 37.0},
+    "H200": {"fp32": 67.0, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4, "fp64": 67.0},
+    "H100 PCIe": {"fp32": 51.0, "tf32": 378.0, "bf16": 756.0, "fp16": 756.0, "fp64": 51.0},
+    "H100 NVL": {"fp32": 60.0, "tf32": 417.5, "bf16": 835.5, "fp16": 835.5, "fp64": 60.0},
+    "H100": {"fp32": 67.0, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4, "fp64": 67.0},
+    "H800": {"fp32": 67.0, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4, "fp64": 1.0},
+    "GH200": {"fp32": 67.0, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4, "fp64": 67.0},
+    "A100": {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0, "fp16": 312.0, "fp64": 19.5},
+    "A800": {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0, "fp16": 312.0, "fp64": 9.7},
+    "A40": {"fp32": 37.4, "tf32": 74.8, "bf16": 149.7, "fp16": 149.7},
+    "A10G": {"fp32": 31.5, "tf32": 35.0, "bf16": 70.0, "fp16": 70.0},
+    "A10": {"fp32": 31.2, "tf32": 62.5, "bf16": 125.0, "fp16": 125.0},
+    "L40S": {"fp32": 91.6, "tf32": 183.0, "bf16": 362.0, "fp16": 362.0},
+    "L40": {"fp32": 90.5, "tf32": 90.5, "bf16": 181.0, "fp16": 181.0},
+    "L4": {"fp32": 30.3, "tf32": 60.0, "bf16": 121.0, "fp16": 121.0},
+    "RTX 4090": {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2, "fp16": 165.2},
+    "RTX 3090": {"fp32": 35.6, "tf32": 35.6, "bf16": 71.0, "fp16": 71.0},
+    "V100": {"fp32": 15.7, "fp16": 125.0, "fp64": 7.8},
+    "T4": {"fp32": 8.1, "fp16": 65.0},
+    "MI300X": {"fp32": 163.4, "tf32": 653.7, "bf16": 1307.4, "fp16": 1307.4, "fp64": 163.4},
+}
+
+_MEASURE_S = 0.15
+_MEASURE_SIZE = {"cpu": 384, "cuda": 4096}
+
+
+def known_peak(device_name: str, precision: str) -> Peak | None:
+    """Return the data sheet's dense peak of a GPU by its reported name, or None where the table lacks it.
+
+    `precision` is "fp32", "tf32", "bf16", "fp16" or "fp64".
+    """
+    words = set(device_name.replace("-", " ").split())
+    if "Laptop" in words:  # another chip under the same name
+        return None
+    for name, peaks in PEAK_TFLOPS.items():
+        if set(name.split()) <= words and precision in peaks:
+            return Peak(peaks[precision] * 1e12, f"{name} {precision} dense, data sheet")
+    return None
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
+    """Return what MFU divides by on this device: the data sheet's dense peak, or else a measured rate.
+
+    The measurement takes at most about 0.2 s and is the rate of one process on its own: ranks that share
+    cores cannot all reach it. float32 on CUDA counts as tf32 when torch is allowed to use it.
+    """
+    import torch
+
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+    precision = names[dtype]
+    if device.type == "cuda":
+        if precision == "fp32" and torch.backends.cuda.matmul.allow_tf32:
+            precision = "tf32"
+        known = known_peak(torch.cuda.get_device_name(device), precision)
+        if known is not None:
+            return known
+    return _measured_peak(device, dtype, precision)
+
+
+def _measured_peak(device: torch.device, dtype: torch.dtype, precision: str) -> Peak:
+    """Return the best rate of a square matrix product seen within `_MEASURE_S` seconds."""
+    import torch
+
+    def timed_product() -> float:
+        begin = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    size = _MEASURE_SIZE[device.type]
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    b, out = torch.ones_like(a), torch.empty_like(a)
+    timed_product()
+    end, best = time.perf_counter() + _MEASURE_S, float("inf")
+    while time.perf_counter() < end:
+        best = min(best, timed_product())
+    threads = f", {torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
+    return Peak(2.0 * size**3 / best, f"measured, {size}x{size} {precision} matrix product{threads}")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return this rank's peak memory in bytes: what torch allocated on CUDA, the resident set on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The mean over the steps since the last measurement."""
+
+    step_s: float
+    tokens_per_s: float
+    """Of all ranks together."""
+    tflops: float
+    """Model TFLOP/s of one rank."""
+    tflops_total: float
+    mfu: float
+    """Model FLOPs of one rank over its peak: 0 to 1."""
+    time_left_s: float
+
+    def record(self) -> dict[str, float]:
+        """Return the entries of a line of metrics."""
+        return {
+            "time/step_s": self.step_s,
+            "perf/tokens_per_s": self.tokens_per_s,
+            "perf/tflops": self.tflops,
+            "perf/mfu": self.mfu,
+        }
+
+
+class Throughput:
+    """A meter of steps: call `start` before the first one, and `measure` after those that are logged.
+
+    Measure after the step's loss was read: on CUDA that is what waits for the device. Time under `paused`
+    (evaluation, checkpoints) does not count. The time left goes by a running mean, so that one slow step does
+    not move it much.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens_per_step: int,
+        flops_per_token: float,
+        world_size: int,
+        peak: Peak,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._world_size = world_size
+        self._peak = peak
+        self._clock = clock
+        self._smooth_step_s: float | None = None
+        self._step = 0
+        self._mark = clock()
+
+    def start(self, step: int) -> None:
+        """Start the clock; `step` steps are done."""
+        self._step = step
+        self._mark = self._clock()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of the measurement."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self._mark += self._clock() - begin
+
+    def measure(self, step: int, last_step: int) -> Speed:
+        """Return the mean speed since the last call; `step` steps are done, the run ends at `last_step`."""
+        now = self._clock()
+        assert step > self._step, f"no step was done since the last measurement: {step} after {self._step}"
+        step_s = max((now - self._mark) / (step - self._step), 1e-9)
+        self._step, self._mark = step, now
+        smooth = step_s if self._smooth_step_s is None else 0.9 * self._smooth_step_s + 0.1 * step_s
+        self._smooth_step_s = smooth
+        tokens_per_s = self._tokens_per_step / step_s
+        total = tokens_per_s * self._flops_per_token
+        return Speed(
+            step_s=step_s,
+            tokens_per_s=tokens_per_s,
+            tflops=total / self._world_size / 1e12,
+            tflops_total=total / 1e12,
+            mfu=total / self._world_size / self._peak.flops,
+            time_left_s=smooth * max(0, last_step - step),
+        )

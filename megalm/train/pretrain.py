@@ -1,0 +1,162 @@
+"""Pretraining, wired together: what each part is made of is decided here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megalm.checkpoint.manager import CheckpointManager
+from megalm.checkpoint.reader import CheckpointReader
+from megalm.config.load import dump_yaml
+from megalm.config.run import RunConfig
+from megalm.data.datasets import PreparedData, open_prepared
+from megalm.data.loader import HeldOut, Loader
+from megalm.data.sampler import GlobalOrder, training_windows
+from megalm.distributed.collectives import agree
+from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.world import joined_mesh
+from megalm.errors import CheckpointError
+from megalm.models.build import DTYPES, build_executor, build_stage
+from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints
+from megalm.train.monitor import Peak, Throughput, count_parameters, flops_per_token, peak_flops
+from megalm.train.optimizers import build_optimizer
+from megalm.train.run_directory import RunDirectory, open_run
+from megalm.train.tracking import Tracker, format_count
+from megalm.train.trainer import Trainer, TrainState
+from megalm.zero.build import build_engine
+
+
+def train(config: RunConfig, fresh: bool = False) -> None:
+    """Train this rank of the recipe's run, from its newest checkpoint if there is one and `fresh` is false.
+
+    Every rank of the world calls. Recipe and data are checked before any group is formed; what only rank 0 finds
+    out is raised on all ranks.
+    """
+    data = open_prepared(config.data.path)
+    with joined_mesh(config) as mesh:
+        directory = _open_directory(config, data, mesh, fresh)
+        try:
+            _train(config, data, mesh)
+        finally:
+            if directory is not None:
+                directory.close()
+
+
+def _train(config: RunConfig, data: PreparedData, mesh: ParallelMesh) -> None:
+    run = Path(config.run.dir)
+    vocab = vocabulary(config, data)
+    manager = CheckpointManager(run, config.checkpoint.keep, dist.group.WORLD, _describe(config, mesh))
+    model = build_stage(config, vocab, mesh)
+    engine = build_engine(config, model, mesh, partial(build_optimizer, config.optim), model.tied_weight)
+    order = GlobalOrder(training_windows(len(data.train), config.model.sequence), order_seed(config))
+    loader = Loader(data.train, config.model.sequence, order, mesh.coordinates.data, mesh.size("data"))
+    trainer = Trainer(config, mesh, build_executor(config, engine.module, mesh), engine, loader, TrainState())
+    facts = {"data_fingerprint": data.fingerprint, "tokenizer_fingerprint": data.tokenizer_fingerprint,
+             "config": config.model_dump(mode="json")}
+    reader = manager.latest()
+    if reader is not None:
+        with closing(reader):
+            _resume(trainer, reader, facts)
+    peak = peak_flops(mesh.device, DTYPES[config.precision])
+    meter = Throughput(
+        tokens_per_step=config.train.global_batch * config.model.sequence,
+        flops_per_token=flops_per_token(config.model, vocab),
+        world_size=mesh.layout.world_size,
+        peak=peak,
+    )
+    tracker = Tracker(run, trainer.state.step, trainer.last_step, active=mesh.rank == 0)
+    with closing(tracker):
+        tracker.header(dump_yaml(config), _facts(config, data, vocab, mesh, peak))
+        if reader is not None:
+            tracker.note(f"resuming {reader.directory} at step {trainer.state.step}")
+        held_out = HeldOut(data.validation, config.model.sequence, config.evaluate.sequences)
+        evaluate = Evaluate(tracker, meter, model, held_out, data.tokenizer().byte_lengths, config.evaluate.every)
+        save = SaveCheckpoints(tracker, meter, manager, facts, config.checkpoint.every)
+        save.saved_step = trainer.state.step if reader is not None else -1
+        meter.start(trainer.state.step)
+        trainer.fit([LogMetrics(tracker, meter, config.log.every), evaluate, save])
+
+
+def vocabulary(config: RunConfig, data: PreparedData) -> int:
+    """Return the model's vocabulary: the recipe's, or else the tokenizer's."""
+    return config.model.vocab or data.vocabulary
+
+
+def order_seed(config: RunConfig) -> int:
+    """Return the seed of the order of samples."""
+    return config.seed if config.data.seed is None else config.data.seed
+
+
+def _open_directory(config: RunConfig, data: PreparedData, mesh: ParallelMesh, fresh: bool) -> RunDirectory | None:
+    """Open the run's directory on rank 0, and put the tokenizer beside what will need it; all ranks fail together."""
+    directory, error = None, None
+    if mesh.rank == 0:
+        try:
+            directory = open_run(
+                config,
+                data.fingerprint,
+                data.tokenizer_fingerprint,
+                mesh.layout.world_size,
+                count_parameters(config.model, vocabulary(config, data)).total,
+                fresh,
+            )
+            data.tokenizer().save(directory.path)
+        except Exception as caught:
+            error = caught
+    try:
+        agree(error, _world())
+    except BaseException:
+        if directory is not None:
+            directory.close()
+        raise
+    return directory
+
+
+def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:
+    """Set weights, optimizer and progress from a checkpoint of the same data and tokenizer."""
+    for name in ("data_fingerprint", "tokenizer_fingerprint"):
+        if reader.state[name] != facts[name]:
+            raise CheckpointError(
+                f"{reader.directory} was trained with {name} {reader.state[name][:12]}, data.path has "
+                f"{facts[name][:12]}; give the data it was trained with, or another run.dir"
+            )
+    kinds = [kind for kind in reader.kinds() if kind != "weight"]
+    trainer.engine.load(reader.read_flat, kinds, reader.step)
+    trainer.state = TrainState(**reader.state["progress"])
+
+
+def _facts(
+    config: RunConfig, data: PreparedData, vocab: int, mesh: ParallelMesh, peak: Peak
+) -> list[tuple[str, str]]:
+    """Return what the console says of the run beside its recipe."""
+    layout = mesh.layout
+    parameters = count_parameters(config.model, vocab)
+    return [
+        ("parameters", f"{parameters.total:,} (vocabulary {vocab})"),
+        ("data", f"{data.path}: {format_count(len(data.train))} tokens, {format_count(len(data.validation))} held out"),
+        ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, {mesh.device.type}"),
+        ("MFU", f"of {peak.flops / 1e12:.3g} TFLOP/s a rank ({peak.source})"),
+    ]
+
+
+def _describe(config: RunConfig, mesh: ParallelMesh) -> dict[str, Any]:
+    """Return the layout that a checkpoint notes for people to read."""
+    layout = mesh.layout
+    return {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "data": layout.data,
+        "zero_stage": config.zero.stage,
+        "precision": config.precision,
+    }
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None, "the mesh is formed"
+    return world

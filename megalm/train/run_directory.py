@@ -1,0 +1,211 @@
+"""A run's directory: whose it is, and that one run at a time writes to it.
+
+Owns `config.yaml`, `run.json` (the identity) and `run.lock`. `metrics.jsonl` is
+`tracking`'s, `checkpoints/` is `megalm.checkpoint`'s, `logs/` the launcher's. Only rank 0 calls this module.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megalm.config.load import dump_yaml
+from megalm.config.run import RunConfig
+from megalm.errors import ConfigError
+from megalm.version import __version__
+
+logger = logging.getLogger(__name__)
+
+IDENTITY_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+LOCK_FILE = "run.lock"
+FORMAT = "megalm-run-1"
+_OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl")
+_CHECKPOINTS = "checkpoints"
+
+# What may differ from one start of a run to the next: where and how it is computed, never what. The data's
+# path is free because its fingerprint is held instead, so prepared data may be moved.
+FREE_SECTIONS = frozenset({"run", "parallel", "zero", "log", "checkpoint", "evaluate"})
+FREE_KEYS = frozenset({"train.stop_at", "train.micro_batch", "train.recompute", "data.path"})
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file such that a kill at any moment leaves the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@dataclass
+class RunDirectory:
+    """A run's directory, held by a lock until `close` or the death of the process."""
+
+    path: Path
+    resumed: bool
+    """Whether a run with this identity was here already (it may still have no checkpoint)."""
+    _lock: IO[str]
+
+    def close(self) -> None:
+        """Give the directory free; safe to call twice."""
+        self._lock.close()
+
+
+def open_run(
+    config: RunConfig,
+    data_fingerprint: str,
+    tokenizer_fingerprint: str,
+    world: int,
+    model_parameters: int,
+    fresh: bool = False,
+) -> RunDirectory:
+    """Make or re-open `run.dir` for this recipe and data, lock it, and write `config.yaml` and `run.json`.
+
+    With `fresh`, the metrics, checkpoints and recipe of the run that is here are removed first. Raises
+    ConfigError for a directory that cannot be made, that another process trains in, that holds another run
+    (naming the keys that differ), or that holds files of an unknown run.
+    """
+    path = Path(config.run.dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    except OSError as error:
+        raise ConfigError(f"run.dir={path}: cannot be written ({error.strerror}); choose another run.dir") from error
+    try:
+        for leftover in path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
+        identity = {
+            "format": FORMAT,
+            "megalm": __version__,
+            "world": world,
+            "model_parameters": model_parameters,
+            "data_fingerprint": data_fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "data_path": config.data.path,
+            "fixed": fixed_settings(config),
+        }
+        before = read_identity(path)
+        if fresh:
+            _remove_run(path, before)
+            before = None
+        if before is None:
+            _refuse_unknown_files(path)
+        else:
+            _refuse_other_run(path, before, identity)
+        write_atomically(path / IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
+        write_atomically(path / CONFIG_FILE, dump_yaml(config))
+    except BaseException:
+        lock.close()
+        raise
+    return RunDirectory(path, before is not None, lock)
+
+
+def fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """Return, by dotted key, the settings that make a run what it is and that may not change on a resume."""
+    flat: dict[str, Any] = {}
+    for name, section in config.model_dump(mode="json").items():
+        if name in FREE_SECTIONS:
+            continue
+        if isinstance(section, dict):
+            flat.update({f"{name}.{key}": value for key, value in section.items()})
+        else:
+            flat[name] = section
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
+
+
+def read_identity(path: Path) -> dict[str, Any] | None:
+    """Return a run directory's `run.json`, None where there is none. Raises ConfigError for a foreign one."""
+    try:
+        identity = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path / IDENTITY_FILE}: cannot be read ({error}); choose another run.dir") from error
+    if not isinstance(identity, dict) or identity.get("format") != FORMAT:
+        raise ConfigError(f"{path / IDENTITY_FILE}: not the identity of a run of this version; choose another run.dir")
+    return identity
+
+
+def _lock(path: Path) -> IO[str]:
+    """Return the open lock file; the lock goes with the process, however it ends."""
+    stream = (path / LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # POSIX allows EAGAIN and EACCES
+        stream.seek(0)
+        owner = stream.read().strip() or "another process"
+        stream.close()
+        raise ConfigError(
+            f"run.dir={path}: {owner} trains in it at this moment; stop that run or choose another run.dir"
+        ) from error
+    except OSError as error:
+        logger.warning("%s: this file system has no locks (%s); two runs at once would not be noticed", path, error)
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    stream.flush()
+    return stream
+
+
+def _refuse_other_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ConfigError when the identities differ, naming each setting with both values."""
+    old, new = before["fixed"], now["fixed"]
+    differences = [
+        f"{key}={_show(old.get(key))} there, {_show(new.get(key))} here"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    for name, label in (("data_fingerprint", "data"), ("tokenizer_fingerprint", "tokenizer")):
+        if before[name] != now[name]:
+            differences.append(
+                f"{label} fingerprint {before[name][:12]} there ({before['data_path']}), "
+                f"{now[name][:12]} here ({now['data_path']})"
+            )
+    if differences:
+        raise ConfigError(
+            f"run.dir={path} holds another run: {'; '.join(differences)}; choose another run.dir, "
+            "or --fresh to remove that run"
+        )
+
+
+def _show(value: object) -> str:
+    return json.dumps(value)
+
+
+def _refuse_unknown_files(path: Path) -> None:
+    """Raise ConfigError when files that this run would overwrite lie in a directory without an identity."""
+    found = [name for name in (*_OWNED_FILES, _CHECKPOINTS) if (path / name).exists()]
+    if found:
+        raise ConfigError(
+            f"run.dir={path} holds {', '.join(found)} but no {IDENTITY_FILE}, so whose they are is unknown; "
+            "choose another run.dir"
+        )
+
+
+def _remove_run(path: Path, identity: dict[str, Any] | None) -> None:
+    """Remove the checkpoints, metrics and recipe of the run that is here, its identity last; nothing else."""
+    if identity is None:
+        return
+    checkpoints = path / _CHECKPOINTS
+    if checkpoints.is_symlink():
+        raise ConfigError(f"{checkpoints} is a symbolic link, which --fresh does not follow; remove it yourself")
+    if checkpoints.exists():
+        shutil.rmtree(checkpoints)
+    for name in (*_OWNED_FILES, IDENTITY_FILE):
+        (path / name).unlink(missing_ok=True)

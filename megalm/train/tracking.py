@@ -1,0 +1,296 @@
+"""What a run writes down while it trains: `metrics.jsonl` and the console.
+
+Owns the file's format and the two faces of the console (a terminal, a log). The figures come from the trainer
+and from `monitor`. Only rank 0 tracks: the other ranks hold a `Tracker` that does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from megalm.train.run_directory import write_atomically
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+Record = Mapping[str, float | int]
+
+
+def _kind(record: Mapping[str, object]) -> str:
+    return "evaluate" if "evaluate/loss" in record else "train"
+
+
+def _encode(record: Record) -> str:
+    """Return one line of valid JSON; NaN and infinities become strings, which `float()` reads."""
+    values = {
+        key: str(float(value)).replace("inf", "Infinity").replace("nan", "NaN")
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in record.items()
+    }
+    return json.dumps(values, allow_nan=False)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the lines of a `metrics.jsonl`, non-finite values as floats; a torn last line is left out.
+
+    Raises OSError when the file cannot be read.
+    """
+    return [
+        {key: float(value) if isinstance(value, str) else value for key, value in record.items()}
+        for _, record in _complete_lines(path)
+    ]
+
+
+def _complete_lines(path: Path) -> list[tuple[str, dict[str, float]]]:
+    """Return each complete line with its object; what a crash left (torn, NUL-filled) is dropped aloud."""
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("no object with a step")
+        except ValueError:
+            logger.warning("%s:%d is not a complete line of metrics and is left out", path, number)
+            continue
+        lines.append((line, record))
+    return lines
+
+
+class MetricsFile:
+    """`metrics.jsonl` of a run: one JSON object a line, appended and flushed line by line.
+
+    A line's `step` counts the steps done. Opening at `resume_step` first drops, atomically, the lines of
+    later steps, which are about to be done again, so each step stands there once (and once more where it was
+    evaluated).
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        self.path = run_dir / METRICS_FILE
+        self._last: dict[str, int] = {}
+        if self.path.exists():
+            self._drop_after(resume_step)
+        self._stream: IO[str] = self.path.open("a", encoding="utf-8")
+
+    def _drop_after(self, step: int) -> None:
+        lines = _complete_lines(self.path)
+        kept = [(line, record) for line, record in lines if record["step"] <= step]
+        for _, record in kept:
+            self._last[_kind(record)] = int(record["step"])
+        text = "".join(f"{line}\n" for line, _ in kept)
+        if text.encode() != self.path.read_bytes():
+            write_atomically(self.path, text)
+
+    def write(self, record: Record) -> None:
+        """Append one line; a step that stands there (a finished run, evaluated again) is left as it is."""
+        kind, step = _kind(record), int(record["step"])
+        if step <= self._last.get(kind, -1):
+            return
+        self._last[kind] = step
+        self._stream.write(_encode(record) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Bring the lines to the disk and close the file."""
+        if not self._stream.closed:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+
+
+def format_time(seconds: float) -> str:
+    """Return "12s", "3m05s", "2h07m" or "4d03h"."""
+    whole = round(seconds)
+    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // small:02d}{small_unit}"
+    return f"{whole}s"
+
+
+def format_bytes(count: float) -> str:
+    """Return a size with a binary unit: "512 MiB", "1.50 GiB"."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def format_count(count: float) -> str:
+    """Return a count with three figures: "987", "12.3k", "1.24B"."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
+
+
+def describe_step(record: Record) -> str:
+    """Return the part of a step's record that a person reads along: loss, rate, norm, speed, memory."""
+    rate = float(record["perf/tflops"])
+    speed = f"{rate:.1f} TFLOP/s" if rate >= 1 else f"{rate * 1e3:.2f} GFLOP/s"
+    return (
+        f"loss {record['train/loss']:.4f}  lr {record['optim/lr']:.2e}  |g| {record['optim/grad_norm']:.3f}  "
+        f"{format_count(record['perf/tokens_per_s'])} tok/s  {speed}  MFU {record['perf/mfu']:.1%}  "
+        f"{format_bytes(record['memory/peak_bytes'])}"
+    )
+
+
+def describe_evaluation(record: Record) -> str:
+    """Return the part of an evaluation's record that a person reads along."""
+    return (
+        f"held-out loss {record['evaluate/loss']:.4f}  perplexity {record['evaluate/perplexity']:.2f}  "
+        f"bits per byte {record['evaluate/bits_per_byte']:.4f}"
+    )
+
+
+class _Bar(Progress):
+    """The progress bar under one line of figures, so that neither is cut off at 80 columns."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return what is drawn at the foot of the terminal."""
+        yield Text(self.figures, no_wrap=True, overflow="ellipsis")
+        yield self.make_tasks_table(self.tasks)
+
+
+class Console:
+    """The run on the screen: a progress bar on a terminal, one plain line a logged step anywhere else.
+
+    `terminal` None asks the stream. Off a terminal no ANSI code is written.
+    """
+
+    def __init__(
+        self, first_step: int, last_step: int, stream: TextIO | None = None, terminal: bool | None = None
+    ):
+        self._stream = stream if stream is not None else sys.stdout
+        self._terminal = self._stream.isatty() if terminal is None else terminal
+        self._last_step = last_step
+        self._rich = RichConsole(
+            file=self._stream,
+            force_terminal=self._terminal,
+            no_color=None if self._terminal else True,
+            highlight=False,
+        )
+        self._bar: _Bar | None = None
+        if self._terminal:
+            self._bar = _Bar(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                console=self._rich,
+            )
+            self._task = self._bar.add_task("", total=last_step, completed=first_step)
+
+    def header(self, config_yaml: str, facts: Sequence[tuple[str, str]]) -> None:
+        """Show the resolved recipe, a line a section, and under it the facts of the run."""
+        sections = _compact(config_yaml)
+        width = max(len(name) for name, _ in (*sections, *facts))
+        if not self._terminal:
+            for name, text in (*sections, *facts):
+                self.note(f"{name:<{width}}  {text}")
+            return
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for name, text in sections:
+            table.add_row(f"[cyan]{name}[/cyan]", _escape(text))
+        for name, text in facts:
+            table.add_row(f"[bold]{name}[/bold]", _escape(text))
+        self._rich.print(table)
+        if self._bar is not None:
+            self._bar.start()
+
+    def step(self, record: Record, time_left_s: float) -> None:
+        """Show a logged step; `record` is the line of metrics."""
+        left = f"left {format_time(time_left_s)}"
+        if self._bar is not None:
+            self._bar.figures = describe_step(record)
+            self._bar.update(self._task, completed=int(record["step"]), description=left, refresh=True)
+            return
+        done = f"{record['step']:>{len(str(self._last_step))}}"
+        self.note(f"step {done}/{self._last_step}  {describe_step(record)}  {left}")
+
+    def evaluation(self, record: Record) -> None:
+        """Show an evaluation on its own line, above the bar."""
+        self.note(f"step {record['step']}  {describe_evaluation(record)}")
+
+    def note(self, message: str) -> None:
+        """Print one line as it stands."""
+        if self._terminal:
+            self._rich.print(_escape(message), soft_wrap=True)
+        else:
+            print(message, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands and give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _escape(text: str) -> str:
+    """Return the text such that rich prints it as it stands."""
+    return text.replace("[", r"\[")
+
+
+def _compact(config_yaml: str) -> list[tuple[str, str]]:
+    """Return a resolved recipe as one (section, "key=value key=value") a section; unset keys are left out."""
+    import yaml
+
+    rows: list[tuple[str, str]] = []
+    for name, section in yaml.safe_load(config_yaml).items():
+        if isinstance(section, dict):
+            text = " ".join(f"{key}={_plain(value)}" for key, value in section.items() if value is not None)
+        else:
+            text = _plain(section)
+        rows.append((name, text))
+    return rows
+
+
+def _plain(value: object) -> str:
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool) else str(value)
+
+
+class Tracker:
+    """The metrics file and the console of a run as one; `active` False (all ranks but 0) does nothing."""
+
+    def __init__(
+        self, run_dir: Path, resume_step: int, last_step: int, active: bool, stream: TextIO | None = None
+    ):
+        self._metrics = MetricsFile(run_dir, resume_step) if active else None
+        self._console = Console(resume_step, last_step, stream) if active else None
+
+    def header(self, config_yaml: str, facts: Sequence[tuple[str, str]]) -> None:
+        """Show the resolved recipe and the facts: parameters, layout, where MFU's denominator comes from."""
+        if self._console is not None:
+            self._console.header(config_yaml, facts)
+
+    def log_step(self, record: Record, time_left_s: float) -> None:
+        """Write and show one logged step."""
+        if self._metrics is not None and self._console is not None:
+            self._metrics.write(record)
+            self._console.step(record, time_left_s)
+
+    def log_evaluation(self, record: Record) -> None:
+        """Write and show one evaluation on held-out text."""
+        if self._metrics is not None and self._console is not None:
+            self._metrics.write(record)
+            self._console.evaluation(record)
+
+    def note(self, message: str) -> None:
+        """Show one line: a checkpoint written, a run resumed."""
+        if self._console is not None:
+            self._console.note(message)
+
+    def close(self) -> None:
+        """Close both; safe to call twice."""
+        if self._metrics is not None and self._console is not None:
+            self._metrics.close()
+            self._console.close()

@@ -1,0 +1,40 @@
+"""The engine for a recipe's ZeRO stage. DeepSpeed is imported only where a stage above 0 asks for it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megalm.config.deepspeed import deepspeed_config
+from megalm.config.run import RunConfig
+from megalm.distributed.mesh import ParallelMesh
+from megalm.zero.engine import MakeOptimizer, ZeroEngine
+
+
+def build_engine(
+    config: RunConfig,
+    module: nn.Module,
+    mesh: ParallelMesh,
+    make_optimizer: MakeOptimizer,
+    tied_weight: Tensor | None,
+) -> ZeroEngine:
+    """Return the engine that drives `module`'s optimizer. Every rank of the mesh must call.
+
+    Stage 0 is a plain optimizer, which is faster than DeepSpeed's and has nothing to divide; stages 1 to 3 are
+    DeepSpeed's with the recipe's JSON.
+    """
+    if config.zero.stage == 0:
+        from megalm.zero.replicated import ReplicatedEngine
+
+        return ReplicatedEngine(
+            module, mesh, make_optimizer, tied_weight=tied_weight, clip_norm=config.train.clip_grad_norm
+        )
+    from megalm.zero.sharded import ShardedEngine
+
+    return ShardedEngine(
+        module,
+        mesh,
+        make_optimizer,
+        tied_weight=tied_weight,
+        stage=config.zero.stage,
+        deepspeed_config=deepspeed_config(config, mesh.size("data")),
+    )

@@ -1,0 +1,122 @@
+"""The optimizer as the trainer sees it: gradients in, reduced and clipped update out, whatever the ZeRO stage.
+
+A step is: backward passes, `microbatch_done()` after each; then `reduce()`; then `update(lr)`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.sharding import Fragment, ShardSpec
+
+MakeOptimizer = Callable[[Sequence[tuple[ShardSpec, Tensor]]], torch.optim.Optimizer]
+"""Builds the optimizer over tensors, given with the spec of the logical tensor that each one is a part of."""
+
+ReadFragment = Callable[[ShardSpec, str, int, int], Tensor]
+"""(shard, kind, start, stop) -> 1-D values of that range of the flattened local tensor."""
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes that this rank holds through a step: what ZeRO divides, and what it does not."""
+
+    weights: int
+    master_weights: int
+    gradients: int
+    optimizer: int
+
+
+class ZeroEngine(ABC):
+    """What every stage offers. All methods that communicate must be called by every rank of the mesh."""
+
+    module: nn.Module
+    """What the forward pass must be called on."""
+
+    loss_factor: float
+    """Multiply the loss by this before the backward pass: it undoes the mean over data ranks, where one is taken."""
+
+    @abstractmethod
+    def microbatch_done(self) -> None:
+        """Take in the gradients of one microbatch's backward pass."""
+
+    @abstractmethod
+    def reduce(self) -> None:
+        """Sum the gradients of the step over data ranks, and those of tied weights over their two stages."""
+
+    @abstractmethod
+    def update(self, lr: float) -> float:
+        """Clip, update the weights at learning rate `lr`, drop the gradients; return the norm before clipping.
+
+        The norm counts every logical parameter of the whole model once. Where it is not finite, nothing is
+        updated.
+        """
+
+    @abstractmethod
+    def gradients(self) -> Iterator[Fragment]:
+        """Yield, between `reduce` and `update`, the reduced gradients that this rank holds."""
+
+    @abstractmethod
+    def state(self) -> Iterator[Fragment]:
+        """Yield the master weights and the optimizer state that this rank is to save; together the ranks' are whole."""
+
+    @abstractmethod
+    def load(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
+        """Set master weights, the optimizer state of `kinds`, and the weights; `steps` updates have been made."""
+
+    @abstractmethod
+    def held_bytes(self) -> HeldBytes:
+        """Return what this rank holds; call between `reduce` and `update`, when gradients are there."""
+
+
+def shard_of(parameter: Tensor) -> ShardSpec:
+    """Return the part of a logical tensor that a parameter is."""
+    spec: ShardSpec = parameter.shard  # type: ignore[attr-defined]
+    return spec
+
+
+def counted_here(parameter: Tensor, mesh: ParallelMesh, tied_weight: Tensor | None) -> bool:
+    """Return whether this rank counts (and saves) the parameter: its part is no copy of another model rank's.
+
+    Parameters that every tensor rank holds whole belong to tensor rank 0, tied weights to the first stage.
+    """
+    if parameter is tied_weight and not mesh.is_first_stage:
+        return False
+    return shard_of(parameter).dim is not None or mesh.coordinates.tensor == 0
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, kinds: Sequence[str], steps: int
+) -> dict[Tensor, dict[str, Tensor]]:
+    """Give every tensor of the optimizer a zero state of `kinds`, as after `steps` updates; return it for filling.
+
+    The step counter has the dtype and place that torch's own first update would give it.
+    """
+    for group in optimizer.param_groups:
+        on_device = bool(group.get("fused") or group.get("capturable"))
+        for tensor in group["params"]:
+            state: dict[str, Tensor] = {kind: torch.zeros_like(tensor, requires_grad=False) for kind in kinds}
+            if "exp_avg" in kinds:
+                device = tensor.device if on_device else torch.device("cpu")
+                state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=device)
+            optimizer.state[tensor] = state
+    return optimizer.state
+
+
+def tensor_states(state: dict[str, Tensor], numel: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the states that have an element for each of the `numel` elements of a tensor, in order of their names."""
+    for kind in sorted(state):
+        value = state[kind]
+        if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == numel:
+            yield kind, value
+
+
+def storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of the distinct storages behind the tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel() > 0}
+    return sum(storages.values())

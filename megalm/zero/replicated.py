@@ -1,0 +1,166 @@
+"""Stage 0: every data rank holds all of its model part; gradients are summed over the data axis in flat buckets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.sharding import Fragment
+from megalm.zero.engine import (
+    HeldBytes,
+    MakeOptimizer,
+    ReadFragment,
+    ZeroEngine,
+    counted_here,
+    restore_optimizer,
+    shard_of,
+    storage_bytes,
+    tensor_states,
+)
+
+BUCKET_ELEMENTS = 2**25
+"""Gradients are reduced in flat buffers of about this many elements: large enough for full bandwidth."""
+
+
+class ReplicatedEngine(ZeroEngine):
+    """Plain data parallelism around a torch optimizer.
+
+    Weights in bf16 get fp32 master weights, and their gradients are accumulated over microbatches in fp32.
+    """
+
+    loss_factor = 1.0
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: ParallelMesh,
+        make_optimizer: MakeOptimizer,
+        *,
+        tied_weight: Tensor | None,
+        clip_norm: float | None,
+    ) -> None:
+        self.module = module
+        self.mesh = mesh
+        self.clip_norm = clip_norm
+        self.weights: list[Tensor] = list(module.parameters())
+        self.mixed = self.weights[0].dtype == torch.bfloat16
+        self.masters: list[Tensor] = [w.detach().float() for w in self.weights] if self.mixed else self.weights
+        self.counted = [counted_here(w, mesh, tied_weight) for w in self.weights]
+        self.tied_master = next(
+            (m for w, m in zip(self.weights, self.masters, strict=True) if w is tied_weight), None
+        )
+        self.optimizer = make_optimizer(
+            [(shard_of(w), m) for w, m in zip(self.weights, self.masters, strict=True)]
+        )
+
+    def microbatch_done(self) -> None:
+        """Add bf16 gradients to the fp32 ones; other dtypes accumulate by themselves."""
+        if not self.mixed:
+            return
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = weight.grad.float()
+            else:
+                master.grad.add_(weight.grad)
+            weight.grad = None
+
+    def reduce(self) -> None:
+        """Sum tied gradients over the embedding group, then all gradients over the data group."""
+        for master in self.masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        if self.tied_master is not None:
+            dist.all_reduce(self.tied_master.grad, group=self.mesh.group("embedding"))
+        if self.mesh.size("data") == 1:
+            return
+        for bucket in _buckets([m.grad for m in self.masters if m.grad is not None]):
+            flat = _flatten_dense_tensors(bucket)
+            dist.all_reduce(flat, group=self.mesh.group("data"))
+            torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+
+    def update(self, lr: float) -> float:
+        """Clip by the norm over the whole model, update, and round the masters to the weights' dtype."""
+        norm = self._norm()
+        if math.isfinite(norm):
+            factor = 1.0 if self.clip_norm is None else self.clip_norm / (norm + 1e-6)
+            if factor < 1.0:
+                torch._foreach_mul_([m.grad for m in self.masters if m.grad is not None], factor)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            if self.mixed:
+                with torch.no_grad():
+                    torch._foreach_copy_(self.weights, self.masters)
+        for master in self.masters:
+            master.grad = None
+        return norm
+
+    def _norm(self) -> float:
+        counted = [m.grad for m, c in zip(self.masters, self.counted, strict=True) if c and m.grad is not None]
+        wide = torch.promote_types(self.masters[0].dtype, torch.float32)
+        square = torch.zeros((), dtype=wide, device=self.mesh.device)
+        if counted:
+            square = torch.stack(torch._foreach_norm(counted)).square().sum()
+        if self.mesh.size("model") > 1:
+            dist.all_reduce(square, group=self.mesh.group("model"))
+        return square.sqrt().item()
+
+    def gradients(self) -> Iterator[Fragment]:
+        """Yield whole local gradients: every data rank holds them."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            assert master.grad is not None, "gradients are there between reduce() and update()"
+            yield Fragment(shard_of(weight), "gradient", 0, master.grad.flatten())
+
+    def state(self) -> Iterator[Fragment]:
+        """Yield this data rank's share of every tensor, so that the ranks write equal parts of one copy."""
+        index, count = self.mesh.coordinates.data, self.mesh.size("data")
+        for weight, master, counted in zip(self.weights, self.masters, self.counted, strict=True):
+            if not counted:
+                continue
+            start, stop = (master.numel() * i // count for i in (index, index + 1))
+            own = {"weight": master.detach(), **dict(tensor_states(self.optimizer.state[master], master.numel()))}
+            for kind, values in own.items():
+                yield Fragment(shard_of(weight), kind, start, values.flatten()[start:stop])
+
+    def load(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
+        """Read whole local tensors."""
+        states = restore_optimizer(self.optimizer, kinds, steps)
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                for kind in ("weight", *kinds):
+                    target = master if kind == "weight" else states[master][kind]
+                    target.view(-1).copy_(read(shard_of(weight), kind, 0, master.numel()))
+            if self.mixed:
+                torch._foreach_copy_(self.weights, self.masters)
+
+    def held_bytes(self) -> HeldBytes:
+        """Return whole tensors' bytes: stage 0 divides nothing."""
+        states = [v for m in self.masters for _, v in tensor_states(self.optimizer.state[m], m.numel())]
+        return HeldBytes(
+            weights=storage_bytes(self.weights),
+            master_weights=storage_bytes(self.masters) if self.mixed else 0,
+            gradients=storage_bytes([m.grad for m in self.masters if m.grad is not None]),
+            optimizer=storage_bytes(states),
+        )
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in order, in lists of at most about BUCKET_ELEMENTS elements."""
+    bucket: list[Tensor] = []
+    elements = 0
+    for tensor in tensors:
+        if bucket and elements + tensor.numel() > BUCKET_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(tensor)
+        elements += tensor.numel()
+    if bucket:
+        yield bucket

@@ -1,0 +1,355 @@
+"""Stages 1, 2 and 3: DeepSpeed as the sharded optimizer under our own schedule. The only import of deepspeed.
+
+The schedule calls the module and plain autograd; DeepSpeed's hooks see the gradients, and this file tells it where
+microbatches and steps end. It uses methods that DeepSpeed keeps to itself, so the version is pinned exactly
+(0.19.8), and every cell of stage x precision x layout is held to the one-process reference by the parity gate.
+
+What is set differently from DeepSpeed's own habits, and why:
+- Gradients of stages 1 and 2 are kept in DeepSpeed's compact partition buffer for every dtype. It does so only for
+  bf16 weights with fp32 gradients; for fp32 it would keep the whole gradient of every tensor that reaches into the
+  partition, which for an embedding is more than ZeRO 2 promises.
+- bf16 under stage 1 uses the ZeRO optimizer, not BF16_Optimizer, so that stages 1 and 2 are one code path.
+- fp64 (for checking layouts) is carried through: DeepSpeed knows fp32, bf16 and fp16 only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.utils import groups as deepspeed_groups
+from torch import Tensor, nn
+
+from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.sharding import Fragment, ShardSpec
+from megalm.zero.engine import (
+    HeldBytes,
+    MakeOptimizer,
+    ReadFragment,
+    ZeroEngine,
+    counted_here,
+    restore_optimizer,
+    shard_of,
+    storage_bytes,
+    tensor_states,
+)
+
+# The shared-memory collectives would be compiled at start-up (40 s); gloo and NCCL do without.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements [start, start + length) of a parameter's flattened tensor, at `offset` of flat partition `flat`."""
+
+    parameter: Tensor
+    shard: ShardSpec
+    flat: int
+    offset: int
+    start: int
+    length: int
+
+
+class ShardedEngine(ZeroEngine):
+    """A DeepSpeedEngine used as the optimizer that divides state, gradients or weights over the data axis."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: ParallelMesh,
+        make_optimizer: MakeOptimizer,
+        *,
+        tied_weight: Tensor | None,
+        stage: int,
+        deepspeed_config: dict[str, Any],
+    ) -> None:
+        self.mesh = mesh
+        self.stage = stage
+        self.tied_weight = tied_weight
+        self.loss_factor = float(mesh.size("data"))
+        self.parameters = list(module.parameters())
+        for parameter in self.parameters:
+            self._tag(parameter)
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+        mpu = _ModelParallelUnit(mesh)
+        config = _with_fitting_bucket(deepspeed_config, sum(p.numel() for p in self.parameters))
+        self.engine = _Engine(
+            args=None,
+            model=module,
+            optimizer=make_optimizer([(shard_of(p), p) for p in self.parameters]),
+            mpu=mpu,
+            config=config,
+            config_class=DeepSpeedConfig(config, mpu),
+        )
+        self.module = self.engine.module
+        self.optimizer: Any = self.engine.optimizer
+        self.offloaded = bool(getattr(self.optimizer, "cpu_offload", False)) or bool(
+            getattr(self.optimizer, "offload_optimizer", False)
+        )
+        if stage < 3:
+            self.optimizer._use_compact_grad_partition_buffer = lambda group: True
+        if self.parameters[0].dtype == torch.float64:
+            self._widen_masters()
+        self.flats: list[Tensor] = (
+            self.optimizer.single_partition_of_fp32_groups
+            if stage < 3
+            else self.optimizer.fp32_partitioned_groups_flat
+        )
+        self.pieces = list(self._pieces_below_3() if stage < 3 else self._pieces_3())
+
+    def _tag(self, parameter: Any) -> None:
+        """Tell DeepSpeed's gradient norm which ranks count the parameter."""
+        counted = counted_here(parameter, self.mesh, self.tied_weight)
+        parameter.model_parallel = counted
+        parameter.tensor_model_parallel = counted
+        parameter.ds_pipe_replicated = parameter is self.tied_weight and not self.mesh.is_first_stage
+
+    def _widen_masters(self) -> None:
+        """Make DeepSpeed's fp32 master weights, and the gradients it keeps beside them, fp64; equal to the weights."""
+        optimizer = self.optimizer
+        optimizer.master_weights_and_grads_dtype = torch.float64
+        if self.stage < 3:
+            index = self.mesh.coordinates.data
+            masters = optimizer.single_partition_of_fp32_groups
+            sources = [parts[index] for parts in optimizer.parallel_partitioned_bit16_groups]
+        else:
+            masters = optimizer.fp32_partitioned_groups_flat
+            sources = optimizer.fp16_partitioned_groups_flat
+        for master, source in zip(masters, sources, strict=True):
+            had_gradient, master.grad = master.grad is not None, None
+            master.data = source.detach().clone().to(master.device)
+            if had_gradient:
+                master.grad = torch.zeros_like(master)
+
+    def _pieces_below_3(self) -> Iterator[_Piece]:
+        index = self.mesh.coordinates.data
+        for flat, parameters in enumerate(self.optimizer.round_robin_bit16_groups):
+            size = self.flats[flat].numel()
+            first, last = index * size, (index + 1) * size
+            for parameter, at in zip(parameters, self.optimizer.round_robin_bit16_offsets[flat], strict=True):
+                start, stop = max(first, at), min(last, at + parameter.numel())
+                if start < stop:
+                    yield _Piece(parameter, shard_of(parameter), flat, start - first, start - at, stop - start)
+
+    def _pieces_3(self) -> Iterator[_Piece]:
+        index = self.mesh.coordinates.data
+        for flat, parameters in enumerate(self.optimizer.fp16_groups):
+            offset = 0
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                start, stop = index * size, min((index + 1) * size, parameter.ds_numel)
+                if start < stop:
+                    yield _Piece(parameter, shard_of(parameter), flat, offset, start, stop - start)
+                offset += size
+
+    def microbatch_done(self) -> None:
+        """Under stages 2 and 3 reduce this microbatch's gradients into the partition now; they are not kept."""
+        if self.stage == 2:
+            self.optimizer.set_gradient_accumulation_boundary(False)
+            self.optimizer.overlapping_partition_gradients_reduce_epilogue()
+        elif self.stage == 3:
+            self.optimizer.independent_gradient_partition_epilogue()
+            self.optimizer.clear_backward_seen_flag()
+
+    def reduce(self) -> None:
+        """Reduce what is left, then sum the gradients of tied weights over their two stages."""
+        if self.stage == 1:
+            self.optimizer.set_gradient_accumulation_boundary(True)
+            self.optimizer.reduce_gradients()
+        elif self.stage == 2 or self.offloaded:
+            self.optimizer.finalize_gradient_accumulation_boundary()
+        if self.tied_weight is not None:
+            self._sum_tied()
+
+    def _sum_tied(self) -> None:
+        """Sum the tied gradient over the embedding group.
+
+        The two stages cut their flat buffers at different places, so each first puts its pieces together.
+        """
+        assert self.tied_weight is not None
+        whole: Tensor | None = None
+        own = [f for f, p in zip(self.gradients(), self.pieces, strict=True) if p.parameter is self.tied_weight]
+        dtype = self._gradient_flats()[0].dtype
+        whole = torch.zeros(self.tied_weight.numel(), dtype=dtype, device=self.mesh.device)
+        for fragment in own:
+            whole[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
+        dist.all_reduce(whole, group=self.mesh.group("data"))
+        dist.all_reduce(whole, group=self.mesh.group("embedding"))
+        for fragment in own:
+            fragment.values.copy_(whole[fragment.start : fragment.start + fragment.values.numel()])
+
+    def update(self, lr: float) -> float:
+        """Let DeepSpeed clip, update its partition and gather or re-partition the weights."""
+        for group in self.optimizer.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float("nan") if self.optimizer.overflow else float(self.engine.get_global_grad_norm())
+
+    def _gradient_flats(self) -> list[Tensor]:
+        """Return this rank's reduced gradients, one flat tensor for each of `flats`."""
+        if self.offloaded:
+            return [flat.grad for flat in self.flats if flat.grad is not None]
+        if self.stage < 3:
+            return [self.optimizer.averaged_gradients[i].flat_partition for i in range(len(self.flats))]
+        return [_joined(self.optimizer.averaged_gradients[i]) for i in range(len(self.flats))]
+
+    def gradients(self) -> Iterator[Fragment]:
+        """Yield the pieces of this rank's partition."""
+        flats = self._gradient_flats()
+        for piece in self.pieces:
+            values = flats[piece.flat].view(-1)[piece.offset : piece.offset + piece.length]
+            yield Fragment(piece.shard, "gradient", piece.start, values)
+
+    def state(self) -> Iterator[Fragment]:
+        """Yield the pieces of the master weights and optimizer state in this rank's partition."""
+        for piece in self.pieces:
+            if not counted_here(piece.parameter, self.mesh, self.tied_weight):
+                continue
+            flat = self.flats[piece.flat]
+            states = dict(tensor_states(self.optimizer.optimizer.state.get(flat, {}), flat.numel()))
+            for kind, values in {"weight": flat.detach(), **states}.items():
+                at = slice(piece.offset, piece.offset + piece.length)
+                yield Fragment(piece.shard, kind, piece.start, values.view(-1)[at])
+
+    def load(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
+        """Fill this rank's partition and give every rank the weights that follow from it."""
+        with torch.no_grad():
+            for group, flats in self._state_groups():
+                group["params"] = flats
+            states = restore_optimizer(self.optimizer.optimizer, kinds, steps)
+            for piece in self.pieces:
+                flat = self.flats[piece.flat]
+                at = slice(piece.offset, piece.offset + piece.length)
+                for kind in ("weight", *kinds):
+                    target = flat if kind == "weight" else states[flat][kind]
+                    stop = piece.start + piece.length
+                    target.view(-1)[at].copy_(read(piece.shard, kind, piece.start, stop))
+            self._spread_weights()
+
+    def _state_groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+        """Yield the optimizer's groups with their flat tensors, where DeepSpeed leaves the groups empty (stage 3)."""
+        if self.stage == 3:
+            for group_index, group in enumerate(self.optimizer.optimizer.param_groups):
+                owners = self.optimizer.sub_group_to_group_id
+                flats = [flat for i, flat in enumerate(self.flats) if owners[i] == group_index]
+                yield group, flats
+
+    def _spread_weights(self) -> None:
+        """Set the weights from the master weights of all data ranks."""
+        if self.stage < 3:
+            self.optimizer.update_lp_params()
+            return
+        for group in self.optimizer.optimizer.param_groups:
+            group["params"] = []
+        for i in range(len(self.flats)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        persistent = self.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def held_bytes(self) -> HeldBytes:
+        """Return this rank's bytes; weights that stage 3 keeps whole on every rank (small ones) are counted whole."""
+        weights: list[Tensor] = [getattr(p, "ds_tensor", p) if self.stage == 3 else p for p in self.parameters]
+        masters = [f for f in self.flats if not _same_storage(f, weights)]
+        states = [
+            v for f in self.flats for _, v in tensor_states(self.optimizer.optimizer.state.get(f, {}), f.numel())
+        ]
+        gradients = self._gradient_flats() + [p.grad for p in self.parameters if p.grad is not None]
+        return HeldBytes(
+            weights=storage_bytes(weights),
+            master_weights=storage_bytes(masters),
+            gradients=storage_bytes(gradients),
+            optimizer=storage_bytes(states),
+        )
+
+
+class _Engine(DeepSpeedEngine):  # type: ignore[misc]
+    """A DeepSpeedEngine that takes its dtypes from the module, fp64 included."""
+
+    def _module_dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Return (weights, accumulated gradients): gradients are never narrower than fp32."""
+        dtype = self._module_dtype()
+        return dtype, torch.promote_types(dtype, torch.float32)
+
+    @property
+    def communication_data_type(self) -> torch.dtype:
+        """Gradients travel in the dtype in which they are accumulated."""
+        return self.get_data_types()[1]
+
+    def zero_reduce_scatter(self) -> bool:
+        """DeepSpeed's checks admit its reduce-scatter path for fp32 and narrower only."""
+        return self._module_dtype() != torch.float64 and bool(super().zero_reduce_scatter())
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+        return str(ZERO_OPTIMIZATION)
+
+
+class _ModelParallelUnit:
+    """The mesh in the words that DeepSpeed asks for; its model parallelism is tensor x pipeline."""
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        self._mesh = mesh
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.group("data")
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.size("data")
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.coordinates.data
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.group("model")
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.size("model")
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.coordinates.pipeline * self._mesh.size("tensor") + self._mesh.coordinates.tensor
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.group("tensor")
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.size("tensor")
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.coordinates.tensor
+
+
+def _with_fitting_bucket(config: dict[str, Any], elements: int) -> dict[str, Any]:
+    """Return the config with a reduction buffer, which DeepSpeed allocates whole, no larger than all gradients."""
+    zero = config["zero_optimization"]
+    fitting = min(int(zero.get("reduce_bucket_size", 5e8)), max(elements, 1))
+    return {**config, "zero_optimization": {**zero, "reduce_bucket_size": fitting}}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the flat buffer that the adjoining parts are views of, in order."""
+    first, last = parts[0], parts[-1]
+    length = last.storage_offset() + last.numel() - first.storage_offset()
+    return first.as_strided((length,), (1,), first.storage_offset())
+
+
+def _same_storage(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    pointer = tensor.untyped_storage().data_ptr()
+    return any(pointer == o.untyped_storage().data_ptr() for o in others)
+
+
+def forget_world() -> None:
+    """Drop DeepSpeed's process-wide groups, so that another world can be formed in this process."""
+    deepspeed.comm.comm.cdb = None
+    deepspeed_groups._release_process_group_references()

@@ -1,0 +1,69 @@
+"""Package metadata. The folders of the repository map to one import package, `megalm`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"$', (ROOT / "megalm/version.py").read_text("utf-8"), re.MULTILINE
+)
+assert VERSION, "megalm/version.py holds no __version__"
+
+# kernels/ must not be a top-level import package: Hugging Face's `kernels` has that name.
+OUTSIDE = {"megalm.kernels": "kernels", "megalm.ds_configs": "ds_configs", "megalm.slurm": "slurm"}
+
+setup(
+    name="megalm",
+    version=VERSION.group(1),
+    description="A trainer for large Transformer language models: tensor, pipeline and data parallel, ZeRO",
+    long_description=README.read_text("utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["megalm", "megalm.*"]), *OUTSIDE],
+    package_dir={"megalm": "megalm", **OUTSIDE},
+    package_data={
+        "megalm": ["py.typed", "recipes/*.yaml"],
+        "megalm.ds_configs": ["*.json"],
+        "megalm.slurm": ["*.sbatch", "*.sh"],
+    },
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
+        "deepspeed==0.19.8",  # the ZeRO adapter uses its private methods
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pydantic>=2.7,<3",
+        "PyYAML>=6",
+        "rich>=13",
+        "safetensors>=0.4.3",
+        "tokenizers>=0.20",
+    ],
+    extras_require={
+        "mpi": ["mpi4py>=4"],  # imported under mpirun only; it needs an MPI library on the machine
+        "dev": [
+            "hypothesis>=6",
+            "mypy>=1.10",
+            "pytest>=8",
+            "pytest-timeout>=2",
+            "pytest-xdist>=3",
+            "ruff>=0.6",
+            "setuptools>=77",
+            "types-PyYAML>=6",
+        ],
+    },
+    entry_points={"console_scripts": ["megalm = megalm.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

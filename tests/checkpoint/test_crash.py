@@ -1,0 +1,157 @@
+"""Crashes: of the machine (a model of a disk that loses what was not synced) and of the process (SIGKILL)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalm.checkpoint.commands import verify
+from megalm.checkpoint.manager import CheckpointManager, latest_checkpoint
+from megalm.distributed.sharding import Fragment, ShardSpec
+from megalm.errors import CheckpointError
+from tests.checkpoint.disk_model import Calls, RecordingFileSystem, crashes
+
+SPEC = ShardSpec.whole("x", (64,))
+
+
+def save(manager: CheckpointManager, step: int, mark: int) -> None:
+    values = torch.full((64,), float(mark))
+    manager.save(step, [Fragment(SPEC, kind, 0, values) for kind in ("weight", "exp_avg")], {"mark": mark})
+
+
+def mark_of(run: Path) -> int | None:
+    """Return which save the newest valid checkpoint is of; its parts must all be of that save."""
+    reader = latest_checkpoint(run)
+    if reader is None:
+        return None
+    mark = int(reader.state["mark"])
+    for kind in ("weight", "exp_avg"):
+        assert reader.read_local(SPEC, kind).eq(mark).all()
+    reader.close()
+    return mark
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> tuple[Calls, list[int]]:
+    """Return the calls of four saves (step 2 twice; keep=1), and how many had been made after each."""
+    root = tmp_path_factory.mktemp("record")
+    files = RecordingFileSystem(root)
+    manager = CheckpointManager(root / "run", 1, files=files)
+    done = [0]
+    for mark, step in enumerate([1, 2, 2, 3], 1):
+        save(manager, step, mark)
+        done.append(len(files.calls))
+    return files.calls, done
+
+
+def broken_promises(calls: Calls, done: list[int], directory: Path, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
+    """Yield what goes wrong after a crash at some point: a lost save, a damaged checkpoint, an error."""
+    caplog.set_level(logging.WARNING)
+    for made, finished, disk in crashes(calls, done, directory, tries=6):
+        last = calls[made - 1][:2]
+        caplog.clear()
+        try:
+            mark = mark_of(disk / "run") or 0
+            CheckpointManager(disk / "run", 1)
+            if mark:
+                verify(disk / "run")  # no half deleted one either
+            again = mark_of(disk / "run") or 0
+        except CheckpointError as error:
+            yield f"after {last}: {error}"
+            continue
+        if not finished <= mark == again <= finished + 1:
+            yield f"after {last}: save {mark}, then {again}, where {finished} had returned"
+        if caplog.records:
+            yield f"after {last}: {caplog.messages[0]}"
+
+
+def test_every_crash_leaves_the_old_or_the_new_checkpoint(
+    record: tuple[Calls, list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert list(broken_promises(*record, tmp_path, caplog)) == []
+    assert len(list(tmp_path.iterdir())) > 200, "different states of the disk"
+
+
+def second_save_without(record: tuple[Calls, list[int]], call: str, name: str) -> tuple[Calls, list[int]]:
+    """Return the record up to the second save, without the fsyncs of one file or directory in that save."""
+    calls, done = record
+    kept = [
+        entry
+        for index, entry in enumerate(calls[: done[2]])
+        if index < done[1] or entry[0] != call or Path(entry[1]).name != name
+    ]
+    assert len(kept) < done[2], f"no {call} of {name}"
+    return kept, [*done[:2], len(kept)]
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("fsync", "rank-00000-weight.safetensors"),
+        ("fsync", "rank-00000-optimizer.safetensors"),
+        ("fsync", "state.json"),
+        ("fsync", "manifest.json"),
+        ("fsync-directory", ".step-00000002.partial"),
+        ("fsync-directory", "checkpoints"),
+    ],
+)
+def test_each_fsync_is_needed(
+    record: tuple[Calls, list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture, call: str, name: str
+) -> None:
+    calls, done = second_save_without(record, call, name)
+    assert next(broken_promises(calls, done, tmp_path, caplog), None) is not None
+
+
+KILLS = 30
+KILL_LOOP = f"""
+import json, logging, os, random, signal, sys, time
+from pathlib import Path
+from megalm.checkpoint.commands import verify
+from megalm.checkpoint.manager import CheckpointManager
+from tests.checkpoint.test_crash import mark_of, save
+
+logging.disable(logging.ERROR)
+run, chosen, inside, last = Path(sys.argv[1]), random.Random(7), 0, 0
+for kill in range({KILLS}):
+    said, say = os.pipe()
+    child = os.fork()
+    if child == 0:
+        manager = CheckpointManager(run, 1 + kill % 2)
+        mark = mark_of(run) or 0
+        while True:
+            mark += 1
+            save(manager, (mark + 1) // 2, mark)   # each step twice
+            os.write(say, mark.to_bytes(8, "little"))
+    os.close(say)
+    begin = time.monotonic()
+    last = int.from_bytes(os.read(said, 8), "little")
+    time.sleep(chosen.uniform(0.0, time.monotonic() - begin))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while mark := os.read(said, 8):
+        last = int.from_bytes(mark, "little")
+    os.close(said)
+    inside += any(path.name.startswith(".") for path in (run / "checkpoints").glob(".*"))
+    found = mark_of(run) or 0
+    assert last <= found <= last + 1, (kill, last, found)
+    last = found
+print(json.dumps([inside, last]))
+"""
+
+
+def test_a_process_killed_at_random_moments_loses_no_finished_save(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILL_LOOP, str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    inside, saves = json.loads(ended.stdout)
+    assert inside > KILLS // 10, f"only {inside} of {KILLS} kills fell inside a save"
+    assert saves >= KILLS

@@ -1,0 +1,239 @@
+"""The checkpoints of a run: retention, falling back, left-overs, disks that refuse; and the two commands."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalm.checkpoint.commands import inspect, verify
+from megalm.checkpoint.files import FileSystem
+from megalm.checkpoint.manager import CheckpointManager, find_checkpoints, latest_checkpoint
+from megalm.checkpoint.manifest import hidden
+from megalm.distributed.sharding import Fragment, ShardSpec
+from megalm.errors import CheckpointError
+
+SPEC = ShardSpec.whole("x.weight", (4, 8))
+
+
+def save(manager: CheckpointManager, step: int, mark: float = 0.0) -> Path:
+    values = torch.full((32,), mark)
+    return manager.save(step, [Fragment(SPEC, "weight", 0, values)], {"step": step, "mark": mark})
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def damage(path: Path) -> None:
+    file = path / "rank-00000-weight.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_new_run_has_none_and_then_the_newest(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path / "run", 3)
+    assert manager.latest() is None and latest_checkpoint(tmp_path / "elsewhere") is None
+    assert not (tmp_path / "run").exists(), "looking must not make anything"
+    for step in (5, 10, 99_999_999, 100_000_000):
+        save(manager, step)
+    latest = manager.latest()
+    assert latest is not None and latest.step == 100_000_000
+    assert [p.name for p in find_checkpoints(manager.directory)] == [
+        "step-100000000",
+        "step-99999999",
+        "step-00000010",
+    ], "the newest by number, not by name"
+
+
+def test_retention_keeps_the_newest_and_never_what_was_just_saved(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 2)
+    for step in range(1, 5):
+        save(manager, step)
+    assert names(tmp_path) == ["step-00000003", "step-00000004"]
+    save(CheckpointManager(tmp_path, 1), 5)
+    assert names(tmp_path) == ["step-00000005"]
+    with pytest.raises(CheckpointError, match=r"keep=0.*use 1 or more"):
+        CheckpointManager(tmp_path, 0)
+
+
+def test_damaged_ones_are_passed_over_loudly_and_do_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manager = CheckpointManager(tmp_path, 3)
+    paths = [save(manager, step, step) for step in (1, 2, 3)]
+    damage(paths[2])
+    (paths[1] / "manifest.json").unlink()
+    latest = manager.latest()
+    assert latest is not None and latest.step == 1
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "SKIPPING DAMAGED CHECKPOINT step-00000003",
+        "SKIPPING DAMAGED CHECKPOINT step-00000002",
+    ]
+    assert all(record.levelno == logging.WARNING and "\n" not in record.getMessage() for record in caplog.records)
+    save(CheckpointManager(tmp_path, 1), 2, 2.5)
+    latest = manager.latest()
+    assert latest is not None and latest.state["mark"] == 2.5
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    damage(paths[1])
+    with pytest.raises(CheckpointError, match=r"none of its 2 checkpoints is valid .*move the directory away"):
+        manager.latest()
+
+
+def test_left_overs_are_cleared_by_a_manager_and_not_by_a_reader(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 2)
+    first = save(manager, 1, 1.0)
+    for role in ("partial", "deleted"):
+        hidden(manager.directory / "step-00000002", role).mkdir()
+    hidden(first, "replaced").mkdir()
+    (manager.directory / "notes.txt").write_text("mine")
+    assert latest_checkpoint(tmp_path) is not None and len(names(tmp_path)) == 5
+    CheckpointManager(tmp_path, 2)
+    assert names(tmp_path) == ["notes.txt", "step-00000001"]
+
+
+def test_what_was_set_aside_for_an_unfinished_replacement_comes_back(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 2)
+    first = save(manager, 1, 1.0)
+    first.rename(hidden(first, "replaced"))
+    hidden(first, "partial").mkdir()
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None and latest.state["mark"] == 1.0
+    CheckpointManager(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+class FailingFileSystem(FileSystem):
+    """Refuses the nth call of those that change the disk."""
+
+    def __init__(self, fail_at: int, code: int) -> None:
+        self.left, self.code = fail_at, code
+
+    def _count(self, path: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(self.code, os.strerror(self.code), str(path) if isinstance(path, Path) else None)
+
+    def make_directory(self, path: Path) -> None:
+        self._count(path)
+        super().make_directory(path)
+
+    def create(self, path: Path) -> int:
+        self._count(path)
+        return super().create(path)
+
+    def write(self, descriptor: int, data: bytes | memoryview) -> None:
+        self._count(descriptor)
+        super().write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        self._count(descriptor)
+        super().sync(descriptor)
+
+    def sync_directory(self, path: Path) -> None:
+        self._count(path)
+        super().sync_directory(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._count(source)
+        super().rename(source, target)
+
+
+@pytest.mark.parametrize("step", [7, 6])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_every_refused_call_is_an_error_with_path_and_cause_and_loses_nothing(
+    tmp_path: Path, step: int, code: int
+) -> None:
+    failures = 0
+    for fail_at in range(1, 60):
+        run = tmp_path / str(fail_at)
+        save(CheckpointManager(run, 1), 6, 1.0)
+        files = FailingFileSystem(fail_at, code)
+        try:
+            save(CheckpointManager(run, 1, files=files), step, 2.0)
+        except CheckpointError as error:
+            failures += 1
+            assert os.strerror(code) in str(error) and str(run) in str(error) and "\n" not in str(error)
+            accepted = {1.0, 2.0} if "checkpoints: cannot" in str(error) else {1.0}
+        else:
+            accepted = {2.0}
+        latest = latest_checkpoint(run)
+        assert latest is not None and latest.state["mark"] in accepted
+        assert latest.read_local(SPEC, "weight").eq(latest.state["mark"]).all()
+        if files.left > 0:
+            break
+        assert not [name for name in names(run) if name.endswith(".partial")]
+    assert failures >= 12 and files.left > 0
+
+
+FULL_DISK = """
+import sys, torch
+from pathlib import Path
+from tests.checkpoint.test_manager import *
+manager = CheckpointManager(Path(sys.argv[1]) / "run", 2)
+save(manager, 1, 1.0)
+big = ShardSpec.whole("x.weight", (1 << 19,))
+try:
+    manager.save(2, [Fragment(big, "weight", 0, torch.zeros(1 << 19))], {})
+except CheckpointError as error:
+    print(error)
+assert names(manager.run_dir) == ["step-00000001"], names(manager.run_dir)
+assert manager.latest().step == 1
+save(manager, 3, 3.0)
+assert manager.latest().step == 3
+"""
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_next_save_works(tmp_path: Path) -> None:
+    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m none "$1" && shift && exec "$@"', "sh"]
+    try:
+        probe = subprocess.run([*mount, str(tmp_path), "true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no unshare command for a small tmpfs")
+    if probe.returncode:
+        pytest.skip(f"no tmpfs of one's own here: {probe.stderr.strip()}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*mount, str(tmp_path), sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert "rank-00000-weight.safetensors: cannot save the checkpoint: No space left on device" in ended.stdout
+
+
+def test_a_failing_source_of_fragments_leaves_no_partial_directory(tmp_path: Path) -> None:
+    def fragments():  # type: ignore[no-untyped-def]
+        yield Fragment(SPEC, "weight", 0, torch.zeros(32))
+        raise RuntimeError("device lost")
+
+    manager = CheckpointManager(tmp_path, 2)
+    with pytest.raises(RuntimeError, match="device lost"):
+        manager.save(1, fragments(), {})
+    assert names(tmp_path) == []
+
+
+def test_inspect_and_verify_answer_for_a_run_and_for_one_checkpoint(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 3, layout={"tensor": 1, "data": 1, "zero": 1})
+    for step in (1, 2):
+        fragments = [
+            Fragment(SPEC, "weight", 0, torch.zeros(32)),
+            Fragment(SPEC, "exp_avg", 0, torch.zeros(32)),
+        ]
+        path = manager.save(step, fragments, {"step": step})
+    for target in (tmp_path, path):
+        found = inspect(target)
+        assert found["step"] == 2 and found["tensors"] == 1 and found["parameters"] == 32 and found["dtype"] == "F32"
+        assert found["bytes"] == {"exp_avg": 128, "weight": 128}
+        assert found["layout"] == {"tensor": 1, "data": 1, "zero": 1} and found["state"] == {"step": 2}
+        assert found["total_bytes"] == sum(file["bytes"] for file in found["files"])
+    assert [item["step"] for item in verify(tmp_path)["checkpoints"]] == [2, 1]
+    damage(manager.directory / "step-00000001")
+    assert [item["step"] for item in verify(path)["checkpoints"]] == [2]
+    with pytest.raises(CheckpointError, match=r"step-00000001/rank-00000-weight.*SHA-256.*1 good"):
+        verify(tmp_path)
+    for missing in (tmp_path / "nothing", tmp_path / "checkpoints" / "step-00000009"):
+        with pytest.raises(CheckpointError, match="checkpoint"):
+            inspect(missing)

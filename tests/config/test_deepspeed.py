@@ -1,0 +1,189 @@
+"""The DeepSpeed JSON and the recipe: what is joined, and every contradiction between them."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalm.config.deepspeed import ZERO_KEYS, deepspeed_config, shipped_configs
+from megalm.config.load import load_recipe
+from megalm.config.run import RunConfig
+from megalm.errors import ConfigError
+from tests.config.recipes import write_recipe
+
+
+def config_with(folder: Path, content: dict[str, Any] | str, *overrides: str) -> RunConfig:
+    """Return the small recipe with a DeepSpeed JSON of the user's own."""
+    path = folder / "mine.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return load_recipe(write_recipe(folder), [f"zero.config={path}", *overrides])
+
+
+def error_of(config: RunConfig, data_size: int | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_config(config, data_size)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
+def test_shipped_files_join_with_a_recipe_of_their_stage(tmp_path: Path, name: str) -> None:
+    stage = int(name[4])
+    joined = deepspeed_config(
+        load_recipe(write_recipe(tmp_path), [f"zero.stage={stage}", f"zero.config={name}", "precision=bf16"])
+    )
+    zero = joined["zero_optimization"]
+    assert zero["stage"] == stage
+    assert zero.get("overlap_comm", False) is False
+    assert ("offload_optimizer" in zero) == name.endswith("offload")
+    assert name in shipped_configs()
+
+
+def test_the_stage_names_the_file_by_default(tmp_path: Path) -> None:
+    joined = deepspeed_config(load_recipe(write_recipe(tmp_path), ["zero.stage=2", "train.clip_grad_norm=0.5"]))
+    assert joined.pop("zero_optimization")["reduce_bucket_size"] == 50_000_000
+    assert joined == {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.5,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def test_bf16_accumulates_in_fp32_and_no_clipping_is_zero(tmp_path: Path) -> None:
+    overrides = ["precision=bf16", "train.clip_grad_norm=null"]
+    joined = deepspeed_config(load_recipe(write_recipe(tmp_path), overrides))
+    assert joined["bf16"] == {"enabled": True}
+    assert joined["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert joined["gradient_clipping"] == 0.0
+
+
+def test_values_equal_to_the_recipe_and_auto_are_accepted(tmp_path: Path) -> None:
+    content = {
+        "train_batch_size": 12,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 1,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False, "loss_scale": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "betas": [0.9, 0.95], "eps": "auto"}},
+        "scheduler": "auto",
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": 7},
+        "communication_data_type": "fp32",
+        "steps_per_print": 5,
+    }
+    joined = deepspeed_config(config_with(tmp_path, content, "precision=bf16", "zero.stage=1"), data_size=2)
+    assert joined["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7}
+    assert (joined["communication_data_type"], joined["steps_per_print"]) == ("fp32", 5)
+    assert joined["gradient_accumulation_steps"] == joined["train_micro_batch_size_per_gpu"] == 1
+    assert not {"optimizer", "scheduler", "fp16", "train_batch_size"} & joined.keys()
+
+
+def test_clipping_of_zero_is_no_clipping(tmp_path: Path) -> None:
+    config = config_with(tmp_path, {"gradient_clipping": 0.0}, "train.clip_grad_norm=null")
+    assert deepspeed_config(config)["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "recipe"),
+    [
+        ({"train_batch_size": 32}, "train_batch_size=32", "train.global_batch=12"),
+        ({"train_batch_size": True}, "train_batch_size=true", "train.global_batch=12"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu=4", "train.micro_batch=2"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4", "train.global_batch=12 and train.micro"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping=0.5", "train.clip_grad_norm=1.0"),
+        ({"gradient_clipping": 0.0}, "gradient_clipping=0.0", "train.clip_grad_norm=1.0"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled=true", "precision=fp32"),
+        ({"fp16": {"enabled": "yes"}}, 'fp16.enabled="yes"', "precision=fp32"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled=true", "precision=fp32"),
+        ({"amp": {"enabled": True}}, "amp.enabled=true", "precision=fp32"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, 'data_types.grad_accum_dtype="bf16"', "precision=fp32"),
+        ({"optimizer": {"type": "Lamb"}}, 'optimizer.type="Lamb"', "optim.kind=adamw"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, "optimizer.params.lr=1", "optim.lr=0.001"),
+        ({"optimizer": {"params": {"torch_adam": True}}}, "optimizer.params.torch_adam=true", "optim.kind=adamw"),
+        ({"scheduler": {"type": "WarmupLR"}}, 'scheduler.type="WarmupLR"', "lr_schedule.kind=cosine"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage=2", "zero.stage=1"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, 'offload_param.device="cpu"', "zero.stage=1"),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer=true", "optim.kind=adamw"),
+    ],
+)  # fmt: skip
+def test_a_contradiction_names_both_places(
+    tmp_path: Path, content: dict[str, Any], place: str, recipe: str
+) -> None:
+    error = error_of(config_with(tmp_path, content, "zero.stage=1"))
+    assert f"mine.json:{place}" in error or f"mine.json:zero_optimization.{place}" in error
+    assert f"contradicts the recipe's {recipe}" in error
+    assert "\n" not in error
+
+
+def test_all_contradictions_are_reported_at_once(tmp_path: Path) -> None:
+    content = {"train_batch_size": 32, "gradient_clipping": 2, "fp16": {"enabled": True}}
+    lines = error_of(config_with(tmp_path, content)).splitlines()
+    assert lines[0] == "mine.json: 3 mistakes"
+    assert len(lines) == 4
+
+
+def test_precision_switched_off_contradicts_bf16(tmp_path: Path) -> None:
+    error = error_of(config_with(tmp_path, {"bf16": {"enabled": False}}, "precision=bf16"))
+    assert "mine.json:bf16.enabled=false contradicts the recipe's precision=bf16" in error
+
+
+def test_accumulation_is_compared_exactly_once_the_data_ranks_are_known(tmp_path: Path) -> None:
+    config = config_with(tmp_path, {"gradient_accumulation_steps": 3})
+    assert deepspeed_config(config, data_size=2)
+    assert "over 3 data-parallel ranks" in error_of(config, data_size=3)
+
+
+def test_overlapped_communication_is_refused_under_a_pipeline(tmp_path: Path) -> None:
+    content = {"zero_optimization": {"overlap_comm": True}}
+    assert deepspeed_config(config_with(tmp_path, content, "zero.stage=1"))
+    error = error_of(config_with(tmp_path, content, "zero.stage=1", "parallel.pipeline=2"))
+    assert "overlap_comm=true contradicts the recipe's parallel.pipeline=2" in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimisation": {}}, "mine.json:zero_optimisation: unknown key; did you mean zero_optimization?"),
+        ({"zero_optimization": {"reduce_bucket": 1}}, "reduce_bucket: unknown key; did you mean reduce_bucket_size?"),
+        ({"flops_profiler": {}}, "mine.json:flops_profiler: unknown key; it would have no effect here, take it out"),
+        ({"fp16": True}, "mine.json:fp16=true is not an object"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, 'offload_optimizer="cpu" is not an object'),
+        ('{\n "fp16": {,}\n}', "mine.json:2: not valid JSON"),
+        ("", "mine.json:1: not valid JSON"),
+        ("[1]", "mine.json: not an object"),
+        ('{"fp16": {}, "fp16": {}}', "mine.json: key fp16 is given twice"),
+        ('{"gradient_clipping": NaN}', "mine.json: NaN is no JSON"),
+        ("[" * 100_000, "mine.json: values are nested too deeply"),
+    ],
+)  # fmt: skip
+def test_a_json_that_is_wrong_in_itself_is_one_line(tmp_path: Path, content: Any, message: str) -> None:
+    error = error_of(config_with(tmp_path, content, "zero.stage=1"))
+    assert message in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zero4", "zero.config=zero4: no shipped DeepSpeed JSON; did you mean zero"),
+        ("gone.json", "zero.config=gone.json: no such file; give a JSON file or one of zero0, zero1, zero2, zero2-off"),
+    ],
+)
+def test_an_unknown_file_lists_the_known_ones(tmp_path: Path, name: str, message: str) -> None:
+    assert message in error_of(load_recipe(write_recipe(tmp_path), [f"zero.config={name}"]))
+
+
+def test_the_known_zero_keys_are_those_of_the_pinned_deepspeed() -> None:
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    assert version("deepspeed") == "0.19.8"
+    fields = config.DeepSpeedZeroConfig.model_fields
+    names = {field.alias or name for name, field in fields.items()} | fields.keys()
+    assert names >= ZERO_KEYS
+    assert {field.alias or name for name, field in fields.items()} == ZERO_KEYS

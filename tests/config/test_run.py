@@ -1,0 +1,140 @@
+"""The schema: defaults, derived values, and the rules between keys with their remedies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from megalm.config.checks import divisors, list_values
+from megalm.config.load import load_recipe
+from megalm.config.run import ModelSection, RunConfig, check_world, key_types
+from megalm.errors import ConfigError
+from tests.config.recipes import write_recipe
+
+
+def load(folder: Path, *overrides: str) -> RunConfig:
+    return load_recipe(write_recipe(folder), overrides)
+
+
+def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.model.layers = 2
+    assert isinstance(hash(load(tmp_path, "parallel.partition=[4]")), int)
+
+
+def test_derived_values_of_the_model() -> None:
+    model = ModelSection(layers=1, hidden=512, heads=8, sequence=4)
+    assert (model.head_size, model.key_value_heads, model.feed_forward) == (64, 8, 2048)
+    swiglu = model.model_copy(update={"activation": "swiglu", "kv_heads": 2})
+    assert (swiglu.key_value_heads, swiglu.feed_forward) == (2, 1408)  # 8/3 x 512 = 1365.3, up to 22 x 64
+    assert model.model_copy(update={"ffn": 10}).feed_forward == 10
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tensor=8"], "model.heads=12 is not divisible by parallel.tensor=8; use 1, 2, 3, 4, 6 or 12"),
+        (["model.heads=5"], "model.hidden=48 is not divisible by model.heads=5; use 1, 2, 3, 4, 6, 8, 12, 16, 24"),
+        (["model.kv_heads=5"], "model.heads=12 is not divisible by model.kv_heads=5; use 1, 2, 3, 4, 6 or 12"),
+        (
+            ["model.kv_heads=2", "parallel.tensor=4"],
+            "model.kv_heads=2 is not divisible by parallel.tensor=4; use 1 or 2",
+        ),
+        (
+            ["model.ffn=10", "parallel.tensor=4"],
+            "model.ffn=10 is not divisible by parallel.tensor=4; use 1, 2, 5 or 10",
+        ),
+        (
+            ["model.position=rotary", "model.heads=16"],
+            "a head has model.hidden/model.heads=3 of them with model.heads=16; use 1, 2, 3, 4, 6, 8, 12 or 24",
+        ),
+        (["parallel.pipeline=5"], "parallel.pipeline=5 is more than model.layers=4; use at most 4"),
+        (
+            ["parallel.pipeline=2", "parallel.partition=[1,2,1]"],
+            "names 3 stages, but parallel.pipeline=2; give 2 numbers of layers that add up to 4",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.partition=[1,2]"],
+            "adds up to 3 layers, but model.layers=4; make the 2 numbers add up to 4",
+        ),
+        (
+            ["parallel.sequence=true", "parallel.tensor=3"],
+            "model.sequence=16 is not divisible by parallel.tensor=3; use 1, 2, 4, 8 or 16, or parallel.sequence=false",
+        ),
+        (
+            ["train.micro_batch=5"],
+            "train.global_batch=12 is not divisible by train.micro_batch=5; use 1, 2, 3, 4, 6 or 12",
+        ),
+        (["zero.stage=3", "parallel.pipeline=2"], "use zero.stage 0, 1 or 2, or parallel.pipeline=1"),
+        (["lr_schedule.warmup_steps=11"], "lr_schedule.warmup_steps=11 is more than train.steps=10; use at most 10"),
+        (["train.stop_at=11"], "train.stop_at=11 is more than train.steps=10; use at most 10"),
+        (["optim.momentum=0.9"], "optim.momentum=0.9 has no effect with optim.kind=adamw; use optim.kind=sgd"),
+    ],
+)
+def test_a_broken_rule_gives_the_values_and_the_legal_ones(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, *overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("recipe.yaml: ")
+
+
+def test_legal_layouts_are_accepted(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, "parallel.tensor=2", "parallel.pipeline=3", "parallel.partition=[1,2,1]", "parallel.sequence=true"
+    )
+    assert config.parallel.partition == (1, 2, 1)
+    assert load(tmp_path, "zero.stage=3", "parallel.tensor=4").zero.stage == 3
+
+
+def test_building_a_config_in_code_checks_the_rules_too() -> None:
+    values = {
+        "model": {"layers": 1, "hidden": 8, "heads": 3, "sequence": 4},
+        "train": {"steps": 1, "global_batch": 2, "micro_batch": 1},
+        "optim": {"lr": 1.0},
+    }
+    with pytest.raises(ConfigError, match=r"model\.hidden=8 is not divisible by model.heads=3"):
+        RunConfig.model_validate(values)
+
+
+def test_check_world_returns_the_data_parallel_size(tmp_path: Path) -> None:
+    config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2")
+    assert [check_world(config, world) for world in (4, 8, 12)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("world", "message"),
+    [
+        (2, "parallel.tensor=2 x parallel.pipeline=2 needs 4 ranks, but 2 are started; start 4"),
+        (1, "needs 4 ranks, but 1 is started"),
+        (6, "6 ranks are not divisible by .*; start 4 or 8"),
+        (
+            16,
+            "train.global_batch=12 is not divisible by train.micro_batch=2 x 4 data-parallel ranks .* "
+            "use 8 or 16 for train.global_batch, or 4, 8, 12 or 24 ranks",
+        ),
+    ],
+)
+def test_check_world_refuses_ranks_that_do_not_fit(tmp_path: Path, world: int, message: str) -> None:
+    config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2")
+    with pytest.raises(ConfigError, match=message):
+        check_world(config, world)
+
+
+def test_divisors_and_their_list() -> None:
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(1) == [1]
+    assert list_values([7]) == "7"
+    assert list_values([1, 2]) == "1 or 2"
+    assert list_values(list(range(1, 21))) == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, ... or 20"
+
+
+def test_every_key_has_a_type() -> None:
+    types = key_types()
+    assert {"seed", "precision", "run.dir", "model.kv_heads", "log.every"} <= types.keys()
+    assert len(types) == 51

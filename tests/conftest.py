@@ -1,0 +1,27 @@
+"""What all tests share: one thread a process, and worker processes that are started once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the machine's cores belong to the ranks
+
+import pytest
+
+from tests.worker_pool import WorkerPool
+
+POOL_SIZE = 8
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers that this file knows."""
+    config.addinivalue_line("markers", "mpi: needs Open MPI's mpirun")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[WorkerPool]:
+    """Give the session's pool of up to 8 ranks; its processes start when a test first needs them."""
+    workers = WorkerPool(POOL_SIZE)
+    yield workers
+    workers.close()

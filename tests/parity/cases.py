@@ -1,0 +1,91 @@
+"""The layouts of the parity gate, and what they are held to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.parity.harness import LLAMA, Case, Difference
+
+STEPS = 30
+
+DROPOUT: dict[str, Any] = {"model.dropout": 0.1}
+SMOOTHING: dict[str, Any] = {"loss.label_smoothing": 0.1}
+UNTIED: dict[str, Any] = {"model.tie_embeddings": False}
+SEQUENCE: dict[str, Any] = {"parallel.sequence": True}
+GPIPE: dict[str, Any] = {"parallel.schedule": "gpipe"}
+RECOMPUTE: dict[str, Any] = {"train.recompute": "full"}
+OFFLOAD2: dict[str, Any] = {"zero.stage": 2, "zero.config": "zero2-offload"}
+OFFLOAD3: dict[str, Any] = {"zero.stage": 3, "zero.config": "zero3-offload"}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """Return the overrides of a ZeRO stage."""
+    return {"zero.stage": stage}
+
+
+def batch(global_batch: int, micro_batch: int) -> dict[str, Any]:
+    """Return the overrides of another accumulation depth."""
+    return {"train.global_batch": global_batch, "train.micro_batch": micro_batch}
+
+
+def partition(*layers: int) -> dict[str, Any]:
+    """Return the overrides of an uneven partition."""
+    return {"parallel.partition": list(layers)}
+
+
+# (pipeline, data, tensor, overrides). The vocabulary is prime, so it divides by no tensor size but 1.
+CASES: tuple[Case, ...] = (
+    Case(1, 1, 1),
+    Case(1, 1, 1, {**LLAMA, **DROPOUT, **SMOOTHING, **zero(1)}),
+    Case(1, 2, 1),
+    Case(1, 4, 1, {**zero(1), **batch(8, 2)}),
+    Case(1, 2, 1, {**zero(2), **DROPOUT}),
+    Case(1, 4, 1, {**zero(3), **UNTIED}),
+    Case(1, 2, 1, {**OFFLOAD2}),
+    Case(1, 2, 1, {**OFFLOAD3}),
+    Case(1, 1, 2),
+    Case(1, 1, 4, {**DROPOUT, **SMOOTHING}),
+    Case(1, 1, 2, {**SEQUENCE, **DROPOUT}),
+    Case(1, 1, 2, {**LLAMA, **SEQUENCE, **RECOMPUTE, **DROPOUT}),
+    Case(2, 1, 1, GPIPE),
+    Case(2, 1, 1, {**UNTIED, **batch(8, 8)}),
+    Case(3, 1, 1, {**partition(2, 1, 1), **DROPOUT}),
+    Case(4, 1, 1, {**GPIPE, **LLAMA}),
+    Case(4, 1, 1, {**batch(12, 2), **zero(1)}),
+    Case(1, 2, 2, {**zero(3), **SEQUENCE}),
+    Case(1, 2, 2, {**zero(3), **LLAMA, **DROPOUT}),
+    Case(1, 2, 4, {**zero(2), **SEQUENCE, **DROPOUT}),
+    Case(1, 4, 2, {**zero(1), **LLAMA, "model.kv_heads": 4}),
+    Case(2, 2, 1, {**zero(2), **GPIPE}),
+    Case(2, 4, 1, {**zero(1), **DROPOUT}),
+    Case(4, 2, 1, {**zero(2), **DROPOUT, **SMOOTHING}),
+    Case(2, 1, 2, {**SEQUENCE, **RECOMPUTE}),
+    Case(2, 1, 4, {**zero(1), **SEQUENCE, **DROPOUT}),
+    Case(3, 1, 2, {**partition(1, 1, 2), **LLAMA, **GPIPE, **SEQUENCE}),
+    Case(4, 1, 2, {**zero(1), **LLAMA}),
+    Case(2, 2, 2, {**zero(1), **SEQUENCE}),
+    Case(2, 2, 2, {**zero(2), **DROPOUT, **SMOOTHING}),
+    Case(2, 2, 2, {**SEQUENCE, **DROPOUT, **GPIPE, **batch(16, 2)}),
+)
+
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 23, 28, 30)
+"""The cases, by their place, that every test run checks: each feature at least once."""
+
+SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}
+OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": {}, "sgd": SGD}
+
+GRADIENT_LIMITS = {"fp64": 1e-12, "fp32": 1e-5}
+"""Step-1 gradient of each parameter, L2 of the difference over its norm: some thousand roundings of each dtype."""
+LOSS_LIMIT = 1e-6
+NORM_LIMIT = 1e-5
+"""Over all steps. DeepSpeed takes its gradient norm in fp32, also under fp64."""
+
+
+def misses(difference: Difference, precision: str) -> list[str]:
+    """Return what exceeds its limit, as text; nothing where the layout agrees with the reference."""
+    checks = (
+        (f"gradient of {difference.worst_parameter}", difference.gradient, GRADIENT_LIMITS[precision]),
+        ("loss", difference.loss, LOSS_LIMIT),
+        ("gradient norm", difference.norm, NORM_LIMIT),
+    )
+    return [f"{name} off by {value:.1e}, limit {limit:.0e}" for name, value, limit in checks if not value <= limit]

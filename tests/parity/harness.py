@@ -1,0 +1,260 @@
+"""Runs one recipe in one layout on the pool's processes and holds it against the one-process reference.
+
+What is compared: the gradient of every logical parameter at step 1, assembled from what the ranks hold and
+the same wherever two ranks hold it; the loss and the gradient norm of every step. Tokens are random, and so
+is the loss mask, so that data ranks and microbatches have different numbers of valid tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm.config.run import RunConfig
+from megalm.data.loader import Batch
+from megalm.distributed.layout import RankLayout
+from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.sharding import Fragment, ShardSpec
+from megalm.models.build import build_executor, build_stage
+from megalm.train.optimizers import build_optimizer
+from megalm.train.trainer import Trainer, TrainState
+from megalm.zero.build import build_engine
+from tests.parity.reference import Reference
+from tests.worker_pool import WorkerPool, after_world
+
+VOCAB = 67
+"""Prime, so that no tensor size but 1 divides it."""
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+LLAMA: dict[str, Any] = {
+    "model.norm": "rmsnorm",
+    "model.activation": "swiglu",
+    "model.position": "rotary",
+    "model.kv_heads": 2,
+    "model.bias": False,
+    "model.tie_embeddings": False,
+}
+"""The overrides of a model of the other kind: everything that GPT-2 does not have."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe, as overrides of the base below, in a layout."""
+
+    pipeline: int = 1
+    data: int = 1
+    tensor: int = 1
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> RankLayout:
+        """The layout of the ranks."""
+        return RankLayout(pipeline=self.pipeline, data=self.data, tensor=self.tensor)
+
+    @property
+    def name(self) -> str:
+        """A name that tells cases apart."""
+        rest = dict(self.overrides)
+        words = []
+        if LLAMA.items() <= rest.items():
+            words.append("llama")
+            rest = {key: value for key, value in rest.items() if key not in LLAMA}
+        words += [f"{key.split('.')[-1]}={str(value).replace(' ', '')}" for key, value in rest.items()]
+        return " ".join([f"t{self.tensor}p{self.pipeline}d{self.data}", *words])
+
+    def config(self, **more: Any) -> RunConfig:
+        """Return the whole recipe; `more` are sections' dotted keys with __ for the dot."""
+        sections: dict[str, Any] = {
+            "seed": 7,
+            "model": {"layers": 4, "hidden": 32, "heads": 4, "sequence": 16, "init_std": 0.1},
+            "parallel": {"tensor": self.tensor, "pipeline": self.pipeline},
+            "train": {"steps": 30, "global_batch": 8, "micro_batch": 1, "clip_grad_norm": 0.5},
+            "optim": {"lr": 1e-3, "kind": "adamw"},
+            "lr_schedule": {"warmup_steps": 5},
+            "precision": "fp64",
+        }
+        for key, value in {**self.overrides, **{k.replace("__", "."): v for k, v in more.items()}}.items():
+            section, _, inner = key.partition(".")
+            if inner:
+                sections.setdefault(section, {})[inner] = value
+            else:
+                sections[section] = value
+        return RunConfig.model_validate(sections)
+
+
+@dataclass
+class RankReport:
+    """What one rank saw: the losses and norms of all steps, the gradients of step 1, and what it held in bytes."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: list[tuple[ShardSpec, int, Tensor]]
+    held_bytes: dict[str, int]
+
+
+class RandomText:
+    """Random tokens and masks, functions of the sample's number; the loader's interface."""
+
+    def __init__(self, vocab: int, sequence: int, data_rank: int, data_size: int) -> None:
+        self.vocab, self.sequence = vocab, sequence
+        self.data_rank, self.data_size = data_rank, data_size
+
+    def batch(self, first_sample: int, global_batch: int) -> Batch:
+        """Return this data rank's rows."""
+        rows = global_batch // self.data_size
+        first = first_sample + self.data_rank * rows
+        samples = zip(*map(self._sample, range(first, first + rows)), strict=True)
+        return Batch(*(torch.stack(parts) for parts in samples))
+
+    def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1000 + number)
+        tokens = torch.randint(self.vocab, (self.sequence + 1,), generator=generator)
+        mask = torch.rand(self.sequence, generator=generator) < (0.3 + 0.6 * (number % 3) / 2)
+        return tokens[:-1], tokens[1:], mask
+
+
+def train_rank(
+    mesh: ParallelMesh, config: RunConfig, steps: int, fault: Callable[[Trainer], None] | None = None
+) -> RankReport:
+    """Train this rank for some steps; `fault` may break the trainer first."""
+    trainer = build_trainer(mesh, config)
+    if fault is not None:
+        fault(trainer)
+    report = RankReport([], [], [], {})
+    reduce = trainer.engine.reduce
+
+    def reduce_and_look() -> None:
+        reduce()
+        if trainer.state.step == 0:
+            held: list[Fragment] = list(trainer.engine.gradients())
+            report.gradients = [(f.shard, f.start, f.values.detach().clone()) for f in held]
+        if trainer.state.step == steps - 1:
+            report.held_bytes = vars(trainer.engine.held_bytes())
+
+    trainer.engine.reduce = reduce_and_look  # type: ignore[method-assign]
+    for _ in range(steps):
+        result = trainer.train_step()
+        report.losses.append(trainer.mean_loss(result))
+        report.norms.append(result.grad_norm)
+    return report
+
+
+def build_trainer(mesh: ParallelMesh, config: RunConfig) -> Trainer:
+    """Return a trainer over random text, built from the parts that `megalm train` uses."""
+    torch.use_deterministic_algorithms(True)
+    model = build_stage(config, VOCAB, mesh)
+    engine = build_engine(config, model, mesh, partial(build_optimizer, config.optim), model.tied_weight)
+    if config.zero.stage > 0:
+        from megalm.zero.sharded import forget_world
+
+        if forget_world not in after_world:
+            after_world.append(forget_world)
+    executor = build_executor(config, engine.module, mesh)
+    text = RandomText(VOCAB, config.model.sequence, mesh.coordinates.data, mesh.size("data"))
+    return Trainer(config, mesh, executor, engine, text, TrainState())  # type: ignore[arg-type]
+
+
+Expected = tuple[dict[str, Tensor], list[float], list[float]]
+"""The reference's gradients of step 1, its losses, its gradient norms."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a layout is from the reference: relative, the worst over parameters or steps."""
+
+    gradient: float
+    worst_parameter: str
+    loss: float
+    norm: float
+
+
+def reference_run(config: RunConfig, steps: int) -> Expected:
+    """Return the reference's gradients of step 1 and its losses and norms."""
+    reference = Reference(config, VOCAB, DTYPES[config.precision])
+    text = RandomText(VOCAB, config.model.sequence, 0, 1)
+    batch_size = config.train.global_batch
+    gradients: dict[str, Tensor] = {}
+    losses, norms = [], []
+    for step in range(steps):
+        batch = text.batch(step * batch_size, batch_size)
+        parts = (batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT)
+        if step == 0:
+            gradients = reference.gradients(parts, 0)[1]
+        loss, norm = reference.train_step(parts, step)
+        losses.append(loss)
+        norms.append(norm)
+    return gradients, losses, norms
+
+
+def compare(reports: Sequence[RankReport], expected: Expected) -> Difference:
+    """Return the differences of all ranks from the reference.
+
+    A gradient's difference is relative to its own norm, or to 1e-6 of the global norm where that is larger.
+    """
+    gradients, losses, norms = expected
+    global_norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+    worst, worst_name = 0.0, ""
+    for name, values in assemble(reports).items():
+        wanted = gradients[name].double()
+        scale = max(float(wanted.norm()), 1e-6 * global_norm)
+        difference = float((values.double() - wanted).norm()) / scale
+        if not difference <= worst:
+            worst, worst_name = difference, name
+    missing = gradients.keys() - assemble(reports).keys()
+    assert not missing, f"no rank holds a gradient of {sorted(missing)}"
+    return Difference(
+        gradient=worst,
+        worst_parameter=worst_name,
+        loss=max(_worst(report.losses, losses) for report in reports),
+        norm=max(_worst(report.norms, norms) for report in reports),
+    )
+
+
+def _worst(values: Sequence[float], expected: Sequence[float]) -> float:
+    differences = [abs(v - e) / abs(e) for v, e in zip(values, expected, strict=True)]
+    return max((d if math.isfinite(d) else math.inf) for d in differences)
+
+
+def assemble(reports: Sequence[RankReport]) -> dict[str, Tensor]:
+    """Return whole logical tensors from all ranks' fragments; what two ranks hold must be equal to 1e-12."""
+    locals_: dict[tuple[str, int], tuple[ShardSpec, Tensor]] = {}
+    for report in reports:
+        for spec, start, values in report.gradients:
+            key = (spec.name, spec.start)
+            if key not in locals_:
+                whole = torch.full((math.prod(spec.local_shape),), math.nan, dtype=values.dtype)
+                locals_[key] = (spec, whole)
+            part = locals_[key][1][start : start + values.numel()]
+            known = ~part.isnan()
+            tolerance = 1e-12 if values.dtype == torch.float64 else 1e-5
+            scale = values.abs().max().clamp_min(1e-30) if values.numel() else 1.0
+            apart = ((part - values).abs()[known] / scale).max() if known.any() else torch.zeros(())
+            assert apart <= tolerance, f"{spec.name}: two ranks hold different gradients, {float(apart):.1e} apart"
+            part.copy_(values)
+    tensors: dict[str, Tensor] = {}
+    for spec, flat in locals_.values():
+        assert not flat.isnan().any(), f"{spec.name}: no rank holds a part of its gradient"
+        local = flat.view(spec.local_shape)
+        if spec.dim is None:
+            tensors[spec.name] = local
+            continue
+        whole = tensors.setdefault(spec.name, torch.full(spec.global_shape, math.nan, dtype=flat.dtype))
+        whole.narrow(spec.dim, spec.start, spec.length).copy_(local.narrow(spec.dim, 0, spec.length))
+        padding = local.narrow(spec.dim, spec.length, spec.local_shape[spec.dim] - spec.length)
+        assert not padding.any(), f"{spec.name}: padding has a gradient"
+    return tensors
+
+
+def run_case(pool: WorkerPool, case: Case, steps: int, **more: Any) -> tuple[Difference, list[RankReport]]:
+    """Train the case on the pool and compare it with the reference."""
+    config = case.config(**more)
+    reports = pool.run(train_rank, config, steps, layout=case.layout)
+    return compare(reports, reference_run(config, steps)), reports

@@ -1,0 +1,60 @@
+"""Layouts compute what one plain process computes: gradients, losses, gradient norms."""
+
+from __future__ import annotations
+
+import pytest
+
+from megalm.config.run import RunConfig
+from megalm.distributed.layout import RankLayout
+from tests.parity.cases import CASES, OPTIMIZERS, REPRESENTATIVE, STEPS, misses
+from tests.parity.harness import Case, run_case
+from tests.worker_pool import WorkerPool
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in REPRESENTATIVE], ids=lambda case: case.name)
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp64", "adamw"), ("fp32", "sgd")])
+def test_layout_equals_one_process(pool: WorkerPool, case: Case, precision: str, optimizer: str) -> None:
+    difference, _ = run_case(pool, case, STEPS, precision=precision, **OPTIMIZERS[optimizer])
+    assert not misses(difference, precision)
+
+
+def test_cases_cover_every_axis_and_feature() -> None:
+    configs: list[RunConfig] = [case.config() for case in CASES]
+    layouts: list[RankLayout] = [case.layout for case in CASES]
+    assert len({case.name for case in CASES}) == len(CASES) >= 24
+    assert max(layout.world_size for layout in layouts) == 8
+    assert {layout.tensor for layout in layouts} >= {1, 2, 4}
+    assert {layout.pipeline for layout in layouts} >= {1, 2, 3, 4}
+    assert {layout.data for layout in layouts} >= {1, 2, 4}
+    assert {config.zero.stage for config in configs} == {0, 1, 2, 3}
+    assert {config.parallel.schedule for config in configs} == {"gpipe", "1f1b"}
+    assert {config.parallel.sequence for config in configs} == {True, False}
+    assert {config.model.tie_embeddings for config in configs} == {True, False}
+    assert any(config.parallel.partition for config in configs)
+    assert any(config.model.dropout > 0 for config in configs)
+    assert len({config.train.global_batch // config.train.micro_batch for config in configs}) >= 3
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_bf16_follows_the_reference_through_a_pipeline(pool: WorkerPool, stage: int) -> None:
+    """bf16 rounds by 2^-9, so curves part by about that; a gradient that is wrong, not rounded, moves them more."""
+    case = Case(2, 2, 2, {"zero.stage": stage, "precision": "bf16", "train.micro_batch": 1})
+    difference, _ = run_case(pool, case, 10)
+    assert difference.gradient < 0.05
+    assert difference.loss < 2e-3
+    assert difference.norm < 2e-2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_rank_holds_what_zero_promises(pool: WorkerPool, stage: int) -> None:
+    data = 4
+    shape = {"model.hidden": 64, "model.layers": 4}
+    _, replicated = run_case(pool, Case(1, data, 1, shape), 2, precision="fp32")
+    _, reports = run_case(pool, Case(1, data, 1, {**shape, "zero.stage": stage}), 2, precision="fp32")
+    whole = replicated[0].held_bytes
+    for report in reports:
+        held = report.held_bytes
+        for name, from_stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):
+            share = data if stage >= from_stage else 1
+            limit = 1.05 * whole[name] / share
+            assert held[name] <= limit, f"stage {stage}: {name} {held[name]} of {whole[name]} bytes, at most {limit}"

@@ -1,0 +1,66 @@
+"""Every layer has one stage, in order; the ends get fewer."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalm.errors import ConfigError
+from megalm.pipeline_parallel.partition import partition_layers
+
+
+def counts(layers: int, stages: int, explicit: list[int] | None = None) -> list[int]:
+    return [len(part) for part in partition_layers(layers, stages, explicit)]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40).flatmap(lambda stages: st.tuples(st.integers(stages, 200), st.just(stages))))
+def test_stages_cover_all_layers_in_order_and_differ_by_at_most_one(sizes: tuple[int, int]) -> None:
+    layers, stages = sizes
+    parts = partition_layers(layers, stages)
+    assert [layer for part in parts for layer in part] == list(range(layers))
+    lengths = [len(part) for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths[0], lengths[-1]) <= min(lengths[1:-1], default=max(lengths))
+    assert lengths[0] <= lengths[-1]
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "expected"),
+    [
+        (8, 4, [2, 2, 2, 2]),
+        (9, 4, [2, 2, 3, 2]),
+        (10, 4, [2, 3, 3, 2]),
+        (11, 4, [2, 3, 3, 3]),
+        (5, 2, [2, 3]),
+        (7, 3, [2, 3, 2]),
+        (3, 1, [3]),
+    ],
+)
+def test_the_remainder_goes_to_the_middle(layers: int, stages: int, expected: list[int]) -> None:
+    assert counts(layers, stages) == expected
+
+
+def test_explicit_partition_is_taken_as_it_is() -> None:
+    assert partition_layers(6, 3, [1, 4, 1]) == [range(0, 1), range(1, 5), range(5, 6)]
+
+
+@pytest.mark.parametrize(
+    ("explicit", "message"),
+    [
+        ([3, 3], r"parallel.partition=\[3, 3\] has 2 entries but parallel.pipeline=3"),
+        ([3, 3, 0], "without a layer"),
+        ([7, -2, 1], "without a layer"),
+        ([2, 2, 3], "adds up to 7 but model.layers=6"),
+    ],
+)
+def test_explicit_partition_that_does_not_fit_is_refused(explicit: list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        partition_layers(6, 3, explicit)
+
+
+@pytest.mark.parametrize("stages", [0, 4])
+def test_more_stages_than_layers_are_refused(stages: int) -> None:
+    with pytest.raises(ConfigError, match="use 1 to 3 stages"):
+        partition_layers(3, stages)

@@ -1,0 +1,176 @@
+"""Whose a run directory is: resumes that are let in, other runs that are not, and one writer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megalm.errors import ConfigError
+from megalm.train.run_directory import RunDirectory, open_run, write_atomically
+from tests.train.recipes import small_recipe
+
+DATA, TOKENIZER = "d" * 64, "t" * 64
+
+
+def open_once(directory: Path, fresh: bool = False, fingerprint: str = DATA, **sections: Any) -> RunDirectory:
+    config = small_recipe(**{"run": {"dir": str(directory)}, **sections})
+    run = open_run(config, fingerprint, TOKENIZER, 1, model_parameters=1000, fresh=fresh)
+    run.close()
+    return run
+
+
+def test_a_new_run_leaves_its_recipe_and_its_identity(tmp_path: Path) -> None:
+    run = open_once(tmp_path / "a" / "b")
+    assert run.resumed is False
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["model"]["hidden"] == 8
+    identity = json.loads((run.path / "run.json").read_text())
+    assert (identity["data_fingerprint"], identity["tokenizer_fingerprint"]) == (DATA, TOKENIZER)
+    assert identity["model_parameters"] == 1000 and identity["megalm"]
+
+
+def test_how_a_run_is_computed_may_change_when_it_is_resumed(tmp_path: Path) -> None:
+    open_once(tmp_path)
+    run = open_once(
+        tmp_path,
+        parallel={"tensor": 2, "pipeline": 2, "schedule": "gpipe"},
+        zero={"stage": 1},
+        train={"stop_at": 5, "micro_batch": 1, "recompute": "full"},
+        log={"every": 7},
+        checkpoint={"every": 3},
+        evaluate={"every": 2},
+        data={"path": "moved/elsewhere"},
+    )
+    assert run.resumed is True
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["parallel"]["tensor"] == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"seed": 9}, "seed=1234 there, 9 here"),
+        ({"precision": "bf16"}, 'precision="fp32" there, "bf16" here'),
+        ({"model": {"layers": 3}}, "model.layers=2 there, 3 here"),
+        ({"train": {"steps": 50}}, "train.steps=100 there, 50 here"),
+        ({"train": {"global_batch": 8}}, "train.global_batch=4 there, 8 here"),
+        ({"optim": {"lr": 0.1}}, "optim.lr=0.001 there, 0.1 here"),
+        ({"lr_schedule": {"warmup_steps": 3}}, "lr_schedule.warmup_steps=0 there, 3 here"),
+        ({"loss": {"label_smoothing": 0.1}}, "loss.label_smoothing=0.0 there, 0.1 here"),
+        ({"data": {"seed": 4}}, "data.seed=null there, 4 here"),
+    ],
+)
+def test_another_run_is_refused_with_both_values(tmp_path: Path, sections: dict[str, Any], said: str) -> None:
+    open_once(tmp_path)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        open_once(tmp_path, **sections)
+    message = str(caught.value)
+    assert said in message and "another run.dir" in message and "--fresh" in message and "\n" not in message
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_other_data_under_the_same_path_is_refused(tmp_path: Path) -> None:
+    open_once(tmp_path)
+    with pytest.raises(ConfigError, match=r"data fingerprint dddddddddddd there .*eeeeeeeeeeee here"):
+        open_once(tmp_path, fingerprint="e" * 64)
+
+
+def test_fresh_removes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
+    open_once(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "thesis.txt").write_text("mine")
+    run = open_once(tmp_path, fresh=True, seed=9)
+    assert run.resumed is False
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 9
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "config.yaml", "tokenizer.json"])
+def test_files_of_an_unknown_run_are_neither_used_nor_removed(tmp_path: Path, name: str, fresh: bool) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"holds {name} but no"):
+        open_once(tmp_path, fresh=fresh)
+    assert (tmp_path / name).is_dir()
+
+
+def test_fresh_does_not_follow_a_link_to_checkpoints(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    open_once(run)
+    (tmp_path / "scratch").mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(ConfigError, match="symbolic link"):
+        open_once(run, fresh=True)
+    assert (tmp_path / "scratch").is_dir() and (run / "run.json").exists()
+
+
+def test_a_foreign_identity_is_refused(tmp_path: Path) -> None:
+    for text in ("not json", "[]", '{"format": "another"}'):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ConfigError, match="choose another"):
+            open_once(tmp_path, fresh=True)
+
+
+def test_a_directory_that_cannot_be_made_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        open_once(tmp_path / "file" / "run")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from tests.train.recipes import small_recipe
+from megalm.train.run_directory import open_run
+config = small_recipe(run={"dir": sys.argv[1]})
+run = open_run(config, "d" * 64, "t" * 64, 1, model_parameters=1000)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root, env=environment
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"process {holder.pid} on .* trains in it at this moment"):
+            open_once(tmp_path)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        assert open_once(tmp_path).resumed is True
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.yaml"
+    write_atomically(path, "old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_what_a_killed_writer_left_is_swept_up(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.1.tmp").write_text("half")
+    open_once(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "config.yaml",
+        "run.json",
+        "run.lock",
+    ]
