@@ -18,6 +18,7 @@ from megalm.errors import ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from megalm.config.run import RunConfig
+    from megalm.data.datasets import PreparedData
 
 
 def _print(text: str) -> int:
@@ -80,8 +81,8 @@ def _check_world(config: RunConfig, world: int) -> int:
     return data_size
 
 
-def _check_data(config: RunConfig) -> None:
-    """Raise DataError or ConfigError unless the prepared data is whole and fits the recipe."""
+def _check_data(config: RunConfig) -> PreparedData:
+    """Return the prepared data. Raises DataError or ConfigError unless it is whole and fits the recipe."""
     from megalm.data.datasets import open_prepared
 
     path = config.data.path
@@ -98,6 +99,7 @@ def _check_data(config: RunConfig) -> None:
             f"model.sequence={sequence} is not shorter than the {tokens} training tokens in {path}; "
             "use a smaller model.sequence or more text"
         )
+    return data
 
 
 def _start_workers(args: Namespace, command: Sequence[str], world: int, log_dir: Path | None) -> int:
@@ -111,11 +113,13 @@ def _start_workers(args: Namespace, command: Sequence[str], world: int, log_dir:
 def train(args: Namespace) -> int:
     """`megalm train`: check everything, then train here or in workers of this machine."""
     from megalm.config.load import load_recipe
+    from megalm.train.run_directory import check_run
 
     config = load_recipe(args.recipe, args.overrides)
     world, starts_workers = _world(config, args.nproc)
     _check_world(config, world)
-    _check_data(config)
+    data = _check_data(config)
+    check_run(config, data.fingerprint, data.tokenizer_fingerprint, args.fresh)
     if starts_workers:
         command = ["train", args.recipe, *args.overrides, *(["--fresh"] if args.fresh else [])]
         return _start_workers(args, command, world, Path(config.run.dir) / "logs")

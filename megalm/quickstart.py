@@ -17,11 +17,12 @@ from megalm.config.load import load_recipe
 from megalm.config.run import RunConfig
 from megalm.data.corpus import CORPORA
 from megalm.data.datasets import PreparedData, open_prepared, prepare
-from megalm.errors import MegalmError
+from megalm.errors import MegalmError, UserError
 from megalm.launch.local import run_workers
 
 RECIPE = "gpt-tiny"
 LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1")
+HELD_OUT_CURVE = ("evaluate.every=100",)
 CORPUS = "builtin"
 VOCABULARY = 2048
 PROMPT = "The with statement is used to"
@@ -38,7 +39,7 @@ def run(out: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -> 
     when training fails or the model does not beat a bigram model with add-one smoothing.
     """
     directory = Path(out)
-    settings = (*LAYOUT, *overrides, f"run.dir={directory}")
+    settings = (*LAYOUT, *HELD_OUT_CURVE, *overrides, f"run.dir={directory}")
     config = load_recipe(RECIPE, settings)
     begin = time.monotonic()
     with _phase(1, "text -> tokenizer -> tokens"):
@@ -106,7 +107,8 @@ def _train(config: RunConfig, settings: Sequence[str], fresh: bool) -> None:
     _say(f"      megalm {shlex.join(arguments)}")
     status = run_workers([sys.executable, "-m", "megalm", *arguments], _processes(config), logs)
     if status != 0:
-        raise MegalmError(f"training ended with status {status}; what each rank said is in {logs}")
+        kind = UserError if status == UserError.exit_status else MegalmError
+        raise kind(f"training ended with status {status}; what each rank said is in {logs}")
 
 
 def _evaluate(run: Path, data: PreparedData, config: RunConfig) -> Perplexities:

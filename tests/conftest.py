@@ -14,11 +14,6 @@ from tests.worker_pool import WorkerPool
 POOL_SIZE = 8
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers that this file knows."""
-    config.addinivalue_line("markers", "mpi: needs Open MPI's mpirun")
-
-
 @pytest.fixture(scope="session")
 def pool() -> Iterator[WorkerPool]:
     """Give the session's pool of up to 8 ranks; its processes start when a test first needs them."""

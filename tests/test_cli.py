@@ -187,7 +187,8 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[
         return 7
 
     monkeypatch.setitem(sys.modules, "megalm.launch.local", SimpleNamespace(run_workers=run_workers))
-    monkeypatch.setattr(commands, "_check_data", lambda config: None)
+    data = SimpleNamespace(fingerprint="d" * 64, tokenizer_fingerprint="t" * 64)
+    monkeypatch.setattr(commands, "_check_data", lambda config: data)
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path, SMALL + "run: {dir: out}\n")
     for name in [name for name in os.environ if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.geometry import StridedCopy
 from megalm.errors import CheckpointError
+from megalm.regular_file import require_regular
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -130,7 +131,8 @@ def hash_file(path: Path, record: FileRecord) -> None:
 
 
 def open_regular(path: Path) -> Any:
-    """Open `path` for unbuffered reading; a link in its place is refused (OSError)."""
+    """Open `path` for unbuffered reading; a link, pipe or device in its place is refused (OSError)."""
+    require_regular(path)
     return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0)
 
 

@@ -16,6 +16,7 @@ from megalm.config.checks import report
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
 from megalm.registry import nearest, unknown_name
+from megalm.regular_file import require_regular
 
 NEVER = 10**9
 AUTO = "auto"
@@ -130,6 +131,7 @@ def _no_constant(name: str) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     """Return the object that the file holds. Raises ConfigError with the line where it is not JSON."""
     try:
+        require_regular(path)
         text = path.read_bytes().decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except OSError as error:

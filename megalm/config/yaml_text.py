@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from megalm.errors import ConfigError
+from megalm.regular_file import require_regular
 
 LARGEST_FILE_BYTES = 1 << 20
 FLOAT_TAG = "tag:yaml.org,2002:float"
@@ -73,6 +74,7 @@ def parse(text: str, source: str) -> Any:
 def read(path: Path) -> dict[Any, Any]:
     """Return the mapping that the file holds. Raises ConfigError where there is none."""
     try:
+        require_regular(path)
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE_BYTES + 1)
     except FileNotFoundError as error:

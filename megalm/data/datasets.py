@@ -27,6 +27,7 @@ from megalm.data.durable import sync_directory, write_durably
 from megalm.data.token_file import REMEDY, TokenFile, TokenFileWriter
 from megalm.data.tokenizer import FILE_NAME, Tokenizer, fingerprint_of, read_tokenizer_file, train_bpe
 from megalm.errors import DataError
+from megalm.regular_file import require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -273,6 +274,7 @@ def _read_description(path: Path) -> Description:
         )
     file = path / DESCRIPTION
     try:
+        require_regular(file)
         with open(file, "rb") as stream:
             return Description.model_validate_json(stream.read(LARGEST_DESCRIPTION_BYTES))
     except OSError as error:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from megalm.data.durable import sync_directory
 from megalm.errors import DataError
+from megalm.regular_file import require_regular
 
 MAGIC = b"MEGALMTK"
 VERSION = 1
@@ -172,6 +173,7 @@ class TokenFile:
         """Check the header and size, and map the file; `verify` checks the payload. Raises DataError."""
         self.path = Path(path)
         try:
+            require_regular(self.path)
             with open(self.path, "rb") as stream:
                 self.header = Header.unpack(stream.read(HEADER_BYTES), self.path)
                 size = os.fstat(stream.fileno()).st_size

@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megalm.data.durable import write_durably
 from megalm.errors import DataError
+from megalm.regular_file import require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,7 @@ def fingerprint_of(serialized: bytes) -> str:
 def read_tokenizer_file(file: Path) -> bytes:
     """Return the bytes of a `tokenizer.json`. Raises DataError if it cannot be one."""
     try:
+        require_regular(file)
         if file.stat().st_size > LARGEST_FILE_BYTES:
             raise DataError(f"{file} is larger than {LARGEST_FILE_BYTES} bytes; give a tokenizer.json")
         return file.read_bytes()

@@ -153,9 +153,9 @@ def _open_store(place: Rendezvous, start_timeout_s: float, deadline: float) -> d
         return _within(deadline - time.monotonic(), connect)
     except (TimeoutError, RuntimeError) as error:
         raise DistributedError(
-            f"rank {place.rank} of {place.world_size} could not reach rank 0 at {where} within {start_timeout_s:.0f} s; "
-            "see whether rank 0 runs there, whether another program holds the port (then choose another MASTER_PORT) "
-            "and whether a firewall lies between"
+            f"rank {place.rank} of {place.world_size} could not reach rank 0 at {where} within "
+            f"{start_timeout_s:.0f} s; see whether rank 0 runs there, whether another program holds the port "
+            "(then choose another MASTER_PORT) and whether a firewall lies between"
         ) from error
 
 

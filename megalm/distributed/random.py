@@ -106,9 +106,7 @@ def normal_slice(
     return result
 
 
-def normal_shard(
-    spec: ShardSpec, stream_key: int, std: float, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def normal_shard(spec: ShardSpec, stream_key: int, std: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a rank's part of a normal logical tensor, shape `spec.local_shape`; padding is zero."""
     starts, lengths = [0] * len(spec.global_shape), list(spec.global_shape)
     if spec.dim is not None:

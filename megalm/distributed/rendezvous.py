@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -51,9 +51,7 @@ class Rendezvous:
     attempt: str = "0"
 
 
-def read_environment(
-    environ: Mapping[str, str], meeting_point: MeetingPoint | None = None
-) -> Rendezvous | None:
+def read_environment(environ: Mapping[str, str], meeting_point: MeetingPoint | None = None) -> Rendezvous | None:
     """Return what the launcher says, or None if none has started this process.
 
     `meeting_point` replaces the exchange through mpi4py. Under srun and MPI, MASTER_ADDR and MASTER_PORT are taken if
@@ -196,7 +194,7 @@ def _tasks_on_node(known: Mapping[str, str]) -> int | None:
 
 
 def _under_mpi(kind: str, known: Mapping[str, str]) -> bool:
-    """Tell whether `kind`'s mpirun started this process. srun may set MPICH's variables itself: Slurm's own are used."""
+    """Tell whether `kind`'s mpirun started this process. Where srun set MPICH's variables, Slurm's own are used."""
     rank, size, *_ = _MPI_VARIABLES[kind]
     return (rank in known or size in known) and not (kind == "MPICH" and _in_slurm_step(known))
 
@@ -264,7 +262,7 @@ def _check(found: Rendezvous, names: str) -> None:
         )
 
 
-def _partial(present: list[str], missing: list[str], remedy: str = "") -> str:
+def _partial(present: Sequence[str], missing: Sequence[str], remedy: str = "") -> str:
     remedy = remedy or f"set all of {', '.join(_REQUIRED)}, or unset them to start on this machine alone"
     return f"{', '.join(present)} set, but {', '.join(missing)} missing; {remedy}"
 

@@ -138,9 +138,7 @@ def _write(descriptor: int, data: bytes) -> None:
             data = data[os.write(descriptor, data) :]
 
 
-def _read(
-    source: BinaryIO, show: Callable[[bytes], None] | None, log: BinaryIO | None, lock: threading.Lock
-) -> None:
+def _read(source: BinaryIO, show: Callable[[bytes], None] | None, log: BinaryIO | None, lock: threading.Lock) -> None:
     """Pass on line by line what comes from `source`, and at once what a progress display writes without a newline."""
     rest = b""
     while chunk := source.read1(65536):  # type: ignore[attr-defined]

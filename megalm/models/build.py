@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -23,10 +25,13 @@ def stage_plan(config: RunConfig, stage: int) -> StagePlan:
     return StagePlan(layers=layers, first=stage == 0, last=stage == stages - 1)
 
 
-def build_stage(config: RunConfig, vocab: int, mesh: ParallelMesh) -> Transformer:
+def build_stage(
+    config: RunConfig, vocab: int, mesh: ParallelMesh, on_built: Callable[[nn.Module], None] | None = None
+) -> Transformer:
     """Return this rank's part of the model with its initial weights, in the recipe's precision on the mesh's device.
 
-    `vocab` is the tokenizer's size, unpadded. No collective runs.
+    `vocab` is the tokenizer's size, unpadded. `on_built` is called with each part once it is there; without it no
+    collective runs.
     """
     return Transformer(
         config.model,
@@ -37,6 +42,7 @@ def build_stage(config: RunConfig, vocab: int, mesh: ParallelMesh) -> Transforme
         sequence=config.parallel.sequence,
         label_smoothing=config.loss.label_smoothing,
         recompute=config.train.recompute == "full",
+        on_built=on_built,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,8 @@ class Transformer(nn.Module):
 
     `group` is the tensor group; every rank of it must call. With `sequence` the residual stream is split over its
     ranks by tokens. Where embeddings are tied and the first stage is not the last, both hold a copy of
-    `embedding.weight`, `tied_weight`, and their gradients must be summed before the update.
+    `embedding.weight`, `tied_weight`, and their gradients must be summed before the update. `on_built` is called
+    with each part as soon as it is there, so that a model larger than one device can be divided while it is built.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Transformer(nn.Module):
         sequence: bool = False,
         label_smoothing: float = 0.0,
         recompute: bool = False,
+        on_built: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
@@ -63,12 +66,12 @@ class Transformer(nn.Module):
                 "embedding", vocab, config.hidden, group=group, init=init, std=config.init_std, sequence=sequence
             )
         self.embedding_dropout = Dropout("embedding", config.dropout)
-        self.blocks = nn.ModuleDict(
-            {
-                str(index): TransformerBlock(index, config, group=group, init=init, sequence=sequence)
-                for index in plan.layers
-            }
-        )
+        self.blocks = nn.ModuleDict()
+        for index in plan.layers:
+            block = TransformerBlock(index, config, group=group, init=init, sequence=sequence)
+            if on_built is not None:
+                on_built(block)
+            self.blocks[str(index)] = block
         if plan.last:
             self.final_norm = NORMS.get(config.norm)(
                 "final_norm",
@@ -84,6 +87,8 @@ class Transformer(nn.Module):
                 name = "embedding" if config.tie_embeddings else "head"
                 weight = vocab_weight(name, vocab, config.hidden, group=group, init=init, std=config.init_std)
             self.head = VocabParallelHead(weight, group=group, sequence=sequence)
+        if on_built is not None:
+            on_built(self)
 
     @property
     def tied_weight(self) -> nn.Parameter | None:

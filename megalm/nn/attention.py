@@ -68,8 +68,8 @@ class Attention(nn.Module):
         projected = self.qkv(x)
         rows, tokens, _ = projected.shape
         grouped = projected.view(rows, tokens, self.groups, self.queries_a_group + 2, self.head_size)
-        q_BTHE = grouped[..., :-2, :].reshape(rows, tokens, self.heads, self.head_size)
-        k_BTGE, v_BTGE = grouped[..., -2, :], grouped[..., -1, :]
+        parts = grouped.split((self.queries_a_group, 1, 1), dim=3)  # one backward for all three, unlike slices
+        q_BTHE, k_BTGE, v_BTGE = (part.flatten(2, 3) for part in parts)
         dropout_scale = None
         if keys is not None and self.dropout.rate > 0.0:
             dropout_scale = self.dropout.scale(

@@ -74,7 +74,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_N,) = grads
         exponentials_NVt, sum_N, local_N, mine_N = ctx.saved_tensors
-        grad_NVt = exponentials_NVt * (grad_N / sum_N)[:, None]
+        # In place, for logits are the largest tensor of a step: a second backward pass is refused by torch's own check.
+        grad_NVt = exponentials_NVt.mul_((grad_N / sum_N)[:, None])
         if ctx.smoothing > 0.0:
             grad_NVt[:, : ctx.real] -= (ctx.smoothing / ctx.vocab) * grad_N[:, None]
         at_label_N = (grad_N * (ctx.smoothing - 1.0)).masked_fill(~mine_N, 0.0)

@@ -222,7 +222,8 @@ class Throughput:
         self._world_size = world_size
         self._peak = peak
         self._clock = clock
-        self._smooth_step_s: float | None = None
+        self._smooth_step_s = 0.0
+        self._measurements = 0
         self._step = 0
         self._mark = clock()
 
@@ -244,10 +245,15 @@ class Throughput:
         """Return the mean speed since the last call; `step` steps are done, the run ends at `last_step`."""
         now = self._clock()
         assert step > self._step, f"no step was done since the last measurement: {step} after {self._step}"
-        step_s = max((now - self._mark) / (step - self._step), 1e-9)
+        steps = step - self._step
+        step_s = max((now - self._mark) / steps, 1e-9)
         self._step, self._mark = step, now
-        smooth = step_s if self._smooth_step_s is None else 0.9 * self._smooth_step_s + 0.1 * step_s
-        self._smooth_step_s = smooth
+        self._measurements += 1
+        if self._measurements <= 2:  # the first steps hold what is done once, so the second measurement replaces them
+            self._smooth_step_s = step_s
+        else:
+            kept = 0.9**steps
+            self._smooth_step_s = kept * self._smooth_step_s + (1.0 - kept) * step_s
         tokens_per_s = self._tokens_per_step / step_s
         total = tokens_per_s * self._flops_per_token
         return Speed(
@@ -256,5 +262,5 @@ class Throughput:
             tflops=total / self._world_size / 1e12,
             tflops_total=total / 1e12,
             mfu=total / self._world_size / self._peak.flops,
-            time_left_s=smooth * max(0, last_step - step),
+            time_left_s=self._smooth_step_s * max(0, last_step - step),
         )

@@ -28,14 +28,14 @@ from megalm.train.optimizers import build_optimizer
 from megalm.train.run_directory import RunDirectory, open_run
 from megalm.train.tracking import Tracker, format_count
 from megalm.train.trainer import Trainer, TrainState
-from megalm.zero.build import build_engine
+from megalm.zero.build import build_engine, partitioner
 
 
 def train(config: RunConfig, fresh: bool = False) -> None:
     """Train this rank of the recipe's run, from its newest checkpoint if there is one and `fresh` is false.
 
-    Every rank of the world calls. Recipe and data are checked before any group is formed; what only rank 0 finds
-    out is raised on all ranks.
+    Every rank of the world calls. Recipe and data are checked before any group is formed; what only rank 0
+    finds out is raised on all ranks.
     """
     data = open_prepared(config.data.path)
     with joined_mesh(config) as mesh:
@@ -51,13 +51,16 @@ def _train(config: RunConfig, data: PreparedData, mesh: ParallelMesh) -> None:
     run = Path(config.run.dir)
     vocab = vocabulary(config, data)
     manager = CheckpointManager(run, config.checkpoint.keep, dist.group.WORLD, _describe(config, mesh))
-    model = build_stage(config, vocab, mesh)
+    model = build_stage(config, vocab, mesh, partitioner(config, mesh))
     engine = build_engine(config, model, mesh, partial(build_optimizer, config.optim), model.tied_weight)
     order = GlobalOrder(training_windows(len(data.train), config.model.sequence), order_seed(config))
     loader = Loader(data.train, config.model.sequence, order, mesh.coordinates.data, mesh.size("data"))
     trainer = Trainer(config, mesh, build_executor(config, engine.module, mesh), engine, loader, TrainState())
-    facts = {"data_fingerprint": data.fingerprint, "tokenizer_fingerprint": data.tokenizer_fingerprint,
-             "config": config.model_dump(mode="json")}
+    facts = {
+        "data_fingerprint": data.fingerprint,
+        "tokenizer_fingerprint": data.tokenizer_fingerprint,
+        "config": config.model_dump(mode="json"),
+    }
     reader = manager.latest()
     if reader is not None:
         with closing(reader):
@@ -130,9 +133,7 @@ def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]
     trainer.state = TrainState(**reader.state["progress"])
 
 
-def _facts(
-    config: RunConfig, data: PreparedData, vocab: int, mesh: ParallelMesh, peak: Peak
-) -> list[tuple[str, str]]:
+def _facts(config: RunConfig, data: PreparedData, vocab: int, mesh: ParallelMesh, peak: Peak) -> list[tuple[str, str]]:
     """Return what the console says of the run beside its recipe."""
     layout = mesh.layout
     parameters = count_parameters(config.model, vocab)

@@ -1,7 +1,8 @@
 """A run's directory: whose it is, and that one run at a time writes to it.
 
 Owns `config.yaml`, `run.json` (the identity) and `run.lock`. `metrics.jsonl` is
-`tracking`'s, `checkpoints/` is `megalm.checkpoint`'s, `logs/` the launcher's. Only rank 0 calls this module.
+`tracking`'s, `checkpoints/` is `megalm.checkpoint`'s, `logs/` the launcher's. Only rank 0 opens a run; anyone may
+check it, which writes nothing. No torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import IO, Any
 from megalm.config.load import dump_yaml
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
+from megalm.regular_file import require_regular
 from megalm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,25 @@ class RunDirectory:
         self._lock.close()
 
 
+def check_run(
+    config: RunConfig, data_fingerprint: str, tokenizer_fingerprint: str, fresh: bool = False
+) -> dict[str, Any] | None:
+    """Return the identity of the run in `run.dir` (None: there is none yet) if this recipe and data may go on there.
+
+    Writes nothing. Raises ConfigError for a directory that holds another run (naming the keys that differ; with
+    `fresh` it may be any run), or files of an unknown one.
+    """
+    path = Path(config.run.dir)
+    before = read_identity(path)
+    if before is None:
+        _refuse_unknown_files(path)
+    elif fresh:
+        _refuse_linked_checkpoints(path)
+    else:
+        _refuse_other_run(path, before, _identity(config, data_fingerprint, tokenizer_fingerprint))
+    return before
+
+
 def open_run(
     config: RunConfig,
     data_fingerprint: str,
@@ -91,30 +112,33 @@ def open_run(
     try:
         for leftover in path.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
+        before = check_run(config, data_fingerprint, tokenizer_fingerprint, fresh)
+        if fresh and before is not None:
+            _remove_run(path)
+            before = None
         identity = {
             "format": FORMAT,
             "megalm": __version__,
             "world": world,
             "model_parameters": model_parameters,
-            "data_fingerprint": data_fingerprint,
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-            "data_path": config.data.path,
-            "fixed": fixed_settings(config),
+            **_identity(config, data_fingerprint, tokenizer_fingerprint),
         }
-        before = read_identity(path)
-        if fresh:
-            _remove_run(path, before)
-            before = None
-        if before is None:
-            _refuse_unknown_files(path)
-        else:
-            _refuse_other_run(path, before, identity)
         write_atomically(path / IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
         write_atomically(path / CONFIG_FILE, dump_yaml(config))
     except BaseException:
         lock.close()
         raise
     return RunDirectory(path, before is not None, lock)
+
+
+def _identity(config: RunConfig, data_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """Return the part of a run's identity that a resume is compared with."""
+    return {
+        "data_fingerprint": data_fingerprint,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "data_path": config.data.path,
+        "fixed": fixed_settings(config),
+    }
 
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
@@ -133,12 +157,15 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 def read_identity(path: Path) -> dict[str, Any] | None:
     """Return a run directory's `run.json`, None where there is none. Raises ConfigError for a foreign one."""
     try:
+        require_regular(path / IDENTITY_FILE)
         identity = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path / IDENTITY_FILE}: cannot be read ({error}); choose another run.dir") from error
-    if not isinstance(identity, dict) or identity.get("format") != FORMAT:
+    parts = {"data_fingerprint": str, "tokenizer_fingerprint": str, "data_path": str, "fixed": dict}
+    whole = isinstance(identity, dict) and all(isinstance(identity.get(name), kind) for name, kind in parts.items())
+    if not whole or identity.get("format") != FORMAT:
         raise ConfigError(f"{path / IDENTITY_FILE}: not the identity of a run of this version; choose another run.dir")
     return identity
 
@@ -198,13 +225,16 @@ def _refuse_unknown_files(path: Path) -> None:
         )
 
 
-def _remove_run(path: Path, identity: dict[str, Any] | None) -> None:
-    """Remove the checkpoints, metrics and recipe of the run that is here, its identity last; nothing else."""
-    if identity is None:
-        return
+def _refuse_linked_checkpoints(path: Path) -> None:
+    """Raise ConfigError when removing the run would leave its checkpoints elsewhere."""
     checkpoints = path / _CHECKPOINTS
     if checkpoints.is_symlink():
         raise ConfigError(f"{checkpoints} is a symbolic link, which --fresh does not follow; remove it yourself")
+
+
+def _remove_run(path: Path) -> None:
+    """Remove the checkpoints, metrics and recipe of the run that is here, its identity last; nothing else."""
+    checkpoints = path / _CHECKPOINTS
     if checkpoints.exists():
         shutil.rmtree(checkpoints)
     for name in (*_OWNED_FILES, IDENTITY_FILE):

@@ -169,11 +169,11 @@ class Console:
     `terminal` None asks the stream. Off a terminal no ANSI code is written.
     """
 
-    def __init__(
-        self, first_step: int, last_step: int, stream: TextIO | None = None, terminal: bool | None = None
-    ):
+    def __init__(self, first_step: int, last_step: int, stream: TextIO | None = None, terminal: bool | None = None):
         self._stream = stream if stream is not None else sys.stdout
-        self._terminal = self._stream.isatty() if terminal is None else terminal
+        if terminal is None:  # rich also knows FORCE_COLOR, by which a launcher says that a pipe ends on a terminal
+            terminal = RichConsole(file=self._stream).is_terminal
+        self._terminal = terminal
         self._last_step = last_step
         self._rich = RichConsole(
             file=self._stream,
@@ -188,6 +188,7 @@ class Console:
                 BarColumn(),
                 TextColumn("{task.description}"),
                 console=self._rich,
+                auto_refresh=False,
             )
             self._task = self._bar.add_task("", total=last_step, completed=first_step)
 
@@ -261,9 +262,7 @@ def _plain(value: object) -> str:
 class Tracker:
     """The metrics file and the console of a run as one; `active` False (all ranks but 0) does nothing."""
 
-    def __init__(
-        self, run_dir: Path, resume_step: int, last_step: int, active: bool, stream: TextIO | None = None
-    ):
+    def __init__(self, run_dir: Path, resume_step: int, last_step: int, active: bool, stream: TextIO | None = None):
         self._metrics = MetricsFile(run_dir, resume_step) if active else None
         self._console = Console(resume_step, last_step, stream) if active else None
 

@@ -1,7 +1,7 @@
 """One training step, and the loop around it.
 
-Owns the way of a batch: read, split, schedule, reduce, update. What happens after a step (metrics, evaluation,
-checkpoints) is a list of callbacks; what the parts are made of is decided in `pretrain`.
+Owns the way of a batch: read, split, schedule, reduce, update. What happens after a step (metrics,
+evaluation, checkpoints) is a list of callbacks; what the parts are made of is decided in `pretrain`.
 """
 
 from __future__ import annotations
@@ -94,17 +94,15 @@ class Trainer:
     def train_step(self) -> StepResult:
         """Use the next global batch for one update of the weights.
 
-        The loss is the mean over the valid tokens of the *global* batch, so it does not depend on how the batch is
-        split into microbatches and data ranks. Raises MegalmError when the gradient is not finite.
+        The loss is the mean over the valid tokens of the *global* batch, so it does not depend on how the
+        batch is split into microbatches and data ranks. Raises MegalmError when the gradient is not finite.
         """
         global_batch = self.config.train.global_batch
         batch = self.loader.batch(self.state.samples, global_batch)
         microbatches = self._split(batch)
         valid_tokens = batch.loss_mask_BT.sum(dtype=torch.float64).to(self.mesh.device)
         valid_tokens = all_reduce_sum(valid_tokens, self.mesh.group("data"))
-        loss_sum = self.executor.run(
-            microbatches, self.engine.loss_factor / valid_tokens, self.engine.microbatch_done
-        )
+        loss_sum = self.executor.run(microbatches, self.engine.loss_factor / valid_tokens, self.engine.microbatch_done)
         self.engine.reduce()
         lr = learning_rate(self.config, self.state.step)
         grad_norm = self.engine.update(lr)

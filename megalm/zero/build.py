@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
 from megalm.config.deepspeed import deepspeed_config
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
 from megalm.zero.engine import MakeOptimizer, ZeroEngine
+
+
+def partitioner(config: RunConfig, mesh: ParallelMesh) -> Callable[[nn.Module], None] | None:
+    """Return what is called with each part of a model once it is built: under ZeRO 3, the division of its weights."""
+    if config.zero.stage < 3:
+        return None
+    from megalm.zero.deepspeed_engine import partition_weights
+
+    joined = deepspeed_config(config, mesh.size("data"))
+    return lambda module: partition_weights(module, mesh, joined)
 
 
 def build_engine(

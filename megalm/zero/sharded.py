@@ -1,8 +1,8 @@
-"""Stages 1, 2 and 3: DeepSpeed as the sharded optimizer under our own schedule. The only import of deepspeed.
+"""Stages 1, 2 and 3: DeepSpeed as the sharded optimizer under our own schedule.
 
 The schedule calls the module and plain autograd; DeepSpeed's hooks see the gradients, and this file tells it where
-microbatches and steps end. It uses methods that DeepSpeed keeps to itself, so the version is pinned exactly
-(0.19.8), and every cell of stage x precision x layout is held to the one-process reference by the parity gate.
+microbatches and steps end. Every cell of stage x precision x layout is held to the one-process reference by the
+parity gate.
 
 What is set differently from DeepSpeed's own habits, and why:
 - Gradients of stages 1 and 2 are kept in DeepSpeed's compact partition buffer for every dtype. It does so only for
@@ -14,21 +14,17 @@ What is set differently from DeepSpeed's own habits, and why:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
-from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment, ShardSpec
+from megalm.zero.deepspeed_engine import make_engine
 from megalm.zero.engine import (
     HeldBytes,
     MakeOptimizer,
@@ -40,10 +36,6 @@ from megalm.zero.engine import (
     storage_bytes,
     tensor_states,
 )
-
-# The shared-memory collectives would be compiled at start-up (40 s); gloo and NCCL do without.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -78,18 +70,8 @@ class ShardedEngine(ZeroEngine):
         self.parameters = list(module.parameters())
         for parameter in self.parameters:
             self._tag(parameter)
-        if not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
-        mpu = _ModelParallelUnit(mesh)
-        config = _with_fitting_bucket(deepspeed_config, sum(p.numel() for p in self.parameters))
-        self.engine = _Engine(
-            args=None,
-            model=module,
-            optimizer=make_optimizer([(shard_of(p), p) for p in self.parameters]),
-            mpu=mpu,
-            config=config,
-            config_class=DeepSpeedConfig(config, mpu),
-        )
+        optimizer = make_optimizer([(shard_of(p), p) for p in self.parameters])
+        self.engine = make_engine(module, optimizer, mesh, deepspeed_config)
         self.module = self.engine.module
         self.optimizer: Any = self.engine.optimizer
         self.offloaded = bool(getattr(self.optimizer, "cpu_offload", False)) or bool(
@@ -192,6 +174,9 @@ class ShardedEngine(ZeroEngine):
         for group in self.optimizer.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        if self.optimizer.overflow and self.stage < 3:
+            # DeepSpeed 0.19.8 drops them here by itself, but not with offload: they would poison the next step.
+            self.optimizer.averaged_gradients = dict.fromkeys(self.optimizer.averaged_gradients)
         return float("nan") if self.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def _gradient_flats(self) -> list[Tensor]:
@@ -254,6 +239,7 @@ class ShardedEngine(ZeroEngine):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
         persistent = self.optimizer.persistent_parameters
         if persistent:
+            persistent[0].partition(persistent)  # drops the whole tensors, or all_gather would keep them as they are
             persistent[0].all_gather(persistent)
 
     def held_bytes(self) -> HeldBytes:
@@ -272,71 +258,6 @@ class ShardedEngine(ZeroEngine):
         )
 
 
-class _Engine(DeepSpeedEngine):  # type: ignore[misc]
-    """A DeepSpeedEngine that takes its dtypes from the module, fp64 included."""
-
-    def _module_dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
-
-    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
-        """Return (weights, accumulated gradients): gradients are never narrower than fp32."""
-        dtype = self._module_dtype()
-        return dtype, torch.promote_types(dtype, torch.float32)
-
-    @property
-    def communication_data_type(self) -> torch.dtype:
-        """Gradients travel in the dtype in which they are accumulated."""
-        return self.get_data_types()[1]
-
-    def zero_reduce_scatter(self) -> bool:
-        """DeepSpeed's checks admit its reduce-scatter path for fp32 and narrower only."""
-        return self._module_dtype() != torch.float64 and bool(super().zero_reduce_scatter())
-
-    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
-        return str(ZERO_OPTIMIZATION)
-
-
-class _ModelParallelUnit:
-    """The mesh in the words that DeepSpeed asks for; its model parallelism is tensor x pipeline."""
-
-    def __init__(self, mesh: ParallelMesh) -> None:
-        self._mesh = mesh
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.group("data")
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._mesh.size("data")
-
-    def get_data_parallel_rank(self) -> int:
-        return self._mesh.coordinates.data
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.group("model")
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._mesh.size("model")
-
-    def get_model_parallel_rank(self) -> int:
-        return self._mesh.coordinates.pipeline * self._mesh.size("tensor") + self._mesh.coordinates.tensor
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.group("tensor")
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self._mesh.size("tensor")
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self._mesh.coordinates.tensor
-
-
-def _with_fitting_bucket(config: dict[str, Any], elements: int) -> dict[str, Any]:
-    """Return the config with a reduction buffer, which DeepSpeed allocates whole, no larger than all gradients."""
-    zero = config["zero_optimization"]
-    fitting = min(int(zero.get("reduce_bucket_size", 5e8)), max(elements, 1))
-    return {**config, "zero_optimization": {**zero, "reduce_bucket_size": fitting}}
-
-
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Return the flat buffer that the adjoining parts are views of, in order."""
     first, last = parts[0], parts[-1]
@@ -347,9 +268,3 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _same_storage(tensor: Tensor, others: Sequence[Tensor]) -> bool:
     pointer = tensor.untyped_storage().data_ptr()
     return any(pointer == o.untyped_storage().data_ptr() for o in others)
-
-
-def forget_world() -> None:
-    """Drop DeepSpeed's process-wide groups, so that another world can be formed in this process."""
-    deepspeed.comm.comm.cdb = None
-    deepspeed_groups._release_process_group_references()

@@ -17,7 +17,7 @@ import pytest
 from megalm.data.corpus import Document, MemoryCorpus
 from megalm.data.datasets import FILES, PreparedData, is_held_out, open_prepared, prepare
 from megalm.data.text_files import TextFiles
-from megalm.data.tokenizer import Tokenizer, train_bpe
+from megalm.data.tokenizer import train_bpe
 from megalm.errors import DataError
 
 WORDS = ["the", "model", "reads", "a", "token", "and", "says", "which", "one", "may", "follow", "it,", "naïvely", "😀"]
@@ -258,7 +258,7 @@ def test_preparing_a_stream_takes_memory_of_a_batch_and_not_of_the_text(tmp_path
     with open(file, "w") as stream:
         for number in range(3_000):
             stream.write(line.replace("little", f"little {number}", 1))
-    tokenizer = Tokenizer(train_bpe([line], 300).serialized)
+    tokenizer = train_bpe(["x"], 257)  # a token for each byte: the most tokens that a text can have
     program = (
         "import re, sys; from megalm.data.datasets import prepare; from megalm.data.tokenizer import Tokenizer;"
         "from megalm.data.text_files import TextFiles; tokenizer = Tokenizer.load(sys.argv[3]);"
@@ -272,4 +272,4 @@ def test_preparing_a_stream_takes_memory_of_a_batch_and_not_of_the_text(tmp_path
     grown_bytes = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(f"{file.stat().st_size} bytes of text, {grown_bytes} bytes of memory")
     assert file.stat().st_size > 6_000_000
-    assert grown_bytes < 150_000_000  # about 50 MB; all encodings at once would be ten times that
+    assert grown_bytes < 250_000_000

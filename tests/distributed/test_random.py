@@ -151,3 +151,12 @@ def test_mean_and_variance():
 def test_keep_compares_exactly(rate):
     u = random.uniform_slice(9, (10_000,), (0,), (10_000,), CPU)
     assert torch.equal(random.keep_slice(9, rate, (10_000,), (0,), (10_000,), CPU), u.double() >= rate)
+
+
+@pytest.mark.parametrize("offset", [-(2.0**-26), 0.0, 2.0**-26])
+def test_keep_decides_exactly_at_the_rate_of_an_element(offset):
+    u = random.uniform_slice(9, (8,), (0,), (8,), CPU).double()
+    for index, number in enumerate(u.tolist()):
+        kept = random.keep_slice(9, number + offset, (8,), (0,), (8,), CPU)
+        assert kept[index].item() is (offset <= 0)
+        assert torch.equal(kept, u >= number + offset)

@@ -47,7 +47,7 @@ def test_add_one_perplexity_is_that_of_plain_counting(train: np.ndarray, heldout
 
 
 @settings(deadline=None, max_examples=50)
-@given(stream=streams, chunk=st.integers(1, 30))
+@given(stream=st.lists(st.integers(0, 6), min_size=2, max_size=200).map(np.array), chunk=st.integers(1, 30))
 def test_counts_do_not_depend_on_the_size_of_chunks(stream: np.ndarray, chunk: int) -> None:
     whole = count_pairs(stream, 7)
     with pytest.MonkeyPatch.context() as patch:
@@ -67,6 +67,13 @@ def test_probabilities_after_every_token_sum_to_one(stream: np.ndarray) -> None:
         probabilities = model.probabilities(all_pairs(7))
         assert probabilities.dtype == np.float64 and (probabilities > 0).all()
         assert probabilities.reshape(7, 7).sum(axis=1) == pytest.approx(np.ones(7), rel=1e-12)
+
+
+def test_in_the_end_all_training_pairs_are_counted_also_those_kept_for_the_weights() -> None:
+    stream = zipf_stream(5000, 20, seed=1)
+    fitted, whole = InterpolatedBigram.fit(stream, 20).counts, count_pairs(stream, 20)
+    for name in ("pairs", "pair_counts", "first_counts", "second_counts"):
+        assert np.array_equal(getattr(fitted, name), getattr(whole, name)), name
 
 
 def test_interpolation_is_the_weighted_sum_of_its_three_estimates() -> None:

@@ -38,7 +38,7 @@ CASES: tuple[Case, ...] = (
     Case(1, 1, 1),
     Case(1, 1, 1, {**LLAMA, **DROPOUT, **SMOOTHING, **zero(1)}),
     Case(1, 2, 1),
-    Case(1, 4, 1, {**zero(1), **batch(8, 2)}),
+    Case(1, 4, 1, {**zero(1), **batch(8, 1)}),
     Case(1, 2, 1, {**zero(2), **DROPOUT}),
     Case(1, 4, 1, {**zero(3), **UNTIED}),
     Case(1, 2, 1, {**OFFLOAD2}),

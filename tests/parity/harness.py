@@ -24,7 +24,7 @@ from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.models.build import build_executor, build_stage
 from megalm.train.optimizers import build_optimizer
 from megalm.train.trainer import Trainer, TrainState
-from megalm.zero.build import build_engine
+from megalm.zero.build import build_engine, partitioner
 from tests.parity.reference import Reference
 from tests.worker_pool import WorkerPool, after_world
 
@@ -76,7 +76,7 @@ class Case:
             "seed": 7,
             "model": {"layers": 4, "hidden": 32, "heads": 4, "sequence": 16, "init_std": 0.1},
             "parallel": {"tensor": self.tensor, "pipeline": self.pipeline},
-            "train": {"steps": 30, "global_batch": 8, "micro_batch": 1, "clip_grad_norm": 0.5},
+            "train": {"steps": 30, "global_batch": 8, "micro_batch": 2, "clip_grad_norm": 0.5},
             "optim": {"lr": 1e-3, "kind": "adamw"},
             "lr_schedule": {"warmup_steps": 5},
             "precision": "fp64",
@@ -150,10 +150,10 @@ def train_rank(
 def build_trainer(mesh: ParallelMesh, config: RunConfig) -> Trainer:
     """Return a trainer over random text, built from the parts that `megalm train` uses."""
     torch.use_deterministic_algorithms(True)
-    model = build_stage(config, VOCAB, mesh)
+    model = build_stage(config, VOCAB, mesh, partitioner(config, mesh))
     engine = build_engine(config, model, mesh, partial(build_optimizer, config.optim), model.tied_weight)
     if config.zero.stage > 0:
-        from megalm.zero.sharded import forget_world
+        from megalm.zero.deepspeed_engine import forget_world
 
         if forget_world not in after_world:
             after_world.append(forget_world)

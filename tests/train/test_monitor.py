@@ -117,9 +117,7 @@ class Clock:
 
 def test_meter_gives_the_mean_over_the_steps_since_the_last_measurement() -> None:
     clock = Clock()
-    meter = Throughput(
-        tokens_per_step=1000, flops_per_token=1e9, world_size=4, peak=Peak(1e12, "test"), clock=clock
-    )
+    meter = Throughput(tokens_per_step=1000, flops_per_token=1e9, world_size=4, peak=Peak(1e12, "test"), clock=clock)
     meter.start(10)
     clock.now += 8.0
     speed = meter.measure(14, last_step=20)
@@ -132,9 +130,7 @@ def test_meter_gives_the_mean_over_the_steps_since_the_last_measurement() -> Non
 
 def test_paused_time_does_not_count() -> None:
     clock = Clock()
-    meter = Throughput(
-        tokens_per_step=1, flops_per_token=1.0, world_size=1, peak=Peak(1.0, "test"), clock=clock
-    )
+    meter = Throughput(tokens_per_step=1, flops_per_token=1.0, world_size=1, peak=Peak(1.0, "test"), clock=clock)
     meter.start(0)
     with meter.paused():
         clock.now += 50.0
@@ -144,13 +140,13 @@ def test_paused_time_does_not_count() -> None:
     assert meter.measure(2, last_step=2).step_s == pytest.approx(1.0)
 
 
-def test_one_slow_step_moves_the_time_left_by_a_tenth() -> None:
+def test_time_left_forgets_the_first_step_and_weighs_the_others() -> None:
     clock = Clock()
-    meter = Throughput(
-        tokens_per_step=1, flops_per_token=1.0, world_size=1, peak=Peak(1.0, "test"), clock=clock
-    )
+    meter = Throughput(tokens_per_step=1, flops_per_token=1.0, world_size=1, peak=Peak(1.0, "test"), clock=clock)
     meter.start(0)
-    clock.now += 1.0
-    meter.measure(1, last_step=12)
-    clock.now += 11.0
-    assert meter.measure(2, last_step=12).time_left_s == pytest.approx(20.0)
+    left = []
+    for step, seconds in [(1, 60.0), (2, 1.0), (3, 11.0), (5, 4.0)]:
+        clock.now += seconds
+        left.append(meter.measure(step, last_step=15).time_left_s)
+    # Of 60, 1, 0.9 * 1 + 0.1 * 11 and 0.81 * 2 + 0.19 * 2 seconds a step.
+    assert left == pytest.approx([14 * 60.0, 13 * 1.0, 12 * 2.0, 10 * 2.0])

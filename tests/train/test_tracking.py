@@ -55,9 +55,7 @@ def test_steps_after_the_resumed_checkpoint_are_dropped_and_stand_once(tmp_path:
     assert steps_in(tmp_path) == list(range(1, 10))
 
 
-@pytest.mark.parametrize(
-    "torn", ['{"step": 4, "train/lo', '{"step": 4}\n\x00\x00\x00\n', "4\n", '{"loss": 1}\n']
-)
+@pytest.mark.parametrize("torn", ['{"step": 4, "train/lo', '{"step": 4}\n\x00\x00\x00\n', "4\n", '{"loss": 1}\n'])
 def test_what_a_kill_left_torn_is_dropped(tmp_path: Path, torn: str) -> None:
     write_steps(tmp_path, 0, range(1, 4))
     with (tmp_path / "metrics.jsonl").open("a") as stream:
@@ -75,9 +73,7 @@ def test_a_whole_last_line_without_its_newline_is_not_joined_with_the_next(tmp_p
     assert steps_in(tmp_path) == [1, 2, 3, 4]
 
 
-def test_a_kill_while_lines_are_dropped_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_lines_are_dropped_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_steps(tmp_path, 0, range(1, 6))
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
@@ -115,6 +111,23 @@ def test_non_finite_losses_are_valid_json_and_read_back(tmp_path: Path, value: f
 YAML = "seed: 1\nmodel:\n  layers: 2\n  vocab: null\nparallel:\n  sequence: false\n  partition: [1, 1]\n"
 
 
+@pytest.fixture(autouse=True)
+def no_forced_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away what the shell that runs the tests may say of its terminal."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_pipe_that_ends_on_a_terminal_gets_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    console = Console(0, 100, stream)
+    console.header(YAML, [])
+    console.step(step_record(7), time_left_s=65)
+    console.close()
+    assert "\x1b" in stream.getvalue() and "step 7/100" in stream.getvalue()
+
+
 def test_a_log_gets_one_plain_line_a_step_and_no_ansi_codes() -> None:
     stream = io.StringIO()
     console = Console(0, 100, stream)
@@ -128,8 +141,7 @@ def test_a_log_gets_one_plain_line_a_step_and_no_ansi_codes() -> None:
     assert lines[:2] == ["seed        1", "model       layers=2"]
     assert lines[2:4] == ["parallel    sequence=false partition=[1,1]", "parameters  1.2M"]
     assert lines[4] == (
-        "step   7/100  loss 5.0000  lr 1.00e-03  |g| 0.700  640 tok/s  2.00 GFLOP/s  MFU 30.0%  256 MiB  "
-        "left 1m05s"
+        "step   7/100  loss 5.0000  lr 1.00e-03  |g| 0.700  640 tok/s  2.00 GFLOP/s  MFU 30.0%  256 MiB  left 1m05s"
     )
     assert lines[5] == "step 4  held-out loss 4.2000  perplexity 66.70  bits per byte 2.1000"
     assert lines[6] == "[red]kept as it is[/red]"

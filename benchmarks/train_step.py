@@ -1,0 +1,261 @@
+"""Our training step against a plain PyTorch loop of the same model, and tokens a second of layouts.
+
+    python benchmarks/train_step.py                                       # on the CPU
+    python benchmarks/train_step.py --device cuda --precision bf16 --shapes gpt-124m
+
+One process: both train the same weights on the same batches; their losses must agree before anything is timed. Then
+they take turns in the same process, the order alternating, and the median of the pairs' ratios counts: what else the
+machine does meets both alike. On the CPU a pair is measured in processor time too, which other programs do not add to.
+
+Layouts: as many local processes as each needs train the first shape, one layout after the other.
+
+`step_process.py` is what runs in each of the processes, `plain.py` the plain loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from step_process import CHECKED_STEPS, LOSS_TOLERANCE, WARM_STEPS, result_of
+
+from megalm.config.load import load_recipe
+from megalm.config.run import RunConfig
+from megalm.data.token_file import TokenFileWriter
+from megalm.launch.local import run_workers
+
+GOAL = 1.02
+PROCESS = Path(__file__).with_name("step_process.py")
+
+# Beyond a recipe: its batch is cut down to a step that can be repeated often, the rest is what the peer can do too.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt-tiny": ("gpt-tiny", {"model.vocab": 2048}),
+    "gpt-23m": (
+        "gpt-tiny",
+        {
+            "model.layers": 6,
+            "model.hidden": 512,
+            "model.heads": 8,
+            "model.sequence": 256,
+            "model.vocab": 8192,
+            "train.global_batch": 2,
+            "train.micro_batch": 1,
+        },
+    ),
+    "gpt-124m": ("gpt-124m", {"train.global_batch": 64}),
+}
+LAYOUTS = "t1p1d1z0 t1p1d2z0 t1p1d2z1 t1p1d2z2 t1p1d2z3 t2p1d1z0 t2p1d1z0s t1p2d1z0 t2p2d1z0 t2p1d2z1 t1p2d2z1 t1p1d4z1"
+_LAYOUT = re.compile(r"t(\d+)p(\d+)d(\d+)z([0-3])(s?)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many processes share the model, and how."""
+
+    name: str
+    tensor: int
+    pipeline: int
+    data: int
+    zero: int
+    sequence: bool
+
+    @classmethod
+    def read(cls, name: str) -> Layout:
+        """Return the layout of a name such as t2p1d2z1; a final s is sequence parallelism."""
+        match = _LAYOUT.fullmatch(name)
+        if match is None:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is no layout; write t2p1d2z1 for tensor 2, pipeline 1, data 2, ZeRO 1, t2p1d1z0s with "
+                "sequence parallelism"
+            )
+        tensor, pipeline, data, zero = map(int, match.groups()[:4])
+        return cls(name, tensor, pipeline, data, zero, match[5] == "s")
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return self.tensor * self.pipeline * self.data
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the layout as keys of a recipe."""
+        return {
+            "parallel.tensor": self.tensor,
+            "parallel.pipeline": self.pipeline,
+            "parallel.sequence": self.sequence,
+            "zero.stage": self.zero,
+        }
+
+
+def recipe(shape: str, layout: Layout, precision: str) -> RunConfig:
+    """Return the recipe that is measured."""
+    base, overrides = SHAPES[shape]
+    fixed = {"precision": precision, "optim.lr": 1e-4, "lr_schedule.kind": "constant", "lr_schedule.warmup_steps": 0}
+    values = {**fixed, **overrides, **layout.overrides()}
+    return load_recipe(base, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+
+
+def measured(kind: str, config: RunConfig, world_size: int, repeats: int, options: argparse.Namespace) -> Any:
+    """Return the result of a job, done by as many fresh processes as it needs; SystemExit where they fail."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokens = Path(directory) / "random.tokens"
+        write_tokens(tokens, config, repeats * options.steps_a_side)
+        job_path = Path(directory) / "job.json"
+        job = {
+            "kind": kind,
+            "config": config.model_dump_json(),
+            "tokens": str(tokens),
+            "repeats": repeats,
+            "steps_a_side": options.steps_a_side,
+            "threads": options.threads,
+        }
+        job_path.write_text(json.dumps(job))
+        status = run_workers([sys.executable, str(PROCESS), str(job_path)], world_size, None)
+        if status != 0:
+            raise SystemExit(status)
+        return json.loads(result_of(job_path).read_text())
+
+
+def write_tokens(path: Path, config: RunConfig, steps: int) -> None:
+    """Write random tokens, enough for one epoch of `steps` steps and those before them, but at most 2**24."""
+    vocab = config.model.vocab
+    assert vocab is not None, "a measured shape gives its vocabulary"
+    wanted = (CHECKED_STEPS + WARM_STEPS + steps) * config.train.global_batch * config.model.sequence + 1
+    generator = np.random.default_rng(config.seed)
+    with TokenFileWriter(path, vocab, "00" * 32) as writer:
+        writer.append(generator.integers(vocab, size=min(wanted, 2**24), dtype=np.int64))
+
+
+def compare_shape(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a shape at one process; return the figures and print their rows."""
+    config = recipe(shape, Layout.read("t1p1d1z0"), options.precision)
+    raw = measured("pairs", config, 1, options.pairs, options)
+    figures = {key: raw[key] for key in ("loss_difference", "parameters", "tokens_per_step")}
+    clocks = ("wall_s", "processor_s") if options.device == "cpu" else ("wall_s",)
+    for clock in clocks:
+        ours, plain = raw[clock]["ours"], raw[clock]["plain"]
+        ratios = [a / b for a, b in zip(ours, plain, strict=True)]
+        ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        figures[clock] = {"ours": statistics.median(ours), "plain": statistics.median(plain), "ratio": ratio}
+        print(
+            f"{shape:<10} {raw['parameters'] / 1e6:8.1f} M  {clock[:-2]:<9} {1e3 * figures[clock]['ours']:9.2f} "
+            f"{1e3 * figures[clock]['plain']:9.2f}   {ratio['median']:6.3f}  {ratio['min']:6.3f} {ratio['max']:6.3f}",
+            flush=True,
+        )
+    return figures | {"pairs": options.pairs, "steps_a_side": options.steps_a_side}
+
+
+def measure_layout_rate(layout: Layout, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a layout with the first shape; return the figures and print their row."""
+    config = recipe(options.shapes[0], layout, options.precision)
+    raw = measured("layout", config, layout.world_size, options.layout_steps, options)
+    seconds = raw["wall_s"]
+    step_s = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+    rate = raw["tokens_per_step"] / step_s["median"]
+    print(
+        f"{layout.name:<10} {layout.world_size:9}  {1e3 * step_s['median']:9.2f} {1e3 * step_s['min']:9.2f}  "
+        f"{rate:12.0f}  {raw['first_loss']:.6f}",
+        flush=True,
+    )
+    return {
+        "processes": layout.world_size,
+        "step_s": step_s,
+        "tokens_per_s": rate,
+        "first_loss": raw["first_loss"],
+    }
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the figures depend on beside the code."""
+    name = torch.cuda.get_device_name() if options.device == "cuda" else processor_name()
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads_a_process": options.threads,
+        "load_before": os.getloadavg()[0],
+        "precision": options.precision,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def processor_name() -> str:
+    """Return the CPU's name as far as the system tells it."""
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def read_options() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=tuple(LOSS_TOLERANCE), default="fp32")
+    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=["gpt-tiny", "gpt-23m"])
+    parser.add_argument("--layouts", nargs="*", type=Layout.read, help=f"default on the CPU: {LAYOUTS}")
+    parser.add_argument("--pairs", type=int, default=40, help="pairs of measurements at one process")
+    parser.add_argument("--steps-a-side", type=int, default=1, help="steps in each half of a pair")
+    parser.add_argument("--layout-steps", type=int, default=10, help="measured steps of each layout")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads in each process")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/train_step_DEVICE.json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, print the tables, write the results; 1 where a median ratio misses the goal."""
+    options = read_options()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no GPU; use --device cpu", file=sys.stderr)
+        return 2
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the processes take a GPU where they see one
+    if options.layouts is None:
+        options.layouts = [Layout.read(name) for name in LAYOUTS.split()] if options.device == "cpu" else []
+    out = options.out or Path(__file__).parent / "results" / f"train_step_{options.device}.json"
+    results: dict[str, Any] = {"machine": machine(options), "goal": GOAL, "one_process": {}}
+    print(*(f"{key} {value}" for key, value in results["machine"].items()), sep=", ")
+    print(f"\none process: {options.pairs} pairs, ratio of our step's time to plain PyTorch's, goal {GOAL}")
+    print("shape      parameters  clock       ours ms  plain ms    ratio     min    max")
+    for shape in options.shapes:
+        results["one_process"][shape] = compare_shape(shape, options)
+        write(out, results)
+    if options.layouts:
+        print(f"\nlayouts of {options.shapes[0]}: tensor, pipeline, data, ZeRO, s = sequence parallelism")
+        print("layout     processes    step ms    min ms      tokens/s  loss of step 1")
+    results["layouts"] = {"shape": options.shapes[0]}
+    for layout in options.layouts:
+        results["layouts"][layout.name] = measure_layout_rate(layout, options)
+        write(out, results)
+    print(f"\nwritten: {out}")
+    clock = "processor_s" if options.device == "cpu" else "wall_s"
+    ratios = [figures[clock]["ratio"]["median"] for figures in results["one_process"].values()]
+    return int(any(ratio > GOAL for ratio in ratios))
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Write what has been measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

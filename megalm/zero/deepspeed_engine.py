@@ -1,0 +1,140 @@
+"""DeepSpeed as the ZeRO adapter needs it: its engine with our dtypes and our mesh. The only import of deepspeed.
+
+`sharded.py` drives what is made here. Both use methods that DeepSpeed keeps to itself, so the version is pinned
+exactly (0.19.8).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.utils import groups as deepspeed_groups
+from torch import nn
+
+from megalm.distributed.mesh import ParallelMesh
+from megalm.zero.engine import shard_of
+
+# The shared-memory collectives would be compiled at start-up (40 s); gloo and NCCL do without.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def make_engine(
+    module: nn.Module, optimizer: torch.optim.Optimizer, mesh: ParallelMesh, config: dict[str, Any]
+) -> DeepSpeedEngine:
+    """Return a DeepSpeedEngine around the module and its optimizer. Every rank of the mesh must call."""
+    _join(mesh)
+    elements = sum(math.prod(shard_of(p).local_shape) for p in module.parameters())
+    fitting = _with_fitting_bucket(config, elements)
+    mpu = _ModelParallelUnit(mesh)
+    return _Engine(
+        args=None,
+        model=module,
+        optimizer=optimizer,
+        mpu=mpu,
+        config=fitting,
+        config_class=DeepSpeedConfig(fitting, mpu),
+    )
+
+
+def partition_weights(module: nn.Module, mesh: ParallelMesh, config: dict[str, Any]) -> None:
+    """Divide the module's parameters over the data axis (ZeRO 3), so that this rank keeps its part of each only.
+
+    Called for each part of a model as soon as it is built: the whole of it never lies on one rank. The values stay
+    as they were made. Every rank of the data axis must call.
+    """
+    _join(mesh)
+    parameters = list(module.parameters())
+    if parameters:
+        deepspeed.zero.Init(
+            module=module,
+            data_parallel_group=mesh.group("data"),
+            config_dict_or_path=config,
+            mpu=_ModelParallelUnit(mesh),
+            dtype=parameters[0].dtype,
+        )
+
+
+def forget_world() -> None:
+    """Drop DeepSpeed's process-wide groups and counters, so that another world can be formed in this process."""
+    deepspeed.comm.comm.cdb = None
+    deepspeed_groups._release_process_group_references()
+    deepspeed.zero.Init.param_id = 0  # ranks compare the numbers of their parameters
+
+
+def _join(mesh: ParallelMesh) -> None:
+    """Make DeepSpeed take the process group that is there."""
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+
+
+class _Engine(DeepSpeedEngine):  # type: ignore[misc]
+    """A DeepSpeedEngine that takes its dtypes from the module, fp64 included."""
+
+    def _module_dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
+        """Return (weights, accumulated gradients): gradients are never narrower than fp32."""
+        dtype = self._module_dtype()
+        return dtype, torch.promote_types(dtype, torch.float32)
+
+    @property
+    def communication_data_type(self) -> torch.dtype:
+        """Gradients travel in the dtype in which they are accumulated."""
+        return self.get_data_types()[1]
+
+    def zero_reduce_scatter(self) -> bool:
+        """DeepSpeed's checks admit its reduce-scatter path for fp32 and narrower only."""
+        return self._module_dtype() != torch.float64 and bool(super().zero_reduce_scatter())
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+        return str(ZERO_OPTIMIZATION)
+
+
+class _ModelParallelUnit:
+    """The mesh in the words that DeepSpeed asks for; its model parallelism is tensor x pipeline."""
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        self._mesh = mesh
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.group("data")
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.size("data")
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.coordinates.data
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.group("model")
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.size("model")
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.coordinates.pipeline * self._mesh.size("tensor") + self._mesh.coordinates.tensor
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.group("tensor")
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.size("tensor")
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.coordinates.tensor
+
+
+def _with_fitting_bucket(config: dict[str, Any], elements: int) -> dict[str, Any]:
+    """Return the config with a reduction buffer, which DeepSpeed allocates whole, no larger than all gradients."""
+    zero = config["zero_optimization"]
+    fitting = min(int(zero.get("reduce_bucket_size", 5e8)), max(elements, 1))
+    return {**config, "zero_optimization": {**zero, "reduce_bucket_size": fitting}}

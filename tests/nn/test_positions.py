@@ -1,0 +1,85 @@
+"""Positions: learned vectors of the right tokens, and rotations that know distances only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megalm.distributed.layout import RankLayout
+from megalm.distributed.mesh import ParallelMesh
+from megalm.nn.positions import POSITIONS, Position
+from megalm.tensor_parallel.initialize import Initializer
+from tests.nn import dense
+from tests.nn.layers import INIT, check_layer, model_section
+from tests.shards import assert_close, random_whole
+from tests.worker_pool import WorkerPool
+
+
+def make(kind: str, embeds: bool = True, init: Initializer = INIT) -> Position:
+    config = model_section(hidden=24, heads=4, sequence=8, position=kind, rotary_base=100.0)
+    return POSITIONS.get(kind)(config, embeds=embeds, group=None, init=init)
+
+
+def check_learned(mesh: ParallelMesh, sequence: bool) -> None:
+    config = model_section()
+    group = mesh.group("tensor") if sequence else None
+    position = POSITIONS.get("learned")(config, embeds=True, group=group, init=INIT)
+    first = mesh.index("tensor") * config.sequence // mesh.size("tensor") if sequence else 0
+    check_layer(
+        mesh,
+        position,
+        lambda x: position(x, first),
+        lambda x, w: x + w["position.weight"],
+        config,
+        sequence,
+    )
+
+
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, True), (4, True)])
+def test_learned_positions_of_a_token_shard_are_those_of_the_whole_sequence(
+    pool: WorkerPool, tensor: int, sequence: bool
+) -> None:
+    pool.run(check_learned, sequence, layout=RankLayout(tensor=tensor))
+
+
+def test_a_shorter_sequence_takes_the_first_positions() -> None:
+    position = make("learned")
+    x = random_whole("x", (2, 3, 24))
+    assert_close(position(x, 0), x + position.weight[:3])
+
+
+def test_only_the_stage_that_embeds_holds_learned_positions_and_rotary_has_no_parameters() -> None:
+    assert [p.shard.name for p in make("learned").parameters()] == ["position.weight"]
+    assert not list(make("learned", embeds=False).parameters())
+    assert not list(make("rotary").parameters()) and not make("rotary").state_dict()
+
+
+def test_each_kind_acts_in_one_place_only() -> None:
+    x_BTD, x_BTHE = random_whole("x", (2, 5, 24)), random_whole("q", (2, 5, 4, 6))
+    assert make("rotary")(x_BTD, 0) is x_BTD
+    assert make("learned").rotation(5)(x_BTHE) is x_BTHE
+
+
+def test_rotation_turns_each_position_by_its_own_angles() -> None:
+    x_BTHE = random_whole("q", (2, 5, 3, 6))
+    turned = make("rotary").rotation(5)(x_BTHE)
+    for row in range(2):
+        for head in range(3):
+            assert_close(turned[row, :, head], dense.rotate(x_BTHE[row, :, head], 100.0))
+
+
+def test_rotated_scores_depend_on_the_distance_only() -> None:
+    q, k = (random_whole(name, (1, 1, 1, 6)).expand(1, 8, 1, 6) for name in "qk")
+    rotate = make("rotary").rotation(8)
+    scores = rotate(q)[0, :, 0] @ rotate(k)[0, :, 0].T
+    for distance in range(8):
+        same = scores.diagonal(-distance)
+        assert_close(same, same[:1].expand_as(same), limit=1e-13)
+    assert len(scores[:, 0].round(decimals=9).unique()) == 8
+
+
+def test_the_tables_of_a_bf16_model_are_fp32() -> None:
+    position = make("rotary", init=Initializer(1, torch.bfloat16, torch.device("cpu")))
+    assert position.cos_TE.dtype is position.sin_TE.dtype is torch.float32
+    x = torch.ones(1, 8, 1, 6, dtype=torch.bfloat16)
+    assert position.rotation(8)(x).dtype is torch.bfloat16

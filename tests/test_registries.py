@@ -1,0 +1,42 @@
+"""The names that a recipe may use are exactly the names of implementations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megalm.config.choices import CHOICES
+from megalm.models.build import DTYPES
+from megalm.nn.mlp import ACTIVATIONS
+from megalm.nn.norms import NORMS
+from megalm.nn.positions import POSITIONS
+from megalm.pipeline_parallel.schedules import SCHEDULES
+from megalm.registry import Registry
+from megalm.train.lr_schedules import LR_SCHEDULES
+from megalm.train.optimizers import OPTIMIZERS
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "norm": NORMS,
+    "activation": ACTIVATIONS,
+    "position": POSITIONS,
+    "schedule": SCHEDULES,
+    "optimizer": OPTIMIZERS,
+    "lr_schedule": LR_SCHEDULES,
+}
+WITHOUT_A_REGISTRY = {"precision", "recompute"}
+
+
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_every_choice_is_registered_and_every_registered_name_is_a_choice(kind: str) -> None:
+    assert sorted(CHOICES[kind]) == REGISTRIES[kind].names()
+    assert len(set(CHOICES[kind])) == len(CHOICES[kind])
+    assert REGISTRIES[kind].kind == kind
+
+
+def test_every_kind_of_choice_has_a_registry_or_is_known_to_have_none() -> None:
+    assert CHOICES.keys() == REGISTRIES.keys() | WITHOUT_A_REGISTRY
+
+
+def test_every_precision_has_a_dtype() -> None:
+    assert set(CHOICES["precision"]) == set(DTYPES)

@@ -1,0 +1,86 @@
+"""Which tensors decay, and that the recipe's numbers reach torch's optimizers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megalm.config.run import OptimSection
+from megalm.distributed.sharding import ShardSpec
+from megalm.errors import ConfigError
+from megalm.train.optimizers import OPTIMIZERS, build_optimizer, is_decayed
+
+DECAYED = {
+    "embedding.weight": (67, 8), "position.weight": (16, 8), "head.weight": (67, 8),
+    "blocks.0.attention.qkv.weight": (24, 8), "blocks.0.mlp.up.weight": (2, 16, 8),
+}  # fmt: skip
+NOT_DECAYED = {
+    "final_norm.weight": (8,), "final_norm.bias": (8,), "blocks.0.attention.qkv.bias": (24,),
+    "blocks.0.mlp.up.bias": (2, 16),
+}  # fmt: skip
+
+
+def tensors() -> list[tuple[ShardSpec, torch.Tensor]]:
+    specs = [ShardSpec.whole(name, shape) for name, shape in {**DECAYED, **NOT_DECAYED}.items()]
+    return [(spec, torch.ones(spec.global_shape)) for spec in specs]
+
+
+def section(kind: str, **values: object) -> OptimSection:
+    return OptimSection.model_validate({"kind": kind, "lr": 0.5, "weight_decay": 0.2, **values})
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS.names())
+def test_decay_shrinks_matrices_and_embeddings_and_leaves_norms_and_biases(kind: str) -> None:
+    held = tensors()
+    optimizer = build_optimizer(section(kind), held)
+    for _, tensor in held:
+        tensor.grad = torch.zeros_like(tensor)
+    optimizer.step()
+    for spec, tensor in held:
+        shrunk = 1.0 - 0.5 * 0.2 if spec.name in DECAYED else 1.0
+        torch.testing.assert_close(tensor, torch.full_like(tensor, shrunk))
+        assert is_decayed(spec) == (spec.name in DECAYED)
+
+
+def test_decay_depends_on_the_whole_tensor_not_on_the_part_or_its_flattening() -> None:
+    spec = ShardSpec.split("blocks.0.mlp.up.weight", (16, 8), 0, 1, 4)
+    flat = torch.ones(32)
+    assert build_optimizer(section("sgd"), [(spec, flat)]).param_groups[0]["weight_decay"] == 0.2
+
+
+def test_every_tensor_is_in_one_group_and_no_group_is_empty() -> None:
+    held = tensors()
+    groups = build_optimizer(section("adamw"), held).param_groups
+    assert sorted(id(t) for group in groups for t in group["params"]) == sorted(id(t) for _, t in held)
+    norms = [(spec, tensor) for spec, tensor in held if spec.name in NOT_DECAYED]
+    assert [group["weight_decay"] for group in build_optimizer(section("adamw"), norms).param_groups] == [0.0]
+
+
+def test_adamw_takes_rate_betas_and_eps_and_its_step_is_the_papers() -> None:
+    weight = torch.ones(2, 3, dtype=torch.float64)
+    optimizer = build_optimizer(
+        section("adamw", betas=[0.8, 0.9], eps=0.01), [(ShardSpec.whole("a.weight", (2, 3)), weight)]
+    )
+    first = second = torch.zeros_like(weight)
+    expected = weight.clone()
+    for step, size in enumerate((1.0, -3.0), start=1):
+        weight.grad = torch.full_like(weight, size)
+        optimizer.step()
+        first, second = 0.8 * first + 0.2 * size, 0.9 * second + 0.1 * size**2
+        expected *= 1.0 - 0.5 * 0.2
+        expected -= 0.5 * (first / (1 - 0.8**step)) / ((second / (1 - 0.9**step)).sqrt() + 0.01)
+    torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0.0)
+
+
+def test_sgd_takes_its_momentum() -> None:
+    weight = torch.ones(3)
+    optimizer = build_optimizer(section("sgd", momentum=0.5), [(ShardSpec.whole("a.bias", (3,)), weight)])
+    for _ in range(2):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    torch.testing.assert_close(weight, torch.full((3,), 1.0 - 0.5 - 0.5 * 1.5))
+
+
+def test_an_unknown_kind_is_the_users_error() -> None:
+    with pytest.raises(ConfigError, match="did you mean adamw"):
+        OPTIMIZERS.get("adamv")
