@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -148,14 +149,28 @@ def compare_shape(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     for clock in clocks:
         ours, plain = raw[clock]["ours"], raw[clock]["plain"]
         ratios = [a / b for a, b in zip(ours, plain, strict=True)]
-        ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        low, high = median_interval(ratios)
+        ratio = {
+            "median": statistics.median(ratios), "low": low, "high": high, "min": min(ratios), "max": max(ratios)
+        }  # fmt: skip
         figures[clock] = {"ours": statistics.median(ours), "plain": statistics.median(plain), "ratio": ratio}
         print(
             f"{shape:<10} {raw['parameters'] / 1e6:8.1f} M  {clock[:-2]:<9} {1e3 * figures[clock]['ours']:9.2f} "
-            f"{1e3 * figures[clock]['plain']:9.2f}   {ratio['median']:6.3f}  {ratio['min']:6.3f} {ratio['max']:6.3f}",
+            f"{1e3 * figures[clock]['plain']:9.2f}   {ratio['median']:6.3f}  {low:6.3f} to {high:.3f}  "
+            f"{ratio['min']:6.3f} {ratio['max']:6.3f}",
             flush=True,
         )
     return figures | {"pairs": options.pairs, "steps_a_side": options.steps_a_side}
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Return the bounds between which the true median lies with a probability of about 95%.
+
+    They are two of the sorted values: those whose ranks are 1.96 binomial deviations from the middle.
+    """
+    ordered, reach = sorted(values), 1.96 * math.sqrt(len(values)) / 2
+    low = max(0, math.floor(len(values) / 2 - reach))
+    return ordered[low], ordered[-1 - low]
 
 
 def measure_layout_rate(layout: Layout, options: argparse.Namespace) -> dict[str, Any]:
@@ -234,7 +249,7 @@ def main() -> int:
     results: dict[str, Any] = {"machine": machine(options), "goal": GOAL, "one_process": {}}
     print(*(f"{key} {value}" for key, value in results["machine"].items()), sep=", ")
     print(f"\none process: {options.pairs} pairs, ratio of our step's time to plain PyTorch's, goal {GOAL}")
-    print("shape      parameters  clock       ours ms  plain ms    ratio     min    max")
+    print("shape      parameters  clock       ours ms  plain ms    ratio  95% of the median     min    max")
     for shape in options.shapes:
         results["one_process"][shape] = compare_shape(shape, options)
         write(out, results)

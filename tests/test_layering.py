@@ -22,7 +22,7 @@ FLOORS = [
     {"tensor_parallel", "pipeline_parallel", "zero", "checkpoint"},
     {"distributed", "data"},
     {"config"},
-    {"errors", "registry", "regular_file", "version"},
+    {"errors", "registry", "files", "version"},
 ]
 # Packages that share the top floor are one program, and the lowest floor may use its own errors.
 MAY_SHARE = [FLOORS[0], FLOORS[-1]]

@@ -25,7 +25,7 @@ from torch import Tensor
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.geometry import StridedCopy
 from megalm.errors import CheckpointError
-from megalm.regular_file import require_regular
+from megalm.files import require_regular
 
 Bytes = npt.NDArray[np.uint8]
 

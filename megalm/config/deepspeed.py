@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from megalm.config.checks import report
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
+from megalm.files import require_regular
 from megalm.registry import nearest, unknown_name
-from megalm.regular_file import require_regular
 
 NEVER = 10**9
 AUTO = "auto"

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megalm.errors import ConfigError
-from megalm.regular_file import require_regular
+from megalm.files import require_regular
 
 LARGEST_FILE_BYTES = 1 << 20
 FLOAT_TAG = "tag:yaml.org,2002:float"

@@ -23,11 +23,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megalm.data.corpus import Corpus
-from megalm.data.durable import sync_directory, write_durably
 from megalm.data.token_file import REMEDY, TokenFile, TokenFileWriter
 from megalm.data.tokenizer import FILE_NAME, Tokenizer, fingerprint_of, read_tokenizer_file, train_bpe
 from megalm.errors import DataError
-from megalm.regular_file import require_regular
+from megalm.files import require_regular, sync_directory, write_durably
 
 logger = logging.getLogger(__name__)
 

@@ -29,9 +29,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalm.data.durable import sync_directory
 from megalm.errors import DataError
-from megalm.regular_file import require_regular
+from megalm.files import require_regular, sync_directory
 
 MAGIC = b"MEGALMTK"
 VERSION = 1

@@ -19,9 +19,8 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megalm.data.durable import write_durably
 from megalm.errors import DataError
-from megalm.regular_file import require_regular
+from megalm.files import require_regular, write_durably
 
 logger = logging.getLogger(__name__)
 

@@ -81,6 +81,24 @@ class StageLinks:
         self._activations_out = None if following is None else Channel(mesh.forward_group, following, limit)
         self._gradients_in = None if following is None else Channel(mesh.backward_group, following, limit)
         self._gradients_out = None if previous is None else Channel(mesh.backward_group, previous, limit)
+        self._meet()
+
+    def _meet(self) -> None:
+        """Exchange a number with each neighbour in both directions; the neighbours must do the same.
+
+        NCCL connects a pair at its first message and holds both hosts until it has. A receive that is posted ahead
+        would then wait for a neighbour that itself waits for this rank's next activation (under GPipe it does).
+        """
+        number = torch.zeros(1, device=self.device)
+        if self._activations_out is not None:
+            self.send_forward(number)
+        if self._activations_in is not None:
+            self.receive_forward((1,), number.dtype).wait()
+        if self._gradients_out is not None:
+            self.send_backward(number)
+        if self._gradients_in is not None:
+            self.receive_backward((1,), number.dtype).wait()
+        self.drain()
 
     def send_forward(self, activation: Tensor) -> None:
         """Start to send an activation to the next stage."""

@@ -16,7 +16,7 @@ from megalm.data.tokenizer import Tokenizer
 from megalm.distributed.world import joined_mesh
 from megalm.errors import DataError
 from megalm.evaluation.perplexity import held_out_loss
-from megalm.models.trained import load_trained
+from megalm.models.trained import load_trained, require_checkpoint
 
 
 def evaluate(run: str, overrides: Sequence[str] = (), split: str = VALIDATION) -> dict[str, Any] | None:
@@ -31,6 +31,7 @@ def evaluate(run: str, overrides: Sequence[str] = (), split: str = VALIDATION) -
     data = open_prepared(config.data.path)
     tokenizer = Tokenizer.load(directory)
     _refuse_other_tokenizer(directory, tokenizer, data)
+    require_checkpoint(directory)
     held_out = HeldOut(
         {TRAIN: data.train, VALIDATION: data.validation}[split],
         config.model.sequence,

@@ -15,7 +15,7 @@ from megalm.distributed.world import joined_mesh
 from megalm.errors import LaunchError
 from megalm.generation.generate import WindowModel, generate_tokens
 from megalm.generation.sampling import Sampling
-from megalm.models.trained import load_trained
+from megalm.models.trained import load_trained, require_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def generate(
     sampling = Sampling(temperature, top_k, 1.0 if top_p is None else top_p, seed)
     config = trained_config(directory, (*overrides, _WITHOUT_SEQUENCE_PARALLELISM))
     tokenizer = Tokenizer.load(directory)
+    require_checkpoint(directory)
     start = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     window = config.model.sequence
     with joined_mesh(config) as mesh:

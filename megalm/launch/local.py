@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from megalm.errors import LaunchError
+
 _GRACE_S = 1.0  # between the first failure and SIGTERM: time for the others to say the same and end by themselves
 _TERMINATE_S = 10.0  # between SIGTERM and SIGKILL
 _POLL_S = 0.05
@@ -45,11 +47,15 @@ def run_workers(command: Sequence[str], nproc: int, log_dir: Path | None) -> int
 
     Rank 0's output goes to the console as it is; of the others only standard error, as `[rank N] line`; a line of
     standard error that another rank has shown already is left out. Every rank's output is appended to
-    log_dir/rank-N.log, standard output and error together, without colours.
+    log_dir/rank-N.log, standard output and error together, without colours. Raises LaunchError, with no worker
+    started, for a log_dir that cannot be made.
     """
     assert nproc >= 1, f"{nproc} workers"
     if log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LaunchError(f"{log_dir}: cannot be made ({error.strerror}); choose another run.dir") from error
     console = _Console()
     port = _free_port()
     workers: list[_Worker] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megalm.checkpoint.manager import CHECKPOINTS, latest_checkpoint
+from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints, latest_checkpoint
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
@@ -31,6 +31,16 @@ class TrainedModel:
     step: int
 
 
+def require_checkpoint(run: Path) -> None:
+    """Raise CheckpointError where the run has saved none, without reading any; needs no process group."""
+    if not find_checkpoints(run / CHECKPOINTS):
+        raise _no_checkpoint(run)
+
+
+def _no_checkpoint(run: Path) -> CheckpointError:
+    return CheckpointError(f"{run / CHECKPOINTS}: no checkpoint yet; train the run until it has saved one")
+
+
 def load_trained(run: Path, config: RunConfig, vocab: int, mesh: ParallelMesh) -> TrainedModel:
     """Return this rank's stage with the weights of the run's newest valid checkpoint. All ranks call.
 
@@ -38,7 +48,7 @@ def load_trained(run: Path, config: RunConfig, vocab: int, mesh: ParallelMesh) -
     """
     reader = latest_checkpoint(run, dist.group.WORLD)
     if reader is None:
-        raise CheckpointError(f"{run / CHECKPOINTS}: no checkpoint yet; train the run until it has saved one")
+        raise _no_checkpoint(run)
     model = build_stage(config, vocab, mesh).eval()
     try:
         read_weights(model, reader)

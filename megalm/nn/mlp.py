@@ -67,4 +67,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's second contribution to the residual stream."""
-        return self.down(self.activation.apply(*self.up(x).chunk(self.activation.parts, dim=-1)))
+        projected, count = self.up(x), self.activation.parts
+        # The backward of chunk copies its gradients together, even of a single chunk.
+        parts = projected.chunk(count, dim=-1) if count > 1 else (projected,)
+        return self.down(self.activation.apply(*parts))

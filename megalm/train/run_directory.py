@@ -20,7 +20,7 @@ from typing import IO, Any
 from megalm.config.load import dump_yaml
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
-from megalm.regular_file import require_regular
+from megalm.files import require_regular, write_durably
 from megalm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -36,24 +36,6 @@ _CHECKPOINTS = "checkpoints"
 # path is free because its fingerprint is held instead, so prepared data may be moved.
 FREE_SECTIONS = frozenset({"run", "parallel", "zero", "log", "checkpoint", "evaluate"})
 FREE_KEYS = frozenset({"train.stop_at", "train.micro_batch", "train.recompute", "data.path"})
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file such that a kill at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 @dataclass
@@ -110,7 +92,7 @@ def open_run(
     except OSError as error:
         raise ConfigError(f"run.dir={path}: cannot be written ({error.strerror}); choose another run.dir") from error
     try:
-        for leftover in path.glob(".*.tmp"):  # of a process that was killed while it wrote
+        for leftover in path.glob(".*.partial"):  # of a process that was killed while it wrote
             leftover.unlink()
         before = check_run(config, data_fingerprint, tokenizer_fingerprint, fresh)
         if fresh and before is not None:
@@ -123,8 +105,8 @@ def open_run(
             "model_parameters": model_parameters,
             **_identity(config, data_fingerprint, tokenizer_fingerprint),
         }
-        write_atomically(path / IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
-        write_atomically(path / CONFIG_FILE, dump_yaml(config))
+        write_durably(path / IDENTITY_FILE, (json.dumps(identity, indent=1) + "\n").encode())
+        write_durably(path / CONFIG_FILE, dump_yaml(config).encode())
     except BaseException:
         lock.close()
         raise

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from megalm.train.run_directory import write_atomically
+from megalm.files import write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class MetricsFile:
             self._last[_kind(record)] = int(record["step"])
         text = "".join(f"{line}\n" for line, _ in kept)
         if text.encode() != self.path.read_bytes():
-            write_atomically(self.path, text)
+            write_durably(self.path, text.encode())
 
     def write(self, record: Record) -> None:
         """Append one line; a step that stands there (a finished run, evaluated again) is left as it is."""

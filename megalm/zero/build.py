@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

@@ -77,10 +77,10 @@ def test_a_kill_while_lines_are_dropped_leaves_the_old_file(tmp_path: Path, monk
     write_steps(tmp_path, 0, range(1, 6))
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
-    def die(path: Path, text: str) -> None:
+    def die(path: Path, content: bytes) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tracking, "write_atomically", die)
+    monkeypatch.setattr(tracking, "write_durably", die)
     with pytest.raises(KeyboardInterrupt):
         MetricsFile(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

@@ -1,0 +1,44 @@
+"""Files as the whole project treats them: what may be opened, and writing that a kill or a power failure survives."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError for a missing path, a pipe, a socket or a device; a directory is left to `open` to refuse.
+
+    To read a pipe may wait for ever, and a device may have no end.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a small file so that, whenever the process or the machine stops, `path` holds all of it or what it held.
+
+    Only one process at a time may write `path`. Raises OSError.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable, such as that of a file just renamed into it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,70 @@
+"""One run trained on four processes: stopped and gone on with, evaluated and continued in other layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megalm.train.tracking import read_metrics
+from tests.end_to_end.workplace import make_workplace, megalm
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+SPLIT = ("parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1", "train.steps=6", "evaluate.every=3")
+PROMPT = "the north wind"
+
+
+def succeed(place: Path, *arguments: str) -> str:
+    """Return what the command line prints."""
+    done = megalm(place, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a workplace in which `run` has been trained to its end."""
+    workplace = make_workplace(tmp_path_factory.mktemp("layouts") / "workplace")
+    succeed(workplace, "train", "recipe.yaml", *SPLIT)
+    return workplace
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    """Return what does not depend on the clock of each line of metrics."""
+    keys = ("step", "tokens", "train/loss", "optim/lr", "optim/grad_norm", "evaluate/loss", "evaluate/tokens")
+    return [{key: record[key] for key in keys if key in record} for record in read_metrics(run / "metrics.jsonl")]
+
+
+def test_the_run_learned_and_logged_each_step_once(place: Path) -> None:
+    records = logged(place / "run")
+    losses = [record["train/loss"] for record in records if "train/loss" in record]
+    assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records if "evaluate/loss" in record] == [3, 6]
+    assert losses[-1] < losses[0]
+    assert all((place / "run" / "logs" / f"rank-{rank}.log").stat().st_size for rank in range(4))
+
+
+@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",)], ids=["one process", "tensor 2"])
+def test_evaluation_gives_what_training_logged(place: Path, layout: tuple[str, ...]) -> None:
+    answer = json.loads(succeed(place, "evaluate", "run", *layout, "--json"))
+    last = read_metrics(place / "run" / "metrics.jsonl")[-1]
+    assert answer["step"] == last["step"] == 6
+    assert answer["loss"] == pytest.approx(last["evaluate/loss"], rel=1e-6)
+    assert answer["bits_per_byte"] == pytest.approx(last["evaluate/bits_per_byte"], rel=1e-6)
+
+
+def test_greedy_text_is_the_same_in_one_process_and_two_stages(place: Path) -> None:
+    command = ("generate", "run", f"--prompt={PROMPT}", "--temperature=0", "--tokens=24")
+    alone = succeed(place, *command)
+    assert alone.startswith(PROMPT) and len(alone) > len(PROMPT) + 5
+    assert succeed(place, *command, "parallel.pipeline=2") == alone
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(place: Path) -> None:
+    succeed(place, "train", "recipe.yaml", *SPLIT, "run.dir=stopped", "train.stop_at=3")
+    assert [record["step"] for record in logged(place / "stopped")] == [1, 2, 3, 3]
+    said = succeed(place, "train", "recipe.yaml", *SPLIT, "run.dir=stopped")
+    assert "resuming stopped/checkpoints/step-00000003 at step 3" in said
+    assert logged(place / "stopped") == logged(place / "run")
