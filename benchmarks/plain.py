@@ -1,4 +1,4 @@
-"""The peer of the training-step benchmark: a GPT-2-shaped model and its training loop in plain PyTorch.
+"""The peer of the training-step benchmark: a GPT-2 or Llama model and its training loop in plain PyTorch.
 
 This is what one writes by hand for a single device: torch's modules, its fused attention, its fused AdamW, its
 clipping. It shares no code with megalm. In bf16 the weights are bf16 copies of fp32 masters, and gradients are added
@@ -20,14 +20,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class PlainShape:
-    """A GPT-2 model: learned positions, LayerNorm, GELU in its tanh form, biases, tied embeddings."""
+    """A GPT-2 model (learned positions, LayerNorm, GELU in its tanh form, biases) or, with `llama`, one of rotary
+    positions, RMSNorm and SwiGLU without biases. Embeddings are tied; every head has its own key and value.
+    """
 
+    llama: bool
     layers: int
     hidden: int
     heads: int
+    feed_forward: int
     sequence: int
     vocab: int
     norm_eps: float
+    rotary_base: float
+
+    def norm(self) -> nn.Module:
+        """Return a norm over the hidden dim."""
+        kind = nn.RMSNorm if self.llama else nn.LayerNorm
+        return kind(self.hidden, eps=self.norm_eps)
 
 
 class PlainBlock(nn.Module):
@@ -35,40 +45,69 @@ class PlainBlock(nn.Module):
 
     def __init__(self, shape: PlainShape) -> None:
         super().__init__()
-        hidden = shape.hidden
+        hidden, bias = shape.hidden, not shape.llama
         self.heads = shape.heads
-        self.attention_norm = nn.LayerNorm(hidden, eps=shape.norm_eps)
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.out = nn.Linear(hidden, hidden)
-        self.mlp_norm = nn.LayerNorm(hidden, eps=shape.norm_eps)
-        self.up = nn.Linear(hidden, 4 * hidden)
-        self.down = nn.Linear(4 * hidden, hidden)
+        self.llama = shape.llama
+        self.attention_norm = shape.norm()
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=bias)
+        self.out = nn.Linear(hidden, hidden, bias=bias)
+        self.mlp_norm = shape.norm()
+        self.up = nn.Linear(hidden, shape.feed_forward * (2 if shape.llama else 1), bias=bias)
+        self.down = nn.Linear(shape.feed_forward, hidden, bias=bias)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return x_BTD after this block."""
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return x_BTD after this block; `rotary` are the positions' cosines and sines, each [T, E]."""
         rows, tokens, hidden = x_BTD.shape
         parts = self.qkv(self.attention_norm(x_BTD)).split(hidden, dim=-1)
         q, k, v = (part.view(rows, tokens, self.heads, -1).transpose(1, 2) for part in parts)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BTD = x_BTD + self.out(attended.transpose(1, 2).reshape(rows, tokens, hidden))
-        return x_BTD + self.down(F.gelu(self.up(self.mlp_norm(x_BTD)), approximate="tanh"))
+        up = self.up(self.mlp_norm(x_BTD))
+        if self.llama:
+            gate, value = up.chunk(2, dim=-1)
+            return x_BTD + self.down(F.silu(gate) * value)
+        return x_BTD + self.down(F.gelu(up, approximate="tanh"))
 
 
-class PlainGPT(nn.Module):
+def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Return queries or keys turned by their positions' angles, in pairs (j, j + E/2)."""
+    first, second = x_BHTE.chunk(2, dim=-1)
+    return x_BHTE * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
+
+
+class PlainModel(nn.Module):
     """tokens_BT (int64) -> logits_BTV."""
+
+    cos_TE: Tensor
+    sin_TE: Tensor
 
     def __init__(self, shape: PlainShape) -> None:
         super().__init__()
+        self.llama = shape.llama
         self.embedding = nn.Embedding(shape.vocab, shape.hidden)
-        self.position = nn.Embedding(shape.sequence, shape.hidden)
+        if shape.llama:
+            size = shape.hidden // shape.heads
+            theta = shape.rotary_base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+            angles = torch.outer(torch.arange(shape.sequence, dtype=torch.float64), theta).repeat(1, 2)
+            self.register_buffer("cos_TE", angles.cos().float())
+            self.register_buffer("sin_TE", angles.sin().float())
+        else:
+            self.position = nn.Embedding(shape.sequence, shape.hidden)
         self.blocks = nn.ModuleList(PlainBlock(shape) for _ in range(shape.layers))
-        self.final_norm = nn.LayerNorm(shape.hidden, eps=shape.norm_eps)
+        self.final_norm = shape.norm()
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return the logits of every token."""
-        x_BTD = self.embedding(tokens_BT) + self.position.weight[: tokens_BT.shape[1]]
+        x_BTD, tokens = self.embedding(tokens_BT), tokens_BT.shape[1]
+        rotary = None
+        if self.llama:
+            rotary = self.cos_TE[:tokens], self.sin_TE[:tokens]
+        else:
+            x_BTD = x_BTD + self.position.weight[:tokens]
         for block in self.blocks:
-            x_BTD = block(x_BTD)
+            x_BTD = block(x_BTD, rotary)
         return F.linear(self.final_norm(x_BTD), self.embedding.weight)
 
     @torch.no_grad()
@@ -82,7 +121,8 @@ class PlainGPT(nn.Module):
         for name, value in weights.items():
             if ".qkv." in name:
                 value = value.unflatten(0, (heads, 3, -1)).transpose(0, 1).reshape(value.shape)
-            own[re.sub(r"(blocks\.\d+\.)(?:attention|mlp)\.", r"\1", name)].copy_(value)
+            parameter = own[re.sub(r"(blocks\.\d+\.)(?:attention|mlp)\.", r"\1", name)]
+            parameter.copy_(value.view_as(parameter))
 
 
 class PlainLoop:
@@ -90,7 +130,7 @@ class PlainLoop:
 
     def __init__(
         self,
-        model: PlainGPT,
+        model: PlainModel,
         *,
         micro_batch: int,
         lr: float,

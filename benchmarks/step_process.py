@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from plain import PlainBatches, PlainGPT, PlainLoop, PlainShape
+from plain import PlainBatches, PlainLoop, PlainModel, PlainShape
 
 from megalm.config.run import RunConfig
 from megalm.data.loader import Loader
@@ -32,6 +32,8 @@ from megalm.zero.build import build_engine, partitioner
 from megalm.zero.engine import shard_of
 
 CHECKED_STEPS, WARM_STEPS = 3, 2
+KINDS = {("layernorm", "gelu", "learned", True): False, ("rmsnorm", "swiglu", "rotary", False): True}
+"""(norm, activation, position, bias) of the models that the plain loop can train -> whether it is the Llama kind."""
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-4}
 """Relative. bf16 keeps 8 bits, and the two models may multiply in a different order."""
 
@@ -56,9 +58,21 @@ def build_plain(config: RunConfig, tokens: TokenFile, trainer: Trainer, samples:
     """Return the plain loop with the trainer's weights, and its reader of the trainer's first `samples` samples."""
     model, optim = config.model, config.optim
     assert model.vocab is not None, "a measured shape gives its vocabulary"
-    shape = PlainShape(model.layers, model.hidden, model.heads, model.sequence, model.vocab, model.norm_eps)
+    kind = (model.norm, model.activation, model.position, model.bias)
+    assert kind in KINDS and model.tie_embeddings and model.key_value_heads == model.heads, f"no plain model of {model}"
+    shape = PlainShape(
+        llama=KINDS[kind],
+        layers=model.layers,
+        hidden=model.hidden,
+        heads=model.heads,
+        feed_forward=model.feed_forward,
+        sequence=model.sequence,
+        vocab=model.vocab,
+        norm_eps=model.norm_eps,
+        rotary_base=model.rotary_base,
+    )
     weights = list(trainer.engine.module.parameters())
-    plain = PlainGPT(shape).to(device=weights[0].device, dtype=weights[0].dtype)
+    plain = PlainModel(shape).to(device=weights[0].device, dtype=weights[0].dtype)
     plain.read({shard_of(weight).name: weight for weight in weights}, model.heads)
     loop = PlainLoop(
         plain,

@@ -44,10 +44,14 @@ PROCESS = Path(__file__).with_name("step_process.py")
 
 # Beyond a recipe: its batch is cut down to a step that can be repeated often, the rest is what the peer can do too.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt-tiny": ("gpt-tiny", {"model.vocab": 2048}),
+    "gpt-tiny": ("gpt-tiny", {"model.vocab": 2048, "train.global_batch": 16, "train.micro_batch": 4}),
     "gpt-23m": (
         "gpt-tiny",
         {
+            "model.norm": "layernorm",
+            "model.activation": "gelu",
+            "model.position": "learned",
+            "model.bias": True,
             "model.layers": 6,
             "model.hidden": 512,
             "model.heads": 8,

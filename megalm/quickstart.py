@@ -22,7 +22,7 @@ from megalm.launch.local import run_workers
 
 RECIPE = "gpt-tiny"
 LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1")
-HELD_OUT_CURVE = ("evaluate.every=100",)
+HELD_OUT_CURVE = ("evaluate.every=200",)
 CORPUS = "builtin"
 VOCABULARY = 2048
 PROMPT = "The with statement is used to"

@@ -24,6 +24,9 @@ from megalm.errors import DistributedError, LaunchError
 
 T = TypeVar("T")
 
+EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""The variables that `start` sets."""
+
 _ALONE = Rendezvous(0, 1, 0, 1, "127.0.0.1", 29500, "none")
 _LINGER_S = 2.0  # rank 0 holds the store: how long the others may still read why it gives up
 _POLL_S = 0.1  # 10,000 ranks ask the store 100,000 times a second at most, and only until all are there

@@ -20,9 +20,9 @@ from megalm.distributed.rendezvous import read_environment
 def joined_mesh(config: RunConfig) -> Iterator[ParallelMesh]:
     """Join the world that the launcher's environment describes (none: a world of one) and give the recipe's mesh.
 
-    The groups are gone afterwards, also after an error. Raises ConfigError where the world does not fit the recipe,
-    before any group is formed; LaunchError for an environment that contradicts itself; DistributedError where the
-    other ranks cannot be reached in time.
+    Afterwards, also after an error, the groups are gone and the environment is as it was. Raises ConfigError where the
+    world does not fit the recipe, before any group is formed; LaunchError for an environment that contradicts itself;
+    DistributedError where the other ranks cannot be reached in time.
     """
     rendezvous = read_environment(os.environ)
     world_size = 1 if rendezvous is None else rendezvous.world_size
@@ -30,11 +30,26 @@ def joined_mesh(config: RunConfig) -> Iterator[ParallelMesh]:
     layout = RankLayout(pipeline=parallel.pipeline, data=check_world(config, world_size), tensor=parallel.tensor)
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     device = launch.local_device(rendezvous, device_type)
-    launch.start(rendezvous, device_type, config.run.start_timeout_s, config.run.collective_timeout_s)
-    finished = False
+    with _restored_environment():
+        launch.start(rendezvous, device_type, config.run.start_timeout_s, config.run.collective_timeout_s)
+        finished = False
+        try:
+            with launch.peer_errors(f"rank {0 if rendezvous is None else rendezvous.rank}"):
+                yield ParallelMesh.create(layout, device, config.run.collective_timeout_s)
+            finished = True
+        finally:
+            launch.stop(failed=not finished)
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    """Take back what `launch.start` exports: a world of one that is over must not look like a launcher's."""
+    before = {name: os.environ.get(name) for name in launch.EXPORTED}
     try:
-        with launch.peer_errors(f"rank {0 if rendezvous is None else rendezvous.rank}"):
-            yield ParallelMesh.create(layout, device, config.run.collective_timeout_s)
-        finished = True
+        yield
     finally:
-        launch.stop(failed=not finished)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
