@@ -25,6 +25,7 @@ test: lint  ## lint, types and all tests that need neither GPU nor cluster
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 parity: $(STAMP)  ## every layout against one plain process, as a table

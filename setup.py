@@ -9,9 +9,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
-VERSION = re.search(
-    r'^__version__ = "([^"]+)"$', (ROOT / "megalm/version.py").read_text("utf-8"), re.MULTILINE
-)
+VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "megalm/version.py").read_text("utf-8"), re.MULTILINE)
 assert VERSION, "megalm/version.py holds no __version__"
 
 # kernels/ must not be a top-level import package: Hugging Face's `kernels` has that name.

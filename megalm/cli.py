@@ -100,9 +100,7 @@ class _Commands:
 def build_parser() -> _Parser:
     """Return the parser of the whole command line."""
     shared = _Parser(add_help=False)
-    shared.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback of errors"
-    )
+    shared.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback of errors")
     parser = _Parser(
         prog="megalm",
         description="Train large Transformer language models: tensor, pipeline and data parallel, ZeRO.",
@@ -121,9 +119,7 @@ def _add_run_commands(commands: _Commands) -> None:
     quickstart = commands.add(
         "quickstart", "quickstart", "text, tokenizer, training, evaluation and a sample in one go"
     )
-    quickstart.add_argument(
-        "--out", default="runs/quickstart", metavar="DIR", help="where everything is written"
-    )
+    quickstart.add_argument("--out", default="runs/quickstart", metavar="DIR", help="where everything is written")
     quickstart.add_argument("--fresh", action="store_true", help="remove an earlier quick start in DIR first")
     quickstart.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
 
@@ -133,9 +129,7 @@ def _add_run_commands(commands: _Commands) -> None:
 
     evaluate = commands.add("evaluate", "evaluate", "perplexity and bits per byte of a run on held-out text")
     evaluate.add_argument("run", metavar="RUN", help="a run's directory")
-    evaluate.add_argument(
-        "--split", choices=["validation", "train"], default="validation", help="default: %(default)s"
-    )
+    evaluate.add_argument("--split", choices=["validation", "train"], default="validation", help="default: %(default)s")
     evaluate.add_argument("--json", action="store_true", help="write the result as JSON")
 
     generate = commands.add("generate", "generate", "let the model of a run continue a text")
@@ -144,23 +138,13 @@ def _add_run_commands(commands: _Commands) -> None:
     generate.add_argument(
         "--tokens", type=_number(1), default=100, metavar="N", help="new tokens (default: %(default)s)"
     )
-    generate.add_argument(
-        "--temperature", type=_fraction, default=1.0, metavar="X", help="0 is greedy (default: 1)"
-    )
-    generate.add_argument(
-        "--top-k", type=_number(1), metavar="N", help="draw from the N likeliest tokens only"
-    )
-    generate.add_argument(
-        "--top-p", type=_fraction, metavar="X", help="draw from the likeliest of probability X only"
-    )
-    generate.add_argument(
-        "--seed", type=_number(0), default=0, metavar="N", help="of the draws (default: %(default)s)"
-    )
+    generate.add_argument("--temperature", type=_fraction, default=1.0, metavar="X", help="0 is greedy (default: 1)")
+    generate.add_argument("--top-k", type=_number(1), metavar="N", help="draw from the N likeliest tokens only")
+    generate.add_argument("--top-p", type=_fraction, metavar="X", help="draw from the likeliest of probability X only")
+    generate.add_argument("--seed", type=_number(0), default=0, metavar="N", help="of the draws (default: %(default)s)")
 
     for parser in (train, evaluate, generate):
-        parser.add_argument(
-            "--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)"
-        )
+        parser.add_argument("--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)")
         parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
 
 
@@ -178,23 +162,15 @@ def _add_data_commands(commands: _Commands) -> None:
             help=".txt or .jsonl files, .gz too, or directories",
         )
         parser.add_argument("--corpus", metavar="NAME", help="text that Python brings: builtin or topics")
-        parser.add_argument(
-            "--vocab", type=_number(1), default=2048, metavar="N", help="tokens (default: %(default)s)"
-        )
+        parser.add_argument("--vocab", type=_number(1), default=2048, metavar="N", help="tokens (default: %(default)s)")
         parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
         parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-        parser.add_argument(
-            "--separator", metavar="LINE", help="line between the documents of a .txt (empty: blank)"
-        )
+        parser.add_argument("--separator", metavar="LINE", help="line between the documents of a .txt (empty: blank)")
         parser.add_argument(
             "--text-field", default="text", metavar="NAME", help="a .jsonl's text (default: %(default)s)"
         )
-    prepare.add_argument(
-        "--tokenizer", metavar="FILE", help="a tokenizer.json to use instead of learning one"
-    )
-    prepare.add_argument(
-        "--held-out", type=_fraction, default=0.05, metavar="X", help="share (default: %(default)s)"
-    )
+    prepare.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json to use instead of learning one")
+    prepare.add_argument("--held-out", type=_fraction, default=0.05, metavar="X", help="share (default: %(default)s)")
     prepare.add_argument(
         "--seed", type=_number(0), default=1234, metavar="N", help="of the split (default: %(default)s)"
     )
@@ -206,9 +182,7 @@ def _add_data_commands(commands: _Commands) -> None:
 
 def _add_look_commands(commands: _Commands) -> None:
     config = commands.group("config", "look at recipes")
-    show = config.add(
-        "show", "config_show", "print a recipe with everything that it inherits and by default is"
-    )
+    show = config.add("show", "config_show", "print a recipe with everything that it inherits and by default is")
     show.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     show.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
     show.add_argument("--deepspeed", action="store_true", help="print what DeepSpeed is started with instead")
@@ -223,9 +197,7 @@ def _add_look_commands(commands: _Commands) -> None:
         "checkpoint_inspect",
         "show what a run's newest checkpoint, or one checkpoint, holds",
     )
-    _add_look(
-        checkpoint, "verify", "checkpoint_verify", "compare the checkpoints of a run with their checksums"
-    )
+    _add_look(checkpoint, "verify", "checkpoint_verify", "compare the checkpoints of a run with their checksums")
 
 
 def _add_look(group: _Commands, name: str, function: str, text: str) -> None:
@@ -246,9 +218,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         hint = f"did you mean {guess}?" if guess else f"see {parsed.parser.prog} --help"
         raise UsageError(f"{parsed.parser.prog}: unknown option {options[0]}; {hint}")
     if left and not hasattr(parsed, "overrides"):
-        raise UsageError(
-            f"{parsed.parser.prog}: {left[0]!r} is one argument too many; see {parsed.parser.prog} --help"
-        )
+        raise UsageError(f"{parsed.parser.prog}: {left[0]!r} is one argument too many; see {parsed.parser.prog} --help")
     if left:
         parsed.overrides = [*parsed.overrides, *left]
     return parsed
@@ -278,9 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         remedy = "" if debug else "; --debug shows where"
-        return _fail(
-            f"{type(error).__name__}: {' '.join(str(error).split())}{remedy}", MegalmError.exit_status, debug
-        )
+        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())}{remedy}", MegalmError.exit_status, debug)
 
 
 def _fail(message: str, status: int, debug: bool) -> int:

@@ -65,8 +65,7 @@ def _world(config: RunConfig, nproc: int | None) -> tuple[int, bool]:
         return world, world > 1
     if nproc not in (None, launched.world_size):
         raise LaunchError(
-            f"--nproc={nproc} contradicts the {launched.world_size} ranks of {launched.launcher}; "
-            "leave --nproc out"
+            f"--nproc={nproc} contradicts the {launched.world_size} ranks of {launched.launcher}; leave --nproc out"
         )
     return launched.world_size, False
 

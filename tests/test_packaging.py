@@ -23,9 +23,7 @@ OUTSIDE = ("kernels", "ds_configs", "slurm")
 def run(command: list[str], cwd: Path) -> str:
     """Run a command away from the repository and return what it wrote to stdout."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=environ, timeout=300, check=False
-    )
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environ, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -59,9 +59,7 @@ class _Json(NamedTuple):
     problems: list[str]
 
     def contradiction(self, key: str, value: Any, recipe: str, remedy: str) -> None:
-        self.problems.append(
-            f"{self.name}:{key}={json.dumps(value)[:60]} contradicts the recipe's {recipe}; {remedy}"
-        )
+        self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]} contradicts the recipe's {recipe}; {remedy}")
 
     def compare(self, key: str, value: Any, recipe_key: str, recipe_value: Any) -> None:
         """Note a contradiction unless the JSON's value is absent, "auto", or equal to the recipe's."""
@@ -76,9 +74,7 @@ class _Json(NamedTuple):
         if value is None or value == AUTO:
             return {}
         if not isinstance(value, dict):
-            self.problems.append(
-                f"{self.name}:{key}={json.dumps(value)[:60]} is not an object; write {{...}}"
-            )
+            self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]} is not an object; write {{...}}")
             return {}
         return value
 
@@ -106,12 +102,8 @@ def _find(name_or_path: str) -> Path:
     if path.is_file():
         return path
     if "/" in name_or_path or name_or_path.endswith(".json"):
-        raise ConfigError(
-            f"zero.config={name_or_path}: no such file; give a JSON file or one of {', '.join(shipped)}"
-        )
-    raise ConfigError(
-        f"zero.config={name_or_path}: no shipped DeepSpeed JSON; {unknown_name(name_or_path, shipped)}"
-    )
+        raise ConfigError(f"zero.config={name_or_path}: no such file; give a JSON file or one of {', '.join(shipped)}")
+    raise ConfigError(f"zero.config={name_or_path}: no shipped DeepSpeed JSON; {unknown_name(name_or_path, shipped)}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -137,13 +129,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a readable JSON file") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not a text file in UTF-8 (byte {error.start}); give a JSON file"
-        ) from error
+        raise ConfigError(f"{path}: not a text file in UTF-8 (byte {error.start}); give a JSON file") from error
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg}; check commas and quotes"
-        ) from error
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; check commas and quotes") from error
     except (ValueError, RecursionError) as error:
         reason = "values are nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConfigError(f"{path}: {reason}") from error
@@ -198,9 +186,7 @@ def _check_keys(given: _Json) -> None:
 
 def _check_batches(given: _Json, config: RunConfig, data_size: int | None) -> None:
     train, values = config.train, given.values
-    given.compare(
-        "train_batch_size", values.get("train_batch_size"), "train.global_batch", train.global_batch
-    )
+    given.compare("train_batch_size", values.get("train_batch_size"), "train.global_batch", train.global_batch)
     micro = values.get("train_micro_batch_size_per_gpu")
     given.compare("train_micro_batch_size_per_gpu", micro, "train.micro_batch", train.micro_batch)
     steps = values.get("gradient_accumulation_steps")
@@ -209,9 +195,7 @@ def _check_batches(given: _Json, config: RunConfig, data_size: int | None) -> No
         whole = isinstance(steps, int) and not isinstance(steps, bool) and steps > 0
         if not whole or microbatches % steps or (data_size is not None and steps * data_size != microbatches):
             over = f" over {data_size} data-parallel ranks" if data_size else ""
-            recipe = (
-                f"train.global_batch={train.global_batch} and train.micro_batch={train.micro_batch}{over}"
-            )
+            recipe = f"train.global_batch={train.global_batch} and train.micro_batch={train.micro_batch}{over}"
             remedy = "take gradient_accumulation_steps out of the JSON; it follows from the two"
             given.contradiction("gradient_accumulation_steps", steps, recipe, remedy)
     clip = values.get("gradient_clipping")

@@ -52,9 +52,7 @@ class _Draft:
                     self._put_known(name, key, inner, source)
             elif value is not None:
                 shown = mistakes.show_value(value)
-                self.problems.append(
-                    f"{source}: {name}={shown} is not a section; write its keys below `{name}:`"
-                )
+                self.problems.append(f"{source}: {name}={shown} is not a section; write its keys below `{name}:`")
                 self.wrong |= {key for key in self.keys if key.startswith(f"{name}.")}
 
     def _put_known(self, section: str, key: Any, value: Any, source: str) -> None:
@@ -76,9 +74,7 @@ class _Draft:
             self.problems.append(f"{COMMAND_LINE}: {override!r} is not key=value; {hint}")
         elif path in section_types():
             keys = [key for key in self.keys if key.startswith(f"{path}.")]
-            self.problems.append(
-                f"{COMMAND_LINE}: {path} is a section; set one of its keys, such as {keys[0]}=VALUE"
-            )
+            self.problems.append(f"{COMMAND_LINE}: {path} is a section; set one of its keys, such as {keys[0]}=VALUE")
         elif path not in self.keys:
             self.problems.append(f"{COMMAND_LINE}: {mistakes.unknown_override(path, self.keys)}")
         else:
@@ -130,11 +126,7 @@ class _Draft:
         name = str(location[0])
         if name in self.keys:
             return [name]
-        return [
-            f"{name}.{key}"
-            for key, field in section_types()[name].model_fields.items()
-            if field.is_required()
-        ]
+        return [f"{name}.{key}" for key, field in section_types()[name].model_fields.items() if field.is_required()]
 
     def _check_rules(self) -> None:
         """Note each broken rule whose keys are all right by themselves."""
@@ -188,9 +180,7 @@ def find_recipe(name_or_path: str, relative_to: Path | None = None) -> Path:
         return shipped[name_or_path]
     if name_or_path and path.is_file():
         return path
-    raise ConfigError(
-        f"{name_or_path!r} is no shipped recipe and no file; {unknown_name(name_or_path, shipped)}"
-    )
+    raise ConfigError(f"{name_or_path!r} is no shipped recipe and no file; {unknown_name(name_or_path, shipped)}")
 
 
 def _read_with_bases(path: Path) -> list[tuple[Path, dict[Any, Any]]]:

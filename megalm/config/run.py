@@ -28,9 +28,7 @@ def _one_of(kind: str) -> AfterValidator:
     def check(value: str) -> str:
         if value not in CHOICES[kind]:
             hint = unknown_name(value, CHOICES[kind])
-            raise PydanticCustomError(
-                "unknown_choice", "unknown {kind}; {hint}", {"kind": kind, "hint": hint}
-            )
+            raise PydanticCustomError("unknown_choice", "unknown {kind}; {hint}", {"kind": kind, "hint": hint})
         return value
 
     return AfterValidator(check)

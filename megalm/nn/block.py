@@ -48,9 +48,7 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(f"{name}.mlp", config, group=group, init=init, sequence=sequence)
         self.mlp_dropout = Dropout(f"{name}.mlp", config.dropout)
 
-    def forward(
-        self, x: Tensor, rotate: Rotation, keys: DropoutKeys | None, first_token: int, tokens: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotate: Rotation, keys: DropoutKeys | None, first_token: int, tokens: int) -> Tensor:
         """Return the residual stream after this block.
 
         x holds tokens `first_token` ... of sequences of `tokens` tokens: all of them, or this rank's part.

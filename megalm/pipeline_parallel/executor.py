@@ -97,9 +97,7 @@ class PipelineExecutor:
                 live[action.microbatch] = self._train_forward(action, microbatches, message, total)
                 self.peak_live = max(self.peak_live, len(live))
             else:
-                self._train_backward(
-                    action, *live.pop(action.microbatch), scale if message is None else message
-                )
+                self._train_backward(action, *live.pop(action.microbatch), scale if message is None else message)
                 after_backward()
         self._drain()
         return total
@@ -140,9 +138,7 @@ class PipelineExecutor:
             self._send(action, microbatch, output)
         return hidden, get_gradient_edge(output)
 
-    def _train_backward(
-        self, action: Action, hidden: Tensor | None, output: GradientEdge, gradient: Tensor
-    ) -> None:
+    def _train_backward(self, action: Action, hidden: Tensor | None, output: GradientEdge, gradient: Tensor) -> None:
         with self._naming_failure(action):
             torch.autograd.backward(output, gradient)
         if hidden is not None:

@@ -51,6 +51,4 @@ def _check_explicit(counts: list[int], layers: int, stages: int) -> None:
     if min(counts) < 1:
         raise ConfigError(f"{where} leaves a stage without a layer; every entry must be at least 1")
     if sum(counts) != layers:
-        raise ConfigError(
-            f"{where} adds up to {sum(counts)} but model.layers={layers}; the entries must add up to it"
-        )
+        raise ConfigError(f"{where} adds up to {sum(counts)} but model.layers={layers}; the entries must add up to it")

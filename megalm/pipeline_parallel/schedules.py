@@ -49,9 +49,7 @@ class Schedule(ABC):
 
     def __init__(self, stages: int, microbatches: int) -> None:
         if stages < 1 or microbatches < 1:
-            raise ValueError(
-                f"a schedule needs at least 1 stage and 1 microbatch, got {stages} and {microbatches}"
-            )
+            raise ValueError(f"a schedule needs at least 1 stage and 1 microbatch, got {stages} and {microbatches}")
         self.stages = stages
         self.microbatches = microbatches
 

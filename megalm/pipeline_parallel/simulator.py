@@ -145,9 +145,7 @@ def _run(
     return max(clock)
 
 
-def _describe_wait(
-    schedule: Schedule, stage: int, action: Action, ended: Sequence[dict[Action, float]]
-) -> str:
+def _describe_wait(schedule: Schedule, stage: int, action: Action, ended: Sequence[dict[Action, float]]) -> str:
     source = schedule.source(stage, action)
     if source is not None and source[1] not in ended[source[0]]:
         return f"stage {stage} at {action} waits for {source[1]} of stage {source[0]}"

@@ -52,12 +52,8 @@ class ReplicatedEngine(ZeroEngine):
         self.mixed = self.weights[0].dtype == torch.bfloat16
         self.masters: list[Tensor] = [w.detach().float() for w in self.weights] if self.mixed else self.weights
         self.counted = [counted_here(w, mesh, tied_weight) for w in self.weights]
-        self.tied_master = next(
-            (m for w, m in zip(self.weights, self.masters, strict=True) if w is tied_weight), None
-        )
-        self.optimizer = make_optimizer(
-            [(shard_of(w), m) for w, m in zip(self.weights, self.masters, strict=True)]
-        )
+        self.tied_master = next((m for w, m in zip(self.weights, self.masters, strict=True) if w is tied_weight), None)
+        self.optimizer = make_optimizer([(shard_of(w), m) for w, m in zip(self.weights, self.masters, strict=True)])
 
     def microbatch_done(self) -> None:
         """Add bf16 gradients to the fp32 ones; other dtypes accumulate by themselves."""

@@ -82,9 +82,7 @@ class ShardedEngine(ZeroEngine):
         if self.parameters[0].dtype == torch.float64:
             self._widen_masters()
         self.flats: list[Tensor] = (
-            self.optimizer.single_partition_of_fp32_groups
-            if stage < 3
-            else self.optimizer.fp32_partitioned_groups_flat
+            self.optimizer.single_partition_of_fp32_groups if stage < 3 else self.optimizer.fp32_partitioned_groups_flat
         )
         self.pieces = list(self._pieces_below_3() if stage < 3 else self._pieces_3())
 
@@ -246,9 +244,7 @@ class ShardedEngine(ZeroEngine):
         """Return this rank's bytes; weights that stage 3 keeps whole on every rank (small ones) are counted whole."""
         weights: list[Tensor] = [getattr(p, "ds_tensor", p) if self.stage == 3 else p for p in self.parameters]
         masters = [f for f in self.flats if not _same_storage(f, weights)]
-        states = [
-            v for f in self.flats for _, v in tensor_states(self.optimizer.optimizer.state.get(f, {}), f.numel())
-        ]
+        states = [v for f in self.flats for _, v in tensor_states(self.optimizer.optimizer.state.get(f, {}), f.numel())]
         gradients = self._gradient_flats() + [p.grad for p in self.parameters if p.grad is not None]
         return HeldBytes(
             weights=storage_bytes(weights),

@@ -113,9 +113,7 @@ def test_clipping_of_zero_is_no_clipping(tmp_path: Path) -> None:
         ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer=true", "optim.kind=adamw"),
     ],
 )  # fmt: skip
-def test_a_contradiction_names_both_places(
-    tmp_path: Path, content: dict[str, Any], place: str, recipe: str
-) -> None:
+def test_a_contradiction_names_both_places(tmp_path: Path, content: dict[str, Any], place: str, recipe: str) -> None:
     error = error_of(config_with(tmp_path, content, "zero.stage=1"))
     assert f"mine.json:{place}" in error or f"mine.json:zero_optimization.{place}" in error
     assert f"contradicts the recipe's {recipe}" in error

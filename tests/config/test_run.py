@@ -74,9 +74,7 @@ def test_derived_values_of_the_model() -> None:
         (["optim.momentum=0.9"], "optim.momentum=0.9 has no effect with optim.kind=adamw; use optim.kind=sgd"),
     ],
 )
-def test_a_broken_rule_gives_the_values_and_the_legal_ones(
-    tmp_path: Path, overrides: list[str], message: str
-) -> None:
+def test_a_broken_rule_gives_the_values_and_the_legal_ones(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, *overrides)
     assert message in str(caught.value)

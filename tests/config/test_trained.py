@@ -16,9 +16,7 @@ from tests.config.recipes import write_recipe
 def run(tmp_path: Path) -> Path:
     """The directory of a run that was trained on 2 x 2 processes with ZeRO."""
     overrides = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "zero.stage=1"]
-    config = load_recipe(
-        write_recipe(tmp_path), [*overrides, "zero.config=zero1", "parallel.partition=[1,3]"]
-    )
+    config = load_recipe(write_recipe(tmp_path), [*overrides, "zero.config=zero1", "parallel.partition=[1,3]"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(config))
     return tmp_path / "run"
@@ -37,9 +35,7 @@ def test_the_layout_and_the_evaluation_may_be_chosen(run: Path) -> None:
     assert (config.parallel.tensor, config.evaluate.sequences, config.data.path) == (4, 3, "other")
 
 
-@pytest.mark.parametrize(
-    "override", ["model.layers=2", "seed=3", "optim.lr=1", "train.steps=3", "zero.stage=3"]
-)
+@pytest.mark.parametrize("override", ["model.layers=2", "seed=3", "optim.lr=1", "train.steps=3", "zero.stage=3"])
 def test_what_training_has_fixed_may_not(run: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=f"{override} cannot be set for a trained model; what may change"):
         trained_config(run, [override])

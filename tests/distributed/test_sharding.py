@@ -11,9 +11,7 @@ from tests.shards import Store
 
 
 @settings(deadline=None, max_examples=100)
-@given(
-    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), count=st.integers(1, 8), data=st.data()
-)
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), count=st.integers(1, 8), data=st.data())
 def test_shards_tile_the_tensor_once_and_have_one_shape(
     shape: tuple[int, ...], count: int, data: st.DataObject
 ) -> None:

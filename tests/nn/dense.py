@@ -62,8 +62,7 @@ def attention(x_BTD: Tensor, w: Weights, name: str, config: ModelSection, keys: 
             group, place = divmod(head, queries)
             first = group * (queries + 2)
             q, k, v = (
-                projected[row][:, (first + at) * size : (first + at + 1) * size]
-                for at in (place, queries, queries + 1)
+                projected[row][:, (first + at) * size : (first + at + 1) * size] for at in (place, queries, queries + 1)
             )
             if config.position == "rotary":
                 q, k = rotate(q, config.rotary_base), rotate(k, config.rotary_base)

@@ -19,9 +19,7 @@ def check_norms(mesh: ParallelMesh, sequence: bool) -> None:
             config = model_section(norm=kind, norm_eps=0.1, bias=bias)
             group = mesh.group("tensor") if sequence else None
             norm = NORMS.get(kind)("n", config.hidden, eps=config.norm_eps, bias=bias, group=group, init=INIT)
-            check_layer(
-                mesh, norm, norm, lambda x, w, c=config: dense.norm(x, w, "n", c), config, sequence
-            )
+            check_layer(mesh, norm, norm, lambda x, w, c=config: dense.norm(x, w, "n", c), config, sequence)
 
 
 def test_norms_match_their_formulas(pool: WorkerPool) -> None:

@@ -231,9 +231,7 @@ def positions_see_one_ranks_tokens_only() -> Patches:
 
 def every_token_shard_starts_at_position_0() -> Patches:
     original = positions.LearnedPosition.forward
-    yield mock.patch.object(
-        positions.LearnedPosition, "forward", lambda self, x, first_token: original(self, x, 0)
-    )
+    yield mock.patch.object(positions.LearnedPosition, "forward", lambda self, x, first_token: original(self, x, 0))
 
 
 def bias_added_on_every_tensor_rank() -> Patches:
@@ -280,9 +278,7 @@ def embedding_rows_of_the_first_rank_everywhere() -> Patches:
 
 def initial_weights_depend_on_the_rank() -> Patches:
     original = initialize.key
-    yield mock.patch.object(
-        initialize, "key", lambda seed, *parts: original(seed + dist.get_rank() % 2, *parts)
-    )
+    yield mock.patch.object(initialize, "key", lambda seed, *parts: original(seed + dist.get_rank() % 2, *parts))
 
 
 def initial_weights_of_the_first_shard_everywhere() -> Patches:

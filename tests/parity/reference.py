@@ -215,14 +215,10 @@ class Reference:
         rows = self.config.train.micro_batch if self.dtype is torch.bfloat16 else len(tokens)
         for first in range(0, len(tokens), rows):
             part = slice(first, first + rows)
-            weights = {
-                name: p.to(self.dtype).detach().requires_grad_() for name, p in self.parameters.items()
-            }
+            weights = {name: p.to(self.dtype).detach().requires_grad_() for name, p in self.parameters.items()}
             logits = self.logits(tokens[part], weights, step, first, len(tokens))
             loss = self.loss_sum(logits, labels[part], mask[part]) / valid
-            for name, gradient in zip(
-                weights, torch.autograd.grad(loss, list(weights.values())), strict=True
-            ):
+            for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
                 sums[name] += gradient.to(self.wide)
             total += loss.detach()
         return float(total), sums

@@ -123,9 +123,7 @@ def test_gradients_are_the_slopes_of_the_loss(model: dict[str, Any]) -> None:
     _, gradients = reference.gradients(batch, step=3)
     assert gradients.keys() == reference.parameters.keys()
     for name, parameter in reference.parameters.items():
-        direction = torch.randn(
-            parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-        )
+        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         direction /= direction.norm()
         parameter.add_(1e-5 * direction)
         above, _ = reference.gradients(batch, step=3)
@@ -162,9 +160,7 @@ def builtin_logits(reference: Reference, tokens: Tensor) -> Tensor:
     def rotate(x: Tensor) -> Tensor:  # [.., T, E] as complex numbers of modulus 1
         if model.position != "rotary":
             return x
-        angle = torch.outer(
-            torch.arange(length), model.rotary_base ** (-torch.arange(0, size, 2).double() / size)
-        )
+        angle = torch.outer(torch.arange(length), model.rotary_base ** (-torch.arange(0, size, 2).double() / size))
         pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat((pairs.real, pairs.imag), dim=-1)
 
@@ -173,9 +169,7 @@ def builtin_logits(reference: Reference, tokens: Tensor) -> Tensor:
         x = x + w["position.weight"]
     for i in range(model.layers):
         b = f"blocks.{i}"
-        qkv = F.linear(
-            norm(x, f"{b}.attention_norm"), w[f"{b}.attention.qkv.weight"], w.get(f"{b}.attention.qkv.bias")
-        )
+        qkv = F.linear(norm(x, f"{b}.attention_norm"), w[f"{b}.attention.qkv.weight"], w.get(f"{b}.attention.qkv.bias"))
         heads = qkv.view(rows, length, groups, -1, size).split([model.heads // groups, 1, 1], dim=3)
         q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in heads)
         mixed = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
@@ -195,9 +189,7 @@ def builtin_logits(reference: Reference, tokens: Tensor) -> Tensor:
 def test_logits_are_those_of_torchs_own_functions(model: dict[str, Any]) -> None:
     reference = large_weights(make_config(model))
     tokens, _, _ = make_batch()
-    torch.testing.assert_close(
-        reference.logits(tokens), builtin_logits(reference, tokens), rtol=1e-11, atol=1e-12
-    )
+    torch.testing.assert_close(reference.logits(tokens), builtin_logits(reference, tokens), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -270,9 +262,7 @@ def test_bf16_keeps_fp32_master_weights_and_gradients() -> None:
     coarse, fine = Reference(config, VOCAB, torch.bfloat16), Reference(config, VOCAB, torch.float32)
     for name, parameter in coarse.parameters.items():
         fine.parameters[name].copy_(parameter)
-    assert all(
-        p.dtype is torch.float32 and torch.equal(p, p.bfloat16().float()) for p in coarse.parameters.values()
-    )
+    assert all(p.dtype is torch.float32 and torch.equal(p, p.bfloat16().float()) for p in coarse.parameters.values())
     _, gradients = coarse.gradients(make_batch(), step=0)
     _, expected = fine.gradients(make_batch(), step=0)
     total = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
@@ -280,8 +270,6 @@ def test_bf16_keeps_fp32_master_weights_and_gradients() -> None:
         assert gradient.dtype is torch.float32
         # bf16 keeps 8 bits: 0.4% an operation, over the few dozen operations of a path. A key's bias has no
         # gradient.
-        assert (gradient - expected[name]).norm() <= 0.05 * max(float(expected[name].norm()), 0.01 * total), (
-            name
-        )
+        assert (gradient - expected[name]).norm() <= 0.05 * max(float(expected[name].norm()), 0.01 * total), name
     coarse.train_step(make_batch(), step=0)
     assert any(not torch.equal(p, p.bfloat16().float()) for p in coarse.parameters.values())

@@ -96,9 +96,7 @@ def make_executor(mesh: ParallelMesh, schedule: str, microbatches: int) -> tuple
 
 def call(module: Toy, microbatch: Microbatch) -> Tensor:
     labels, mask = microbatch.labels_BT, microbatch.loss_mask_BT
-    output: Tensor = module(
-        microbatch.tokens_BT, labels_BT=labels, loss_mask_BT=mask, dropout=microbatch.dropout
-    )
+    output: Tensor = module(microbatch.tokens_BT, labels_BT=labels, loss_mask_BT=mask, dropout=microbatch.dropout)
     return output
 
 
@@ -182,9 +180,7 @@ def check_forward_only(mesh: ParallelMesh) -> None:
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-def test_forward_only_gives_losses_or_logits_of_any_size_without_gradients(
-    pool: WorkerPool, stages: int
-) -> None:
+def test_forward_only_gives_losses_or_logits_of_any_size_without_gradients(pool: WorkerPool, stages: int) -> None:
     pool.run(check_forward_only, layout=RankLayout(pipeline=stages))
 
 
@@ -206,9 +202,7 @@ class Watched(Toy):
 def check_outputs_are_let_go(mesh: ParallelMesh) -> int:
     module = Watched(partition_layers(LAYERS, 2)[mesh.index("pipeline")])
     schedule = SCHEDULES.get("gpipe")(2, 12)
-    executor = PipelineExecutor(
-        module, schedule, mesh, lambda rows, tokens: (rows, tokens, HIDDEN), torch.float64
-    )
+    executor = PipelineExecutor(module, schedule, mesh, lambda rows, tokens: (rows, tokens, HIDDEN), torch.float64)
     executor.run(make_microbatches(12), SCALE, lambda: None)
     assert executor.peak_live == 12
     return module.most_alive
@@ -240,18 +234,14 @@ def run_breaking(mesh: ParallelMesh, backward: bool) -> None:
     module = Breaks(partition_layers(LAYERS, 3)[mesh.index("pipeline")])
     module.fails_in_backward = backward
     schedule = SCHEDULES.get("1f1b")(3, 4)
-    executor = PipelineExecutor(
-        module, schedule, mesh, lambda rows, tokens: (rows, tokens, HIDDEN), torch.float64
-    )
+    executor = PipelineExecutor(module, schedule, mesh, lambda rows, tokens: (rows, tokens, HIDDEN), torch.float64)
     executor.run(make_microbatches(4), SCALE, lambda: None)
 
 
 @pytest.mark.parametrize(
     ("backward", "where"), [(False, "forward of microbatch 2"), (True, "backward of microbatch 0")]
 )
-def test_a_failing_module_is_named_and_the_other_stages_end_too(
-    pool: WorkerPool, backward: bool, where: str
-) -> None:
+def test_a_failing_module_is_named_and_the_other_stages_end_too(pool: WorkerPool, backward: bool, where: str) -> None:
     started = time.monotonic()
     with pytest.raises(WorkerError) as caught:
         pool.run(run_breaking, backward, layout=RankLayout(pipeline=3), timeout_s=30)

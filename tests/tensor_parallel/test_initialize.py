@@ -15,9 +15,7 @@ INIT = Initializer(seed=7, dtype=torch.float64, device=CPU)
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize(("shape", "dim"), [((67, 6), 0), ((6, 67), 1), ((2, 11, 5), 1)])
-def test_a_shard_is_a_slice_of_the_whole_and_its_padding_is_zero(
-    shape: tuple[int, ...], dim: int, count: int
-) -> None:
+def test_a_shard_is_a_slice_of_the_whole_and_its_padding_is_zero(shape: tuple[int, ...], dim: int, count: int) -> None:
     whole = INIT.normal(ShardSpec.whole("w", shape), 0.02).detach()
     for index in range(count):
         spec = ShardSpec.split("w", shape, dim, index, count)

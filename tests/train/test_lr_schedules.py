@@ -11,9 +11,7 @@ from tests.train.recipes import small_recipe
 
 def test_warm_up_is_linear_and_reaches_the_peak_in_its_last_step() -> None:
     config = small_recipe(lr_schedule={"warmup_steps": 4})
-    assert [learning_rate(config, step) for step in range(4)] == pytest.approx(
-        [2.5e-4, 5e-4, 7.5e-4, 1e-3], rel=1e-15
-    )
+    assert [learning_rate(config, step) for step in range(4)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3], rel=1e-15)
 
 
 def test_cosine_has_exact_values_at_its_start_quarters_and_end() -> None:
@@ -41,9 +39,7 @@ def test_constant_keeps_the_peak_after_warm_up() -> None:
 
 def test_stopping_early_does_not_change_the_schedule() -> None:
     whole, part = small_recipe(), small_recipe(train={"stop_at": 10})
-    assert [learning_rate(whole, step) for step in range(10)] == [
-        learning_rate(part, step) for step in range(10)
-    ]
+    assert [learning_rate(whole, step) for step in range(10)] == [learning_rate(part, step) for step in range(10)]
 
 
 def test_a_run_that_is_all_warm_up_has_no_division_by_zero() -> None:
