@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ def partitioner(config: RunConfig, mesh: ParallelMesh) -> Callable[[nn.Module], 
     """Return what is called with each part of a model once it is built: under ZeRO 3, the division of its weights."""
     if config.zero.stage < 3:
         return None
+    _tell_deepspeed_the_device(mesh)
     from megalm.zero.deepspeed_engine import partition_weights
 
     joined = deepspeed_config(config, mesh.size("data"))
@@ -40,6 +42,7 @@ def build_engine(
         return ReplicatedEngine(
             module, mesh, make_optimizer, tied_weight=tied_weight, clip_norm=config.train.clip_grad_norm
         )
+    _tell_deepspeed_the_device(mesh)
     from megalm.zero.sharded import ShardedEngine
 
     return ShardedEngine(
@@ -50,3 +53,8 @@ def build_engine(
         stage=config.zero.stage,
         deepspeed_config=deepspeed_config(config, mesh.size("data")),
     )
+
+
+def _tell_deepspeed_the_device(mesh: ParallelMesh) -> None:
+    """Say what DeepSpeed would guess, with a warning on every rank that has no GPU, when it is first imported."""
+    os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
