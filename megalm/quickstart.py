@@ -23,7 +23,7 @@ from megalm.launch.local import run_workers
 
 RECIPE = "gpt-tiny"
 LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1")
-HELD_OUT_CURVE = ("evaluate.every=150",)
+HELD_OUT_CURVE = ("evaluate.every=250",)
 CORPUS = "builtin"
 VOCABULARY = 2048
 PROMPT = "The with statement is used to"
