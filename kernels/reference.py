@@ -1,4 +1,4 @@
-"""Every operation in plain torch: the oracle of the fused kernels, and the path of tensors that are not on CUDA.
+"""Every operation in plain torch: what the model computes with, and the oracle of any fused kernel.
 
 Shapes: B batch, T query positions, S key positions, H query heads, G key/value heads, E head size, D model,
 F feed-forward, N rows. All functions are differentiable, keep the dtype of their input, and accept
@@ -60,12 +60,12 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 def apply_rotary(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """Rotate the pairs (j, j + E/2) of every head by the angles whose cosine and sine are given.
 
-    x' = x * cos + (-x2, x1) * sin with x = (x1, x2) split in halves (Su et al. 2021, the half-split form).
+    x' = x * cos + (-x2, x1) * sin with x = (x1, x2) split in halves (Su et al. 2021, the half-split form). Computed in
+    the tables' dtype, which should be fp32 or wider.
     """
     half = x_BTHE.shape[-1] // 2
     turned = torch.cat((-x_BTHE[..., half:], x_BTHE[..., :half]), dim=-1)
-    cos, sin = cos_TE[:, None, :].to(x_BTHE.dtype), sin_TE[:, None, :].to(x_BTHE.dtype)
-    return x_BTHE * cos + turned * sin
+    return (x_BTHE * cos_TE[:, None, :] + turned * sin_TE[:, None, :]).to(x_BTHE.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -70,6 +70,14 @@ def _world(config: RunConfig, nproc: int | None) -> tuple[int, bool]:
     return launched.world_size, False
 
 
+def _is_restart() -> bool:
+    """Return whether the launcher starts this job again: then `--fresh`, still in its command, was done already."""
+    from megalm.distributed.rendezvous import read_environment
+
+    launched = read_environment(os.environ)
+    return launched is not None and launched.attempt != "0"
+
+
 def _check_world(config: RunConfig, world: int) -> int:
     """Return the data-parallel ranks in `world`, with the DeepSpeed JSON checked as well."""
     from megalm.config.checks import check_world
@@ -118,13 +126,14 @@ def train(args: Namespace) -> int:
     world, starts_workers = _world(config, args.nproc)
     _check_world(config, world)
     data = _check_data(config)
-    check_run(config, data.fingerprint, data.tokenizer_fingerprint, args.fresh)
+    fresh = args.fresh and not _is_restart()
+    check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)
     if starts_workers:
-        command = ["train", args.recipe, *args.overrides, *(["--fresh"] if args.fresh else [])]
+        command = ["train", args.recipe, *args.overrides, *(["--fresh"] if fresh else [])]
         return _start_workers(args, command, world, Path(config.run.dir) / "logs")
     from megalm.train.pretrain import train as pretrain
 
-    pretrain(config, args.fresh)
+    pretrain(config, fresh)
     return 0
 
 

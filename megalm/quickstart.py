@@ -23,7 +23,6 @@ from megalm.launch.local import run_workers
 
 RECIPE = "gpt-tiny"
 LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1")
-HELD_OUT_CURVE = ("evaluate.every=250",)
 CORPUS = "builtin"
 VOCABULARY = 2048
 PROMPT = "The with statement is used to"
@@ -40,7 +39,7 @@ def run(out: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -> 
     when training fails or the model does not beat a bigram model with add-one smoothing.
     """
     directory = Path(out)
-    settings = (*LAYOUT, *HELD_OUT_CURVE, *_microbatches(), *overrides, f"run.dir={directory}")
+    settings = (*LAYOUT, *_fitting_this_machine(overrides), *overrides, f"run.dir={directory}")
     config = load_recipe(RECIPE, settings)
     begin = time.monotonic()
     with _phase(1, "text -> tokenizer -> tokens"):
@@ -83,14 +82,23 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _microbatches() -> tuple[str, ...]:
-    """Return the setting of one large microbatch where cores are fewer than ranks, for then stages cannot overlap.
+def _fitting_this_machine(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return settings for a machine with fewer cores or GPUs than ranks; what is learned is the same.
 
-    What is learned is the same whatever the size: only the time differs.
+    Fewer cores: one large microbatch, for then stages cannot overlap anyway. Fewer GPUs, but some: the CPU.
     """
-    config = load_recipe(RECIPE, LAYOUT)
+    import torch
+
+    config = load_recipe(RECIPE, (*LAYOUT, *overrides))
+    ranks = _processes(config)
+    settings: list[str] = []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return (f"train.micro_batch={config.train.global_batch}",) if cores < _processes(config) else ()
+    if cores < ranks:
+        settings.append(f"train.micro_batch={config.train.global_batch}")
+        _say(f"{cores} cores for {ranks} ranks: one microbatch a step, the pipeline's stages take turns")
+    if 0 < torch.cuda.device_count() < ranks:
+        settings.append("run.device=cpu")
+    return tuple(settings)
 
 
 def _processes(config: RunConfig) -> int:

@@ -7,6 +7,7 @@ holds each tuple equal to the registry of the same name.
 from __future__ import annotations
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", "fp64"),
     "norm": ("layernorm", "rmsnorm"),
     "activation": ("gelu", "swiglu"),

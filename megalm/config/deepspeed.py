@@ -38,14 +38,19 @@ ZERO_KEYS = frozenset({
     "use_multi_rank_bucket_allreduce", "zenflow", "zero_hpz_partition_size", "zero_quantized_gradients",
     "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 })
+# What the parity gate does not cover is refused rather than passed on unproved.
+NOT_GATED = frozenset({
+    "cpu_offload", "cpu_offload_param", "offload_param", "zenflow", "zero_hpz_partition_size",
+    "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
+})
 PASSED_ON = frozenset({
-    "aio", "comms_logger", "communication_data_type", "disable_allgather", "disable_python_gc",
+    "comms_logger", "disable_allgather", "disable_python_gc",
     "dump_state", "log_level", "memory_breakdown", "steps_per_print", "wall_clock_breakdown",
     "zero_optimization",
 })
 CHECKED = frozenset({
-    "amp", "bf16", "bfloat16", "data_types", "fp16", "gradient_accumulation_steps", "gradient_clipping",
-    "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "amp", "bf16", "bfloat16", "communication_data_type", "data_types", "fp16", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 })
 # fmt: on
@@ -217,6 +222,10 @@ def _check_precision(given: _Json, config: RunConfig) -> None:
                 remedy = "take it out; precision in the recipe decides the whole of it"
                 given.contradiction(f"{key}.{extra}", section[extra], recipe, remedy)
     accumulate = "fp64" if config.precision == "fp64" else "fp32"
+    travels = given.values.get("communication_data_type")
+    if travels not in (AUTO, None, accumulate):
+        remedy = f"take it out; gradients travel in {accumulate}"
+        given.contradiction("communication_data_type", travels, recipe, remedy)
     for key, value in given.section("data_types").items():
         if value not in (AUTO, None) and (key, value) != ("grad_accum_dtype", accumulate):
             remedy = f"take it out; gradients accumulate in {accumulate}"
@@ -255,16 +264,29 @@ def _check_zero(given: _Json, config: RunConfig) -> None:
     if given_stage not in (None, AUTO) and not _equal(given_stage, stage):
         remedy = f"set zero.stage={json.dumps(given_stage)}, or choose another zero.config"
         given.contradiction("zero_optimization.stage", given_stage, f"zero.stage={stage}", remedy)
-    if zero.get("overlap_comm") is True and config.parallel.pipeline > 1:
+    if zero.get("overlap_comm") is True and stage == 1:
+        remedy = "set overlap_comm to false; stage 1 reduces its gradients once, after the last microbatch"
+        given.contradiction("zero_optimization.overlap_comm", True, f"zero.stage={stage}", remedy)
+    elif zero.get("overlap_comm") is True and config.parallel.pipeline > 1:
         recipe = f"parallel.pipeline={config.parallel.pipeline}"
         remedy = "set overlap_comm to false; a pipeline reduces its gradients after its last microbatch"
         given.contradiction("zero_optimization.overlap_comm", True, recipe, remedy)
-    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        value = zero.get(key)
-        device = value.get("device", "none") if isinstance(value, dict) else "none"
-        if value is not None and not isinstance(value, dict):
-            place = f"{given.name}:zero_optimization.{key}={json.dumps(value)[:60]}"
-            given.problems.append(f"{place} is not an object; write {{...}}")
-        elif device != "none" and stage < least:
-            remedy = f"offload needs zero.stage {least} or more, here it would have no effect"
-            given.contradiction(f"zero_optimization.{key}.device", device, f"zero.stage={stage}", remedy)
+    for key in sorted(NOT_GATED & zero.keys()):
+        if zero[key] is True or zero[key] not in (None, False, AUTO, 1, {"device": "none"}):
+            remedy = "take it out; no layout with it is held to the one-process reference"
+            given.contradiction(f"zero_optimization.{key}", zero[key], f"zero.stage={stage}", remedy)
+    _check_offload(given, zero.get("offload_optimizer"), stage)
+
+
+def _check_offload(given: _Json, value: Any, stage: int) -> None:
+    key = "zero_optimization.offload_optimizer"
+    if value is not None and not isinstance(value, dict):
+        given.problems.append(f"{given.name}:{key}={json.dumps(value)[:60]} is not an object; write {{...}}")
+        return
+    device = (value or {}).get("device", "none")
+    if device not in ("none", "cpu"):
+        remedy = "use cpu; no other device is held to the one-process reference"
+        given.contradiction(f"{key}.device", device, f"zero.stage={stage}", remedy)
+    elif device != "none" and stage < 1:
+        remedy = "offload needs zero.stage 1 or more, here it would have no effect"
+        given.contradiction(f"{key}.device", device, f"zero.stage={stage}", remedy)

@@ -55,9 +55,13 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """Where the run writes, and how long it waits for its other ranks."""
+    """Where the run writes, what it computes on (auto: CUDA where there is a device), how long it waits for ranks.
+
+    `collective_timeout_s` bounds the wait for a rank that hangs; one that dies is noticed at once.
+    """
 
     dir: Text = "runs/default"
+    device: Annotated[str, _one_of("device")] = "auto"
     start_timeout_s: Positive = 60
     collective_timeout_s: Positive = 600
 
@@ -163,16 +167,16 @@ class DataSection(Section):
 
 
 class CheckpointSection(Section):
-    """A checkpoint each `every` steps (0: only at the end), of which the last `keep` stay."""
+    """A checkpoint each `every` steps and at the end (0: only there), of which the last `keep` stay."""
 
-    every: Count = 0
+    every: Count = 1000
     keep: Positive = 2
 
 
 class EvaluateSection(Section):
-    """Evaluation each `every` steps (0: only at the end) on `sequences` held-out sequences (None: all)."""
+    """Evaluation each `every` steps and at the end (0: only there) on `sequences` held-out sequences (None: all)."""
 
-    every: Count = 0
+    every: Count = 1000
     sequences: Positive | None = None
 
 

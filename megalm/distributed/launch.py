@@ -112,11 +112,17 @@ def local_device(rendezvous: Rendezvous | None, device_type: str) -> torch.devic
     if index >= count:
         raise LaunchError(
             f"local rank {place.local_rank} has no GPU of its own: {count} visible; start at most {count} processes "
-            "a node, or give each its own by srun --gpus-per-task=1"
+            "a node, give each its own by srun --gpus-per-task=1, or set run.device=cpu"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Tell whether an error is what torch raises in a collective when a peer died or hangs."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
 
 
 @contextlib.contextmanager
@@ -125,8 +131,7 @@ def peer_errors(who: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+        if not is_lost_peer(error):
             raise
         raise DistributedError(
             f"{who} lost a peer ({_one_line(error)}); look for the first error in the other ranks' logs"

@@ -28,7 +28,9 @@ def joined_mesh(config: RunConfig) -> Iterator[ParallelMesh]:
     world_size = 1 if rendezvous is None else rendezvous.world_size
     parallel = config.parallel
     layout = RankLayout(pipeline=parallel.pipeline, data=check_world(config, world_size), tensor=parallel.tensor)
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    device_type = config.run.device
+    if device_type == "auto":
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
     device = launch.local_device(rendezvous, device_type)
     with _restored_environment():
         launch.start(rendezvous, device_type, config.run.start_timeout_s, config.run.collective_timeout_s)

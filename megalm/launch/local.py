@@ -266,6 +266,7 @@ def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
         PYTHONUNBUFFERED="1",
     )
     environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
+    environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a waiting receive must not hold up a collective
     if rank == 0 and os.isatty(1):  # its output passes through a pipe, but ends on a terminal
         size = shutil.get_terminal_size()
         for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", str(size.columns)), ("LINES", str(size.lines))):

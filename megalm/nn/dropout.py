@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megalm.distributed.random import keep_slice, key
@@ -41,11 +42,12 @@ class Dropout:
     ) -> Tensor:
         """Return the multipliers, 0 or 1 / (1 - rate), of the slice [starts, starts + lengths) of the site's tensor.
 
-        The site's whole tensor has the shape `global_shape`, whose first dim counts samples of the global batch.
+        They are fp32, or wider where `like` is. The site's whole tensor has the shape `global_shape`, whose first dim
+        counts samples of the global batch.
         """
         stream = key(keys.seed, "dropout", self.site, keys.step)
         kept = keep_slice(stream, self.rate, global_shape, starts, lengths, like.device)
-        return kept.to(like.dtype).mul_(1.0 / (1.0 - self.rate))
+        return kept.to(torch.promote_types(like.dtype, torch.float32)).mul_(1.0 / (1.0 - self.rate))
 
     def __call__(self, x_BTD: Tensor, keys: DropoutKeys | None, first_token: int, tokens: int) -> Tensor:
         """Drop elements of x_BTD, which holds tokens `first_token` ... of sequences of `tokens` tokens.
@@ -55,10 +57,11 @@ class Dropout:
         if keys is None or self.rate == 0.0:
             return x_BTD
         rows, length, hidden = x_BTD.shape
-        return x_BTD * self.scale(
+        scale_BTD = self.scale(
             keys,
             (keys.first_sample + rows, tokens, hidden),
             (keys.first_sample, first_token, 0),
             (rows, length, hidden),
             x_BTD,
         )
+        return (x_BTD * scale_BTD).to(x_BTD.dtype)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megalm.distributed.launch import is_lost_peer
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.p2p import Receipt, StageLinks
 from megalm.errors import DistributedError, MegalmError
@@ -200,9 +201,12 @@ class PipelineExecutor:
         try:
             yield
         except Exception as error:
+            if is_lost_peer(error):  # of the tensor or data axis: the module is not to blame
+                raise
+            reason = next(iter(str(error).splitlines()), "")
             raise PipelineError(
                 f"pipeline stage {self._stage} failed in {action.kind.value} of microbatch "
-                f"{action.microbatch}: {type(error).__name__}: {error}"
+                f"{action.microbatch}: {type(error).__name__}: {reason}"
             ) from error
 
     @contextmanager

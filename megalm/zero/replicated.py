@@ -107,6 +107,9 @@ class ReplicatedEngine(ZeroEngine):
             square = torch.stack(torch._foreach_norm(counted)).square().sum()
         if self.mesh.size("model") > 1:
             dist.all_reduce(square, group=self.mesh.group("model"))
+        if self.mesh.size("data") > 1:
+            # Each data index has summed over a group of its own; an order of its own would let replicas drift apart.
+            dist.broadcast(square, dist.get_global_rank(self.mesh.group("data"), 0), group=self.mesh.group("data"))
         return square.sqrt().item()
 
     def gradients(self) -> Iterator[Fragment]:

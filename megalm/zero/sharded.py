@@ -156,7 +156,6 @@ class ShardedEngine(ZeroEngine):
         The two stages cut their flat buffers at different places, so each first puts its pieces together.
         """
         assert self.tied_weight is not None
-        whole: Tensor | None = None
         own = [f for f, p in zip(self.gradients(), self.pieces, strict=True) if p.parameter is self.tied_weight]
         dtype = self._gradient_flats()[0].dtype
         whole = torch.zeros(self.tied_weight.numel(), dtype=dtype, device=self.mesh.device)
@@ -166,6 +165,9 @@ class ShardedEngine(ZeroEngine):
         dist.all_reduce(whole, group=self.mesh.group("embedding"))
         for fragment in own:
             fragment.values.copy_(whole[fragment.start : fragment.start + fragment.values.numel()])
+            if self.offloaded:  # then DeepSpeed has taken the norm already, while it copied the gradient
+                number = self.optimizer.get_param_id(self.tied_weight)
+                self.optimizer.norm_for_param_grads[number] = fragment.values.float().norm()
 
     def update(self, lr: float) -> float:
         """Let DeepSpeed clip, update its partition and gather or re-partition the weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def test_values_equal_to_the_recipe_and_auto_are_accepted(tmp_path: Path) -> Non
     }
     joined = deepspeed_config(config_with(tmp_path, content, "precision=bf16", "zero.stage=1"), data_size=2)
     assert joined["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7}
-    assert (joined["communication_data_type"], joined["steps_per_print"]) == ("fp32", 5)
+    assert joined["steps_per_print"] == 5
     assert joined["gradient_accumulation_steps"] == joined["train_micro_batch_size_per_gpu"] == 1
     assert not {"optimizer", "scheduler", "fp16", "train_batch_size"} & joined.keys()
 
@@ -140,8 +141,8 @@ def test_accumulation_is_compared_exactly_once_the_data_ranks_are_known(tmp_path
 
 def test_overlapped_communication_is_refused_under_a_pipeline(tmp_path: Path) -> None:
     content = {"zero_optimization": {"overlap_comm": True}}
-    assert deepspeed_config(config_with(tmp_path, content, "zero.stage=1"))
-    error = error_of(config_with(tmp_path, content, "zero.stage=1", "parallel.pipeline=2"))
+    assert deepspeed_config(config_with(tmp_path, content, "zero.stage=2"))
+    error = error_of(config_with(tmp_path, content, "zero.stage=2", "parallel.pipeline=2"))
     assert "overlap_comm=true contradicts the recipe's parallel.pipeline=2" in error
 
 
@@ -185,3 +186,23 @@ def test_the_known_zero_keys_are_those_of_the_pinned_deepspeed() -> None:
     names = {field.alias or name for name, field in fields.items()} | fields.keys()
     assert names >= ZERO_KEYS
     assert {field.alias or name for name, field in fields.items()} == ZERO_KEYS
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"zero_optimization": {"zenflow": True}}, "zero_optimization.zenflow"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 2}}, "zero_optimization.zero_hpz_partition_size"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device",
+        ),
+        ({"zero_optimization": {"overlap_comm": True}}, "zero_optimization.overlap_comm"),
+        ({"communication_data_type": "fp16"}, "communication_data_type"),
+    ],
+)
+def test_what_no_layout_is_gated_with_is_refused(tmp_path: Path, content: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"mine.json:{key}")):
+        deepspeed_config(config_with(tmp_path, content, "zero.stage=1"))

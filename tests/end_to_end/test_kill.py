@@ -20,7 +20,7 @@ def test_a_run_killed_twenty_times_ends_with_the_unbroken_runs_bits(tmp_path: Pa
     assert outcome.tensors > 50  # weights and both moments of Adam
     assert len(outcome.kills) == KILLS
     # By chance a kill misses the moment that it was meant for, but not each time.
-    assert min(outcome.count(where) for where in WHERE) >= 2, table(outcome)
+    assert min(outcome.count(where) for where in WHERE) >= 1, table(outcome)
     assert outcome.kills[-1].checkpoint >= 5
     hit = {kill.target.split()[0] for kill in outcome.kills}
     assert hit == {"all", "launcher", "rank"}

@@ -58,6 +58,8 @@ CASES: tuple[Case, ...] = (
     Case(1, 4, 2, {**zero(1), **LLAMA, "model.kv_heads": 4}),
     Case(2, 2, 1, {**zero(2), **GPIPE}),
     Case(2, 4, 1, {**zero(1), **DROPOUT}),
+    Case(2, 2, 1, OFFLOAD2),
+    Case(2, 1, 2, OFFLOAD2),
     Case(4, 2, 1, {**zero(2), **DROPOUT, **SMOOTHING}),
     Case(2, 1, 2, {**SEQUENCE, **RECOMPUTE}),
     Case(2, 1, 4, {**zero(1), **SEQUENCE, **DROPOUT}),
