@@ -229,3 +229,17 @@ def test_under_a_launcher_no_workers_are_started(started: list[Any], monkeypatch
     assert main(["train", "recipe.yaml", "parallel.tensor=2", "--nproc", "4"]) == 2
     assert main(["train", "recipe.yaml", "parallel.tensor=4"]) == 2
     assert len(trained) == 1
+
+
+@pytest.mark.parametrize(("attempt", "restart"), [(None, False), ("0", False), ("1", True)])
+def test_a_job_that_is_started_again_does_not_begin_afresh(
+    monkeypatch: pytest.MonkeyPatch, attempt: str | None, restart: bool
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM", "TORCHELASTIC"))]:
+        monkeypatch.delenv(name)
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    if attempt is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+    assert commands._is_restart() is restart

@@ -110,7 +110,7 @@ def test_clipping_of_zero_is_no_clipping(tmp_path: Path) -> None:
         ({"optimizer": {"params": {"torch_adam": True}}}, "optimizer.params.torch_adam=true", "optim.kind=adamw"),
         ({"scheduler": {"type": "WarmupLR"}}, 'scheduler.type="WarmupLR"', "lr_schedule.kind=cosine"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage=2", "zero.stage=1"),
-        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, 'offload_param.device="cpu"', "zero.stage=1"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, 'offload_param={"device"', "zero.stage=1"),
         ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer=true", "optim.kind=adamw"),
     ],
 )  # fmt: skip
