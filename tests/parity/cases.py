@@ -70,7 +70,7 @@ CASES: tuple[Case, ...] = (
     Case(2, 2, 2, {**SEQUENCE, **DROPOUT, **GPIPE, **batch(16, 2)}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 23, 28, 30)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}
