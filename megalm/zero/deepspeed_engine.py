@@ -13,8 +13,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
@@ -24,6 +26,8 @@ from megalm.zero.engine import shard_of
 # The shared-memory collectives would be compiled at start-up (40 s); gloo and NCCL do without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+_PLAIN_LINEAR = F.linear
 
 
 def make_engine(
@@ -63,10 +67,19 @@ def partition_weights(module: nn.Module, mesh: ParallelMesh, config: dict[str, A
 
 
 def forget_world() -> None:
-    """Drop DeepSpeed's process-wide groups and counters, so that another world can be formed in this process."""
+    """Drop what DeepSpeed keeps for the whole process, so that another world can be formed in it.
+
+    Ranks of the next world may have another past: what is kept here would make them differ. Under stage 3 ranks
+    compare the numbers of their parameters and modules, which are counted up. And stage 3 replaces `F.linear` for
+    good by one whose backward pass gives bias and weight their gradients in the other order; stages 1 and 2 add up
+    the ranks' gradients in the order in which they come, so a rank with the one and a rank with the other would add
+    weights to biases without a word.
+    """
     deepspeed.comm.comm.cdb = None
     deepspeed_groups._release_process_group_references()
-    deepspeed.zero.Init.param_id = 0  # ranks compare the numbers of their parameters
+    deepspeed.zero.Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    F.linear = _PLAIN_LINEAR
 
 
 def _join(mesh: ParallelMesh) -> None:
