@@ -1,7 +1,7 @@
 """Collectives over a group that is passed in: those that autograd sees, and those that it does not.
 
-None changes its input (a name that ends in `_` says otherwise), all take non-contiguous input, and a group of one
-rank gives the input itself back. Sums run in the dtype of the tensor: cast before where more digits are needed.
+None changes its input, all take non-contiguous input, and a group of one rank gives the input itself back. Sums run
+in the dtype of the tensor: cast before where more digits are needed.
 Every rank of the group must call, forward and backward.
 Source: Shoeybi et al. 2019, section 3 (f and g); Korthikanti et al. 2022, section 4.2 (g and g-bar over the sequence).
 """
@@ -55,21 +55,9 @@ def reduce_scatter_sequence(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x_BTD if group.size() == 1 else _ReduceScatterSequence.apply(x_BTD, group)
 
 
-def split_sequence(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return this rank's tokens, dim 1, of an x that all ranks hold alike; the backward pass joins the gradients."""
-    return x_BTD if group.size() == 1 else _SplitSequence.apply(x_BTD, group)
-
-
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the sum of x over `group`, outside of autograd."""
     return x.detach() if group.size() == 1 else _sum(x.detach(), group)
-
-
-def all_reduce_sum_(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Replace x by its sum over `group`, outside of autograd, and return it."""
-    if group.size() > 1:
-        dist.all_reduce(x.detach(), group=group)
-    return x
 
 
 def all_reduce_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -145,11 +133,6 @@ def _reduce_scatter(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-def _split(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    tokens = _shard_length(x_BTD, group)
-    return _copy_of(x_BTD.narrow(1, group.rank() * tokens, tokens))
-
-
 def _shard_length(x_BTD: Tensor, group: dist.ProcessGroup) -> int:
     tokens, rest = divmod(x_BTD.shape[1], group.size())
     assert rest == 0, f"{x_BTD.shape[1]} tokens do not divide over a group of {group.size()}"
@@ -196,18 +179,6 @@ class _ReduceScatterSequence(torch.autograd.Function):
     def forward(ctx: Any, x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _reduce_scatter(x_BTD, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_BTtD: Tensor) -> tuple[Tensor, None]:
-        return _gather(gradient_BTtD, ctx.group), None
-
-
-class _SplitSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _split(x_BTD, group)
 
     @staticmethod
     @once_differentiable
