@@ -15,7 +15,7 @@ Arguments and results travel by pickle. An exception in any rank reaches the tes
 tracebacks. A rank that hangs or dies costs the test, and a new process takes its place for the next one.
 
 Libraries that keep globals of their own about the world (DeepSpeed does) are forgotten between worlds by callables in
-`after_world`: a module that imports such a library in a worker appends its reset there, once, at its own import.
+`at_world_end`: a module that imports such a library in a worker appends its reset there, once, at its own import.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ FAILURE_GRACE_S = 5.0  # how long the other ranks may go on after one has failed
 END_TIMEOUT_S = 20.0  # how long a rank may take to leave its world
 _PR_SET_PDEATHSIG = 1
 
-after_world: list[Callable[[], None]] = []
-"""Called in a worker, in order, after each world has been destroyed."""
+at_world_end: list[Callable[[], None]] = []
+"""Called in a worker, in order, at the end of each world that was formed, while it still stands."""
 
 
 class WorkerError(AssertionError):
@@ -296,8 +296,7 @@ def _leave_world() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        for reset in at_world_end:
+            reset()
         dist.destroy_process_group()
-    for reset in after_world:
-        reset()
-    if after_world:
-        gc.collect()  # engines of such libraries are cycles that hold whole models
+    gc.collect()  # trainers and engines are cycles that hold whole models, and groups with their threads

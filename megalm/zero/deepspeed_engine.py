@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from typing import Any
 
 import deepspeed
@@ -28,6 +29,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 _PLAIN_LINEAR = F.linear
+_ENGINES: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()  # of this world
 
 
 def make_engine(
@@ -38,7 +40,7 @@ def make_engine(
     elements = sum(math.prod(shard_of(p).local_shape) for p in module.parameters())
     fitting = _with_fitting_bucket(config, elements)
     mpu = _ModelParallelUnit(mesh)
-    return _Engine(
+    engine = _Engine(
         args=None,
         model=module,
         optimizer=optimizer,
@@ -46,6 +48,8 @@ def make_engine(
         config=fitting,
         config_class=DeepSpeedConfig(fitting, mpu),
     )
+    _ENGINES.add(engine)
+    return engine
 
 
 def partition_weights(module: nn.Module, mesh: ParallelMesh, config: dict[str, Any]) -> None:
@@ -67,14 +71,17 @@ def partition_weights(module: nn.Module, mesh: ParallelMesh, config: dict[str, A
 
 
 def forget_world() -> None:
-    """Drop what DeepSpeed keeps for the whole process, so that another world can be formed in it.
+    """Drop what DeepSpeed keeps for the whole process, so that another world can be formed in it; call at a world's end.
 
     Ranks of the next world may have another past: what is kept here would make them differ. Under stage 3 ranks
     compare the numbers of their parameters and modules, which are counted up. And stage 3 replaces `F.linear` for
     good by one whose backward pass gives bias and weight their gradients in the other order; stages 1 and 2 add up
     the ranks' gradients in the order in which they come, so a rank with the one and a rank with the other would add
-    weights to biases without a word.
+    weights to biases without a word. An engine's gradient hooks hold the engine, out of the garbage collector's sight,
+    and with it the world's groups and their threads.
     """
+    while _ENGINES:
+        _ENGINES.pop().destroy()
     deepspeed.comm.comm.cdb = None
     deepspeed_groups._release_process_group_references()
     deepspeed.zero.Init.param_id = 0

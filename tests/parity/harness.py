@@ -26,7 +26,7 @@ from megalm.train.optimizers import build_optimizer
 from megalm.train.trainer import Trainer, TrainState
 from megalm.zero.build import build_engine, partitioner
 from tests.parity.reference import Reference
-from tests.worker_pool import WorkerPool, after_world
+from tests.worker_pool import WorkerPool, at_world_end
 
 VOCAB = 67
 """Prime, so that no tensor size but 1 divides it."""
@@ -155,8 +155,8 @@ def build_trainer(mesh: ParallelMesh, config: RunConfig) -> Trainer:
     if config.zero.stage > 0:
         from megalm.zero.deepspeed_engine import forget_world
 
-        if forget_world not in after_world:
-            after_world.append(forget_world)
+        if forget_world not in at_world_end:
+            at_world_end.append(forget_world)
     executor = build_executor(config, engine.module, mesh)
     text = RandomText(VOCAB, config.model.sequence, mesh.coordinates.data, mesh.size("data"))
     return Trainer(config, mesh, executor, engine, text, TrainState())  # type: ignore[arg-type]
