@@ -9,11 +9,15 @@ ARGS ?=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install quickstart test lint parity mutants bench clean
+# The oldest version of triton that the kernels support; the environment has the newest.
+OLD_TRITON_VERSION := 3.6.0
+OLD_TRITON := .triton-3.6
+
+.PHONY: help install quickstart test lint parity mutants bench kernels-compile kernels-bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP)  ## make the environment and install megalm into it
 
@@ -37,8 +41,15 @@ mutants: $(STAMP)  ## planted faults, each of which the parity gate must catch, 
 bench: $(STAMP)  ## our training step against a plain PyTorch loop
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
 
+kernels-compile: $(STAMP) $(OLD_TRITON)/.installed  ## every kernel for four GPU architectures and two tritons, as tables
+	$(BIN)/python -m tests.kernels.compile_check $(ARGS)
+	$(BIN)/python -m tests.kernels.compile_check --triton $(OLD_TRITON) $(ARGS)
+
+kernels-bench: $(STAMP)  ## every kernel against what else is installed, on a GPU
+	$(BIN)/python benchmarks/kernels.py $(ARGS)
+
 clean:  ## remove the environment and build products
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLD_TRITON) build dist *.egg-info
 
 # torch first and with its exact version, so that no other build of it is resolved on the way.
 $(STAMP): setup.py pyproject.toml constraints.txt
@@ -48,4 +59,8 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,mpi]'
+	@touch $@
+
+$(OLD_TRITON)/.installed: | $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --target $(OLD_TRITON) --no-deps triton==$(OLD_TRITON_VERSION)
 	@touch $@

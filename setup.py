@@ -29,6 +29,7 @@ setup(
     package_data={
         "megalm": ["py.typed", "recipes/*.yaml"],
         "megalm.ds_configs": ["*.json"],
+        "megalm.kernels": ["tables/*.json"],
         "megalm.slurm": ["*.sbatch", "*.sh"],
     },
     install_requires=[

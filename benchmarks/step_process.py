@@ -25,7 +25,8 @@ from megalm.data.sampler import GlobalOrder, training_windows
 from megalm.data.token_file import HEADER_BYTES, TokenFile
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.world import joined_mesh
-from megalm.models.build import build_executor, build_stage
+from megalm.models.build import DTYPES, build_executor, build_stage
+from megalm.train.monitor import flops_per_token, peak_flops, peak_memory_bytes
 from megalm.train.optimizers import build_optimizer
 from megalm.train.trainer import Trainer, TrainState
 from megalm.zero.build import build_engine, partitioner
@@ -152,10 +153,17 @@ def measure_layout(config: RunConfig, tokens: TokenFile, steps: int) -> dict[str
         for _ in range(WARM_STEPS):
             trainer.train_step()
         seconds = [timed(trainer.train_step, 1, mesh.device)[0] for _ in range(steps)]
+        peak = peak_flops(mesh.device, DTYPES[config.precision])
+        vocab = config.model.vocab
+        assert vocab is not None, "a measured shape gives its vocabulary"
         return {
             "first_loss": loss,
             "wall_s": seconds,
             "tokens_per_step": config.train.global_batch * config.model.sequence,
+            "flops_per_token": flops_per_token(config.model, vocab),
+            "peak_flops": peak.flops,
+            "peak_source": peak.source,
+            "peak_bytes": peak_memory_bytes(mesh.device),
         }
 
 

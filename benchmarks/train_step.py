@@ -9,6 +9,12 @@ machine does meets both alike. On the CPU a pair is measured in processor time t
 
 Layouts: as many local processes as each needs train the first shape, one layout after the other.
 
+    python benchmarks/train_step.py --device cuda --precision bf16 --model gpt-1b --sequences 2048 4096
+
+A model: the recipe of that name on one device, with the fused kernels and without, at each length of sequence: tokens
+a second, peak memory, and MFU, the model FLOPs of `megalm.train.monitor.flops_per_token` (6 a weight and token, causal
+attention counted as full squares, nothing that is recomputed) over the device's dense peak.
+
 `step_process.py` is what runs in each of the processes, `plain.py` the plain loop.
 """
 
@@ -197,6 +203,37 @@ def measure_layout_rate(layout: Layout, options: argparse.Namespace) -> dict[str
     }
 
 
+def measure_model(options: argparse.Namespace, results: dict[str, Any], out: Path) -> None:
+    """Measure a recipe with and without fused kernels at each length; print the rows, fill and write the results."""
+    print(f"\n{options.model}, one device, micro-batch of {options.micro_batch} sequences")
+    print("sequence  kernels       step ms      tokens/s   TFLOP/s     MFU   peak GiB  loss of step 1")
+    for sequence in options.sequences:
+        for kernels in ("fused", "reference") if options.device == "cuda" else ("reference",):
+            overrides = {
+                "precision": options.precision,
+                "model.sequence": sequence,
+                "model.kernels": kernels,
+                "zero.stage": 0,
+                "train.micro_batch": options.micro_batch,
+                "train.global_batch": 2 * options.micro_batch,
+                "lr_schedule.warmup_steps": 0,
+            }
+            config = load_recipe(options.model, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+            raw = measured("layout", config, 1, options.layout_steps, options)
+            step_s = statistics.median(raw["wall_s"])
+            rate = raw["tokens_per_step"] / step_s
+            flops = rate * raw["flops_per_token"]
+            row = {**raw, "step_s": step_s, "tokens_per_s": rate, "flops": flops, "mfu": flops / raw["peak_flops"]}
+            results.setdefault("model", {"name": options.model})[f"sequence {sequence}, {kernels}"] = row
+            print(
+                f"{sequence:8}  {kernels:<9} {1e3 * step_s:11.1f}  {rate:12.0f}  {flops / 1e12:8.1f}  "
+                f"{row['mfu']:6.1%}  {raw['peak_bytes'] / 2**30:9.1f}  {raw['first_loss']:.6f}",
+                flush=True,
+            )
+            write(out, results)
+    print(f"MFU: of {raw['peak_flops'] / 1e12:.1f} TFLOP/s ({raw['peak_source']})\nwritten: {out}")
+
+
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Return what the figures depend on beside the code."""
     name = torch.cuda.get_device_name() if options.device == "cuda" else processor_name()
@@ -234,6 +271,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=40, help="pairs of measurements at one process")
     parser.add_argument("--steps-a-side", type=int, default=1, help="steps in each half of a pair")
     parser.add_argument("--layout-steps", type=int, default=10, help="measured steps of each layout")
+    parser.add_argument("--model", help="measure this recipe on one device instead; it must name its vocabulary")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[2048, 4096], help="lengths for --model")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a microbatch for --model")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads in each process")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/train_step_DEVICE.json")
     return parser.parse_args()
@@ -249,9 +289,14 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the processes take a GPU where they see one
     if options.layouts is None:
         options.layouts = [Layout.read(name) for name in LAYOUTS.split()] if options.device == "cpu" else []
-    out = options.out or Path(__file__).parent / "results" / f"train_step_{options.device}.json"
-    results: dict[str, Any] = {"machine": machine(options), "goal": GOAL, "one_process": {}}
+    name = "_".join(filter(None, ("train_step", options.model, options.device)))
+    out = options.out or Path(__file__).parent / "results" / f"{name}.json"
+    results: dict[str, Any] = {"machine": machine(options)}
     print(*(f"{key} {value}" for key, value in results["machine"].items()), sep=", ")
+    if options.model is not None:
+        measure_model(options, results, out)
+        return 0
+    results |= {"goal": GOAL, "one_process": {}}
     print(f"\none process: {options.pairs} pairs, ratio of our step's time to plain PyTorch's, goal {GOAL}")
     print("shape      parameters  clock       ours ms  plain ms    ratio  95% of the median     min    max")
     for shape in options.shapes:

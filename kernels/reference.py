@@ -7,6 +7,11 @@ float64, float32, bfloat16 and float16.
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,54 +23,193 @@ def flash_attention(
     v_BSGE: Tensor,
     *,
     causal: bool,
+    window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    dropout_origin: tuple[int, int, int] | None = None,
+    return_lse: bool = False,
     dropout_scale_BHTS: Tensor | None = None,
-) -> Tensor:
+) -> Any:
     """Return softmax(q k^T * scale) v as BTHE; query head h reads key/value head h // (H / G).
 
-    `scale` defaults to 1 / sqrt(E). Under `causal` position t sees positions 0..t.
-    `dropout_scale_BHTS` multiplies the probabilities: 0 where dropped, 1 / (1 - rate) where kept.
+    All arguments are those of `attention.flash_attention`, which says what they do; with `return_lse` the result is
+    (out, lse), lse [B, H, T] in fp32 or wider. `scale` defaults to 1 / sqrt(E). Under `causal` position t of T sees the
+    keys up to t + S - T. `dropout_scale_BHTS` multiplies the probabilities: 0 where dropped, 1 / (1 - rate) where kept;
+    `dropout` and `seed` make it here.
     """
     q_BHTE, k_BGSE, v_BGSE = (x.transpose(1, 2) for x in (q_BTHE, k_BSGE, v_BSGE))
-    grouped = q_BHTE.shape[1] != k_BGSE.shape[1]
-    if dropout_scale_BHTS is None:
+    (samples, heads, queries, features), (groups, keys) = q_BHTE.shape, k_BGSE.shape[1:3]
+    if dropout > 0.0:
+        assert seed is not None and dropout_scale_BHTS is None, "dropout takes a seed, or its multipliers from outside"
+        shape = (samples, heads, queries, keys)
+        dropout_scale_BHTS = _attention_dropout_scale(seed, dropout, shape, dropout_origin, q_BTHE)
+    masked = any(x is not None for x in (window, cu_seqlens, key_lengths)) or (causal and queries != keys)
+    if dropout_scale_BHTS is None and softcap is None and alibi_slopes is None and not (masked or return_lse):
         out_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, k_BGSE, v_BGSE, is_causal=causal, scale=scale, enable_gqa=grouped
+            q_BHTE, k_BGSE, v_BGSE, is_causal=causal, scale=scale, enable_gqa=heads != groups
         )
         return out_BHTE.transpose(1, 2)
-    if grouped:
-        repeats = q_BHTE.shape[1] // k_BGSE.shape[1]
-        k_BGSE, v_BGSE = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSE, v_BGSE))
-    scale = q_BHTE.shape[-1] ** -0.5 if scale is None else scale
+    if heads != groups:
+        k_BGSE, v_BGSE = (x.repeat_interleave(heads // groups, dim=1) for x in (k_BGSE, v_BGSE))
+    scale = features**-0.5 if scale is None else scale
     scores_BHTS = (q_BHTE * scale) @ k_BGSE.transpose(-2, -1)
-    if causal:
-        rows, columns = scores_BHTS.shape[-2:]
-        future_TS = torch.ones(rows, columns, dtype=torch.bool, device=scores_BHTS.device).triu(1)
-        scores_BHTS = scores_BHTS.masked_fill(future_TS, float("-inf"))
     wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
-    probabilities_BHTS = torch.softmax(scores_BHTS, dim=-1, dtype=wide) * dropout_scale_BHTS
-    return (probabilities_BHTS.to(v_BGSE.dtype) @ v_BGSE).transpose(1, 2)
+    if softcap is not None:
+        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+    if alibi_slopes is not None:
+        places_T = torch.arange(keys - queries, keys, device=q_BTHE.device)
+        distance_TS = (places_T[:, None] - torch.arange(keys, device=q_BTHE.device)).abs().to(wide)
+        scores_BHTS = scores_BHTS.to(wide) - alibi_slopes.detach().to(wide)[:, None, None] * distance_TS
+    blind = None
+    if causal or masked:
+        hidden = _hidden_keys(queries, keys, q_BTHE.device, causal, window, cu_seqlens, key_lengths)
+        scores_BHTS = scores_BHTS.masked_fill(hidden, float("-inf"))
+        if key_lengths is not None or queries != keys:  # else every query sees itself
+            blind = hidden.all(dim=-1, keepdim=True)
+            scores_BHTS = scores_BHTS.masked_fill(blind, 0.0)  # -inf alone would make NaN, in the gradients too
+    probabilities_BHTS = torch.softmax(scores_BHTS, dim=-1, dtype=wide)
+    if blind is not None:
+        probabilities_BHTS = probabilities_BHTS.masked_fill(blind, 0.0)
+    if dropout_scale_BHTS is not None:
+        probabilities_BHTS = probabilities_BHTS * dropout_scale_BHTS
+    out_BTHE = (probabilities_BHTS.to(v_BGSE.dtype) @ v_BGSE).transpose(1, 2)
+    if not return_lse:
+        return out_BTHE
+    lse_BHT = torch.logsumexp(scores_BHTS.to(wide), dim=-1)
+    return out_BTHE, lse_BHT if blind is None else lse_BHT.masked_fill(blind.squeeze(-1), float("-inf"))
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) -> Tensor:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias over the last dim (Ba et al. 2016)."""
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+def _hidden_keys(
+    queries: int,
+    keys: int,
+    device: torch.device,
+    causal: bool,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    key_lengths: Tensor | None,
+) -> Tensor:
+    """Return which keys a query does not see: bool [T, S], or [B, 1, T, S] with key lengths."""
+    place_T1 = torch.arange(keys - queries, keys, device=device)[:, None]
+    key_S = torch.arange(keys, device=device)
+    hidden = place_T1 < key_S if causal else torch.zeros(queries, keys, dtype=torch.bool, device=device)
+    if window is not None:
+        hidden = hidden | ((place_T1 - key_S).abs() >= window)
+    if cu_seqlens is not None:
+        document_S = torch.searchsorted(cu_seqlens, key_S, right=True)
+        hidden = hidden | (document_S[:, None] != document_S)
+    if key_lengths is not None:
+        hidden = hidden | (key_S >= key_lengths[:, None, None, None])
+    return hidden
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019)."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+def _attention_dropout_scale(
+    seed: int, rate: float, shape: tuple[int, ...], origin: tuple[int, int, int] | None, like: Tensor
+) -> Tensor:
+    """Return the multipliers of the probabilities [B, H, T, S]: 0 or 1 / (1 - rate), for `origin` (see `attention`)."""
+    _, heads, queries, keys = shape
+    first_sample, first_head, all_heads = (0, 0, heads) if origin is None else origin
+    b, h, t, s = (torch.arange(size, device=like.device).view(-1, *(1,) * (3 - dim)) for dim, size in enumerate(shape))
+    index = (((first_sample + b) * all_heads + first_head + h) * queries + t) * keys + s
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return dropout_keep(seed, rate, index).to(wide) / (1.0 - rate)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    dropout_origin: tuple[int, int, int] | None = None,
+) -> Any:
+    """Return (x - mean) / sqrt(var + eps) * weight + bias over the last dim (Ba et al. 2016).
+
+    With a residual (norm of sum, sum) where sum = residual + dropout(x + row_bias) in the dtype of x: see `layernorm`.
+    """
+    if residual is None:
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    total = _residual_sum(x, residual, row_bias, dropout, seed, dropout_origin)
+    return F.layer_norm(total, (x.shape[-1],), weight, bias, eps), total
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    dropout_origin: tuple[int, int, int] | None = None,
+) -> Any:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019).
+
+    With a residual (norm of sum, sum) where sum = residual + dropout(x + row_bias) in the dtype of x: see `rmsnorm`.
+    """
+    if residual is None:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    total = _residual_sum(x, residual, row_bias, dropout, seed, dropout_origin)
+    return F.rms_norm(total, (x.shape[-1],), weight, eps), total
+
+
+def _residual_sum(
+    x: Tensor,
+    residual: Tensor,
+    row_bias: Tensor | None,
+    rate: float,
+    seed: int | None,
+    origin: tuple[int, int, int] | None,
+) -> Tensor:
+    """Return residual + dropout(x + row_bias), computed in fp32 or wider, in the dtype of x."""
+    value = x if row_bias is None else x.to(torch.promote_types(x.dtype, torch.float32)) + row_bias
+    if rate > 0.0:
+        assert seed is not None, "dropout takes a seed"
+        return dropout(value, dropout=rate, seed=seed, dropout_origin=origin, residual=residual).to(x.dtype)
+    return (value + residual).to(x.dtype)
+
+
+def scaled_masked_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Return softmax(scale * x) over the last dim of x [..., T, S], in fp32 or wider, in the dtype of x.
+
+    Only what `mask` (bool, broadcastable to x) and `causal` (position t sees s <= t + S - T) leave visible takes part;
+    all else, and a row of which nothing is visible, is 0.
+    """
+    scores = scale * x.to(torch.promote_types(x.dtype, torch.float32))
+    visible = mask
+    if causal:
+        queries, keys = x.shape[-2:]
+        past = torch.ones(queries, keys, dtype=torch.bool, device=x.device).tril(keys - queries)
+        visible = past if mask is None else mask & past
+    if visible is None:
+        return torch.softmax(scores, dim=-1).to(x.dtype)
+    hidden = ~visible
+    return torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1).masked_fill(hidden, 0.0).to(x.dtype)
 
 
 def apply_rotary(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotate the pairs (j, j + E/2) of every head by the angles whose cosine and sine are given.
+    """Rotate the pairs (j, j + R/2) of every head by the angles whose cosine and sine are given.
 
     x' = x * cos + (-x2, x1) * sin with x = (x1, x2) split in halves (Su et al. 2021, the half-split form). Computed in
-    the tables' dtype, which should be fp32 or wider.
+    the tables' dtype, which should be fp32 or wider. The tables are [T, R], or [B, T, R] for rows of their own; the
+    features from R on pass through.
     """
-    half = x_BTHE.shape[-1] // 2
-    turned = torch.cat((-x_BTHE[..., half:], x_BTHE[..., :half]), dim=-1)
-    return (x_BTHE * cos_TE[:, None, :] + turned * sin_TE[:, None, :]).to(x_BTHE.dtype)
+    turned = cos_TE.shape[-1]
+    if turned < x_BTHE.shape[-1]:
+        first, rest = x_BTHE.split((turned, x_BTHE.shape[-1] - turned), dim=-1)
+        return torch.cat((apply_rotary(first, cos_TE, sin_TE), rest), dim=-1)
+    half = turned // 2
+    crossed = torch.cat((-x_BTHE[..., half:], x_BTHE[..., :half]), dim=-1)
+    return (x_BTHE * cos_TE[..., None, :] + crossed * sin_TE[..., None, :]).to(x_BTHE.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -76,3 +220,337 @@ def gelu(x: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up (Shazeer 2020)."""
     return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gelu(gate) * up with the tanh form of gelu (Shazeer 2020)."""
+    return gelu(gate) * up
+
+
+def swiglu_packed(x: Tensor) -> Tensor:
+    """Return silu(gate) * up for x [..., 2F] = (gate, up) side by side."""
+    return swiglu(*x.chunk(2, dim=-1))
+
+
+def geglu_packed(x: Tensor) -> Tensor:
+    """Return gelu(gate) * up for x [..., 2F] = (gate, up) side by side."""
+    return geglu(*x.chunk(2, dim=-1))
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return gelu(x + bias) in the dtype of x; without a bias gelu(x)."""
+    return gelu(x) if bias is None else gelu(x + bias).to(x.dtype)
+
+
+def dropout_keep(seed: int, rate: float, index: Tensor) -> Tensor:
+    """Return which elements are kept: a bool mask for int64 linear indices into the whole logical tensor.
+
+    Element n takes word n % 4 of Philox4x32-10 at counter n // 4 under the 64-bit key `seed` and is kept where the
+    word's upper 24 bits are at least ceil(rate * 2^24) (Salmon et al. 2011).
+    """
+    mask = 0xFFFFFFFF
+    counter = index >> 2
+    a, b = counter & mask, (counter >> 32) & mask
+    c, d = torch.zeros_like(a), torch.zeros_like(a)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        x, y = a * 0xD2511F53, c * 0xCD9E8D57  # the upper halves come out right although int64 is signed: & mask
+        a, b, c, d = ((y >> 32) & mask) ^ b ^ k0, y & mask, ((x >> 32) & mask) ^ d ^ k1, x & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    words = torch.stack((a, b, c, d), dim=-1)
+    word = words.gather(-1, (index & 3).unsqueeze(-1)).squeeze(-1)
+    return (word >> 8) >= math.ceil(rate * 2**24)
+
+
+def dropout(
+    x_BTD: Tensor,
+    *,
+    dropout: float,
+    seed: int,
+    dropout_origin: tuple[int, int, int] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return x with elements dropped at the rate `dropout`, the others scaled by 1 / (1 - rate), plus `residual`.
+
+    Element (b, t, d) has the linear index ((first_sample + b) * all_tokens + first_token + t) * D + d with
+    `dropout_origin` = (first_sample, first_token, all_tokens), by default (0, 0, T).
+    """
+    samples, tokens, features = x_BTD.shape
+    first_sample, first_token, all_tokens = (0, 0, tokens) if dropout_origin is None else dropout_origin
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    rows_BT1, columns_T1, features_D = (
+        torch.arange(size, device=x_BTD.device).view(shape)
+        for size, shape in ((samples, (-1, 1, 1)), (tokens, (-1, 1)), (features, (-1,)))
+    )
+    index = ((first_sample + rows_BT1) * all_tokens + first_token + columns_T1) * features + features_D
+    y = x_BTD.to(wide) * (dropout_keep(seed, dropout, index).to(wide) / (1.0 - dropout))
+    return (y if residual is None else y + residual).to(x_BTD.dtype)
+
+
+def cross_entropy(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Return losses_N = (1 - s) (lse - x_target) + s (lse - mean(x)) + z lse^2 in fp32 (fp64 for fp64 logits).
+
+    lse is the row's logsumexp, s `label_smoothing`, z `z_loss`. Rows whose target is `ignore_index` have loss and
+    gradient 0; a target that is no index of the row gives NaN.
+    """
+    vocab = logits_NV.shape[1]
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    inside_N = (targets_N >= 0) & (targets_N < vocab)
+    ignored_N = targets_N == ignore_index
+    log_p_NV = torch.log_softmax(logits_NV, dim=1)
+    losses_N = (label_smoothing - 1.0) * log_p_NV.gather(1, targets_N.masked_fill(~inside_N, 0)[:, None])[:, 0]
+    if label_smoothing:
+        losses_N = losses_N - (label_smoothing / vocab) * log_p_NV.sum(dim=1)
+    if z_loss:
+        losses_N = losses_N + z_loss * torch.logsumexp(logits_NV, dim=1).square()
+    wrong_N = ~(inside_N | ignored_N)
+    losses_N = losses_N * torch.ones_like(losses_N).masked_fill(wrong_N, math.nan)  # a product: gradients are NaN too
+    return losses_N.masked_fill(ignored_N, 0.0)
+
+
+def cross_entropy_statistics(
+    logits_NVt: Tensor, local_targets_N: Tensor, columns: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (max_N, sumexp_N, target_logit_N, logit_sum_N) over the first `columns` columns, in fp32 or fp64.
+
+    sumexp is the sum of exp(x - max). The target's logit is 0 where the target lies outside 0 .. columns - 1.
+    """
+    wide = torch.promote_types(logits_NVt.dtype, torch.float32)
+    rows = logits_NVt.shape[0]
+    if columns == 0:
+        zeros_N = logits_NVt.new_zeros(rows, dtype=wide)
+        return torch.full_like(zeros_N, -math.inf), zeros_N, zeros_N.clone(), zeros_N.clone()
+    real_NV = logits_NVt[:, :columns].to(wide)
+    max_N = real_NV.amax(dim=1)
+    shift_N = max_N.masked_fill(max_N == -math.inf, 0.0)  # -inf - -inf is no number
+    sumexp_N = (real_NV - shift_N[:, None]).exp_().sum(dim=1)
+    mine_N = (local_targets_N >= 0) & (local_targets_N < columns)
+    target_logit_N = real_NV.gather(1, local_targets_N.masked_fill(~mine_N, 0)[:, None])[:, 0].masked_fill(~mine_N, 0.0)
+    return max_N, sumexp_N, target_logit_N, real_NV.sum(dim=1)
+
+
+def cross_entropy_losses(
+    max_N: Tensor,
+    sumexp_N: Tensor,
+    target_logit_N: Tensor,
+    logit_sum_N: Tensor,
+    *,
+    vocab: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (losses_N, lse_N, lse_rest_N) of the statistics of whole rows of `vocab` columns.
+
+    The statistics of several shards are merged before: the greatest max, sumexp * exp(max - greatest) summed, the
+    others summed. lse + lse_rest is the logsumexp beyond the precision of one number: where logits are large, rounding
+    lse alone would be the greatest error of the gradient.
+    """
+    log_sum_N = sumexp_N.log()
+    lse_N = max_N + log_sum_N
+    losses_N = (1.0 - label_smoothing) * ((max_N - target_logit_N) + log_sum_N)
+    if label_smoothing:
+        losses_N = losses_N + label_smoothing * ((max_N - logit_sum_N / vocab) + log_sum_N)
+    if z_loss:
+        losses_N = losses_N + z_loss * lse_N.square()
+    return losses_N, lse_N, log_sum_N - (lse_N - max_N)
+
+
+def cross_entropy_gradient_(
+    logits_NVt: Tensor,
+    local_targets_N: Tensor,
+    lse_N: Tensor,
+    grad_N: Tensor,
+    *,
+    columns: int,
+    vocab: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    lse_rest_N: Tensor | None = None,
+) -> None:
+    """Overwrite the logits by grad * ((1 + 2 z lse) p - (1 - s) [v = target] - s / vocab), with p = exp(x - lse).
+
+    Columns from `columns` on and rows whose grad_N is 0 become exactly 0.
+    """
+    real_NV = logits_NVt[:, :columns]
+    wide = torch.promote_types(logits_NVt.dtype, torch.float32)
+    lse_N, grad_N = lse_N.to(wide), grad_N.to(wide)
+    gradient_NV = real_NV.to(wide).sub_(lse_N[:, None])  # the logits themselves, or a copy of more precision
+    if lse_rest_N is not None:
+        gradient_NV.sub_(lse_rest_N.to(wide)[:, None])
+    gradient_NV.exp_()
+    if z_loss:
+        gradient_NV.mul_((1.0 + 2.0 * z_loss * lse_N)[:, None])
+    if columns:
+        mine_N = (local_targets_N >= 0) & (local_targets_N < columns)
+        at_target_N = torch.full_like(lse_N, label_smoothing - 1.0).masked_fill_(~mine_N, 0.0)
+        gradient_NV.scatter_add_(1, local_targets_N.masked_fill(~mine_N, 0)[:, None], at_target_N[:, None])
+    if label_smoothing:
+        gradient_NV.sub_(label_smoothing / vocab)
+    gradient_NV.mul_(grad_N[:, None]).masked_fill_((grad_N == 0.0)[:, None], 0.0)
+    if real_NV.dtype is not wide:
+        real_NV.copy_(gradient_NV)
+    logits_NVt[:, columns:] = 0.0
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Return the `cross_entropy` of the logits hidden weight^T."""
+    return cross_entropy(
+        F.linear(hidden_ND, weight_VD),
+        targets_N,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+
+
+def linear_cross_entropy_statistics(
+    hidden_ND: Tensor, weight_VtD: Tensor, local_targets_N: Tensor, columns: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the `cross_entropy_statistics` of the logits hidden weight^T."""
+    return cross_entropy_statistics(F.linear(hidden_ND, weight_VtD[:columns]), local_targets_N, columns)
+
+
+def linear_cross_entropy_gradients(
+    hidden_ND: Tensor,
+    weight_VtD: Tensor,
+    local_targets_N: Tensor,
+    lse_N: Tensor,
+    grad_N: Tensor,
+    *,
+    columns: int,
+    vocab: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    need_hidden: bool = True,
+    need_weight: bool = True,
+    lse_rest_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (this shard's part of dhidden, dweight), from logits that are computed again; empty where not needed."""
+    gradient_NV = F.linear(hidden_ND, weight_VtD[:columns])
+    cross_entropy_gradient_(
+        gradient_NV,
+        local_targets_N,
+        lse_N,
+        grad_N,
+        columns=columns,
+        vocab=vocab,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        lse_rest_N=lse_rest_N,
+    )
+    d_hidden = gradient_NV @ weight_VtD[:columns] if need_hidden else hidden_ND.new_empty(0)
+    d_weight = weight_VtD.new_empty(0)
+    if need_weight:
+        d_weight = torch.zeros_like(weight_VtD)
+        d_weight[:columns] = gradient_NV.T @ hidden_ND
+    return d_hidden, d_weight
+
+
+def embedding(tokens: Tensor, weight_VD: Tensor) -> Tensor:
+    """Return the rows of the weight that the tokens (int64, any shape) name: [..., D]."""
+    return F.embedding(tokens, weight_VD)
+
+
+def grad_norm(tensors: Sequence[Tensor], *, squared: bool = False) -> Tensor:
+    """Return the L2 norm over all elements of all tensors, or its square: 0-dim, fp32 (fp64 if one tensor is)."""
+    if not tensors:
+        return torch.zeros(())
+    wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t, dtype=wide) for t in tensors]))
+    return norm.square() if squared else norm
+
+
+def fused_adamw_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float | Sequence[float],
+    step: int,
+    masters: Sequence[Tensor] | None = None,
+    gradient_scale: Tensor | float | None = None,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+) -> None:
+    """Do step number `step` (from 1) of AdamW in place (Loshchilov and Hutter 2019, algorithm 2).
+
+    p = p - lr wd p - (lr / (1 - b1^t)) m / (sqrt(v) / sqrt(1 - b2^t) + eps), in fp32 or wider; every operation is
+    rounded on its own. With `masters` these are updated and the weights are their rounded copies. Otherwise a weight
+    is rounded to the nearest, or if it is bf16 by random bits under `stochastic_rounding`. If `gradient_scale`, which
+    multiplies the gradients, is not finite nothing changes; to know that this function waits for the device.
+    """
+    scale = 1.0 if gradient_scale is None else float(gradient_scale)
+    if not weights or not math.isfinite(scale):
+        return
+    types = [torch.promote_types(weight.dtype, torch.float32) for weight in weights]
+    decays = list(weight_decay) if isinstance(weight_decay, Sequence) else [weight_decay] * len(weights)
+    rates = (torch.tensor(decays, dtype=torch.float32) * torch.tensor(lr, dtype=torch.float32)).tolist()
+    rates = [lr * decay if t is torch.float64 else rate for t, decay, rate in zip(types, decays, rates, strict=True)]
+    with torch.no_grad():
+        p, m, v, g = (
+            [x.to(t) for x, t in zip(tensors, types, strict=True)]  # the tensor itself where it has the type
+            for tensors in (masters or weights, exp_avgs, exp_avg_sqs, gradients)
+        )
+        if gradient_scale is not None:
+            g = list(torch._foreach_mul(g, scale))
+        torch._foreach_mul_(m, betas[0])
+        torch._foreach_add_(m, torch._foreach_mul(g, 1.0 - betas[0]))
+        squares = torch._foreach_mul(g, g)
+        torch._foreach_mul_(squares, 1.0 - betas[1])
+        torch._foreach_mul_(v, betas[1])
+        torch._foreach_add_(v, squares)
+        # By way of float64: fp32 roots of a CPU (MKL) are off by one in the last bit of every fifth number.
+        change = [x.double().sqrt().to(x.dtype) for x in v]
+        torch._foreach_mul_(change, 1.0 / math.sqrt(1.0 - betas[1] ** step))
+        torch._foreach_add_(change, eps)
+        change = list(torch._foreach_div(m, change))
+        torch._foreach_mul_(change, lr / (1.0 - betas[0] ** step))
+        torch._foreach_sub_(p, torch._foreach_mul(p, rates))
+        torch._foreach_sub_(p, change)
+        for held, computed in ((exp_avgs, m), (exp_avg_sqs, v), *([(masters, p)] if masters else [])):
+            torch._foreach_copy_(list(held), list(computed))
+        if stochastic_rounding:
+            p = [
+                _round_stochastically(value, number, step, seed) if weight.dtype is torch.bfloat16 else value
+                for number, (weight, value) in enumerate(zip(weights, p, strict=True))
+            ]
+        torch._foreach_copy_(list(weights), p)
+
+
+def _round_stochastically(value: Tensor, number: int, step: int, seed: int) -> Tensor:
+    """Return fp32 values that bf16 can hold: 16 random bits are added below the last bit kept, then cut off.
+
+    Element n takes the upper half of word n % 4 of Philox4x32-10 at counter (low half of n // 4, high half of n // 4,
+    number, step) under the 64-bit key `seed`.
+    """
+    mask = 0xFFFFFFFF
+    counter = torch.arange((value.numel() + 3) // 4, device=value.device)
+    a, b = counter & mask, counter >> 32
+    c, d = torch.full_like(a, number), torch.full_like(a, step & mask)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        x, y = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = ((y >> 32) & mask) ^ b ^ k0, y & mask, ((x >> 32) & mask) ^ d ^ k1, x & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    words = torch.stack((a, b, c, d), dim=-1).flatten()[: value.numel()].view(value.shape)
+    bits = value.view(torch.int32) + (words >> 16).int()
+    return torch.where(value.isnan(), value, ((bits >> 16) << 16).view(torch.float32))

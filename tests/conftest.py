@@ -1,4 +1,4 @@
-"""What all tests share: one thread a process, and worker processes that are started once."""
+"""What all tests share: one thread a process, interpreted kernels without a GPU, workers that are started once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from collections.abc import Iterator
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the machine's cores belong to the ranks
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported: triton decides then
+    from tests.interpreter import repair_bf16
+
+    repair_bf16()
 
 from tests.worker_pool import WorkerPool
 

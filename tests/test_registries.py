@@ -24,7 +24,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "optimizer": OPTIMIZERS,
     "lr_schedule": LR_SCHEDULES,
 }
-WITHOUT_A_REGISTRY = {"device", "precision", "recompute"}
+WITHOUT_A_REGISTRY = {"device", "kernels", "precision", "recompute"}
 
 
 @pytest.mark.parametrize("kind", REGISTRIES)

@@ -9,11 +9,12 @@ from __future__ import annotations
 CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", "fp64"),
+    "kernels": ("auto", "fused", "reference"),
     "norm": ("layernorm", "rmsnorm"),
     "activation": ("gelu", "swiglu"),
     "position": ("learned", "rotary"),
     "schedule": ("gpipe", "1f1b"),
     "recompute": ("none", "full"),
-    "optimizer": ("adamw", "sgd"),
+    "optimizer": ("adamw", "fused_adamw", "sgd"),
     "lr_schedule": ("cosine", "constant"),
 }

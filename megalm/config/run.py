@@ -67,7 +67,11 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """The Transformer's shape. None stands for the value that the property of the same meaning derives."""
+    """The Transformer's shape. None stands for the value that the property of the same meaning derives.
+
+    `kernels` says what computes it: fused Triton kernels or plain torch (auto: fused on CUDA); `flash_attention` false
+    stores the whole matrix of attention scores. The model is the same.
+    """
 
     layers: Positive
     hidden: Positive
@@ -85,6 +89,8 @@ class ModelSection(Section):
     bias: bool = True
     tie_embeddings: bool = True
     init_std: AboveZero = 0.02
+    kernels: Annotated[str, _one_of("kernels")] = "auto"
+    flash_attention: bool = True
 
     @property
     def head_size(self) -> int:
@@ -154,9 +160,10 @@ class LrScheduleSection(Section):
 
 
 class LossSection(Section):
-    """The training loss."""
+    """The training loss. `fused_head` joins it with the output head: logits are never stored, at one more product."""
 
     label_smoothing: Fraction = 0.0
+    fused_head: bool = False
 
 
 class DataSection(Section):

@@ -23,7 +23,15 @@ ONE_PROCESS = (
 )
 _FREE_SECTIONS = frozenset({"parallel", "evaluate"})
 _FREE_KEYS = frozenset(
-    {"precision", "train.micro_batch", "data.path", "run.start_timeout_s", "run.collective_timeout_s"}
+    {
+        "precision",
+        "model.kernels",
+        "model.flash_attention",
+        "train.micro_batch",
+        "data.path",
+        "run.start_timeout_s",
+        "run.collective_timeout_s",
+    }
 )
 
 

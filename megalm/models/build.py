@@ -41,6 +41,7 @@ def build_stage(
         init=Initializer(config.seed, DTYPES[config.precision], mesh.device),
         sequence=config.parallel.sequence,
         label_smoothing=config.loss.label_smoothing,
+        fused_head=config.loss.fused_head,
         recompute=config.train.recompute == "full",
         on_built=on_built,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from megalm.nn.ops import Operations
 from megalm.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
 
@@ -16,6 +17,7 @@ def token_loss_sum(
     vocab: int,
     group: dist.ProcessGroup,
     label_smoothing: float,
+    operations: Operations,
 ) -> Tensor:
     """Return the sum of the losses of the tokens whose mask is true: a scalar in fp32 (fp64 for fp64 logits).
 
@@ -28,5 +30,11 @@ def token_loss_sum(
         vocab=vocab,
         group=group,
         label_smoothing=label_smoothing,
+        operations=operations,
     )
+    return valid_sum(losses_N, loss_mask_BT)
+
+
+def valid_sum(losses_N: Tensor, loss_mask_BT: Tensor) -> Tensor:
+    """Return the sum of the losses of the tokens whose mask is true."""
     return (losses_N * loss_mask_BT.flatten()).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalm.config.run import ModelSection
-from megalm.models.losses import token_loss_sum
+from megalm.models.losses import token_loss_sum, valid_sum
 from megalm.nn.block import TransformerBlock
 from megalm.nn.dropout import Dropout, DropoutKeys
 from megalm.nn.norms import NORMS
+from megalm.nn.ops import select_operations
 from megalm.nn.positions import POSITIONS
 from megalm.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_weight
 from megalm.tensor_parallel.initialize import Initializer
@@ -48,6 +50,7 @@ class Transformer(nn.Module):
         init: Initializer,
         sequence: bool = False,
         label_smoothing: float = 0.0,
+        fused_head: bool = False,
         recompute: bool = False,
         on_built: Callable[[nn.Module], None] | None = None,
     ) -> None:
@@ -57,13 +60,22 @@ class Transformer(nn.Module):
         self.group = group
         self.sequence = sequence
         self.label_smoothing = label_smoothing
+        self.fused_head = fused_head
         self.recompute = recompute
         self.tied = config.tie_embeddings
+        self.operations = select_operations(config.kernels, init.device)
         token_group = group if sequence else None
         self.position = POSITIONS.get(config.position)(config, embeds=plan.first, group=token_group, init=init)
         if plan.first:
             self.embedding = VocabParallelEmbedding(
-                "embedding", vocab, config.hidden, group=group, init=init, std=config.init_std, sequence=sequence
+                "embedding",
+                vocab,
+                config.hidden,
+                group=group,
+                init=init,
+                std=config.init_std,
+                operations=self.operations,
+                sequence=sequence,
             )
         self.embedding_dropout = Dropout("embedding", config.dropout)
         self.blocks = nn.ModuleDict()
@@ -80,6 +92,7 @@ class Transformer(nn.Module):
                 bias=config.bias,
                 group=token_group,
                 init=init,
+                operations=self.operations,
             )
             if config.tie_embeddings and plan.first:
                 weight = self.embedding.weight
@@ -115,7 +128,7 @@ class Transformer(nn.Module):
         first_token = dist.get_rank(self.group) * (tokens // ranks) if self.sequence else 0
         if self.plan.first:
             x = self.position(self.embedding(x), first_token)
-            x = self.embedding_dropout(x, dropout, first_token, tokens)
+            x = self.operations.dropout(x, self.embedding_dropout.at(dropout, first_token, tokens))
         rotate = self.position.rotation(tokens)
         for block in self.blocks.values():
             if self.recompute and torch.is_grad_enabled():
@@ -126,15 +139,15 @@ class Transformer(nn.Module):
                 x = block(x, rotate, dropout, first_token, tokens)
         if not self.plan.last:
             return x
-        logits_BTVt = self.head(self.final_norm(x))
+        x = self.final_norm(x)
         if labels_BT is None:
-            return logits_BTVt
+            return self.head(x)
         assert loss_mask_BT is not None, "labels come with a loss mask"
-        return token_loss_sum(
-            logits_BTVt,
-            labels_BT,
-            loss_mask_BT,
-            vocab=self.vocab,
-            group=self.group,
-            label_smoothing=self.label_smoothing,
-        )
+        loss: dict[str, Any] = {
+            "vocab": self.vocab,
+            "label_smoothing": self.label_smoothing,
+            "operations": self.operations,
+        }
+        if self.fused_head:
+            return valid_sum(self.head(x, labels_BT.flatten(), **loss), loss_mask_BT)
+        return token_loss_sum(self.head(x), labels_BT, loss_mask_BT, group=self.group, **loss)

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.config.run import ModelSection
-from megalm.nn import ops
 from megalm.nn.dropout import Dropout, DropoutKeys
+from megalm.nn.ops import select_operations
 from megalm.nn.positions import Rotation
 from megalm.tensor_parallel.initialize import Initializer
 from megalm.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -62,6 +62,8 @@ class Attention(nn.Module):
             sequence=sequence,
         )
         self.dropout = Dropout(f"{name}.probabilities", config.dropout)
+        operations = select_operations(config.kernels, init.device)
+        self.attend = operations.flash_attention if config.flash_attention else operations.unfused_attention
 
     def forward(self, x: Tensor, rotate: Rotation, keys: DropoutKeys | None) -> Tensor:
         """Attend over all earlier tokens of the same row."""
@@ -70,16 +72,6 @@ class Attention(nn.Module):
         grouped = projected.view(rows, tokens, self.groups, self.queries_a_group + 2, self.head_size)
         parts = grouped.split((self.queries_a_group, 1, 1), dim=3)  # one backward for all three, unlike slices
         q_BTHE, k_BTGE, v_BTGE = (part.flatten(2, 3) for part in parts)
-        dropout_scale = None
-        if keys is not None and self.dropout.rate > 0.0:
-            dropout_scale = self.dropout.scale(
-                keys,
-                (keys.first_sample + rows, self.all_heads, tokens, tokens),
-                (keys.first_sample, self.first_head, 0, 0),
-                (rows, self.heads, tokens, tokens),
-                projected,
-            )
-        attended_BTHE = ops.flash_attention(
-            rotate(q_BTHE), rotate(k_BTGE), v_BTGE, causal=True, dropout_scale_BHTS=dropout_scale
-        )
+        drop = self.dropout.at(keys, self.first_head, self.all_heads)
+        attended_BTHE = self.attend(rotate(q_BTHE), rotate(k_BTGE), v_BTGE, causal=True, drop=drop)
         return self.out(attended_BTHE.flatten(2))

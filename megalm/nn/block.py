@@ -10,6 +10,7 @@ from megalm.nn.attention import Attention
 from megalm.nn.dropout import Dropout, DropoutKeys
 from megalm.nn.mlp import MLP
 from megalm.nn.norms import NORMS
+from megalm.nn.ops import select_operations
 from megalm.nn.positions import Rotation
 from megalm.tensor_parallel.initialize import Initializer
 
@@ -30,6 +31,7 @@ class TransformerBlock(nn.Module):
         name = f"blocks.{index}"
         make_norm = NORMS.get(config.norm)
         token_group = group if sequence else None
+        self.operations = select_operations(config.kernels, init.device)
 
         def norm(which: str) -> nn.Module:
             return make_norm(
@@ -39,6 +41,7 @@ class TransformerBlock(nn.Module):
                 bias=config.bias,
                 group=token_group,
                 init=init,
+                operations=self.operations,
             )
 
         self.attention_norm = norm("attention_norm")
@@ -54,6 +57,7 @@ class TransformerBlock(nn.Module):
         x holds tokens `first_token` ... of sequences of `tokens` tokens: all of them, or this rank's part.
         """
         attended = self.attention(self.attention_norm(x), rotate, keys)
-        x = x + self.attention_dropout(attended, keys, first_token, tokens)
-        transformed = self.mlp(self.mlp_norm(x))
-        return x + self.mlp_dropout(transformed, keys, first_token, tokens)
+        drop = self.attention_dropout.at(keys, first_token, tokens)
+        normed, x = self.mlp_norm(attended, residual=x, drop=drop)
+        drop = self.mlp_dropout.at(keys, first_token, tokens)
+        return self.operations.dropout(self.mlp(normed), drop, residual=x)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.config.run import ModelSection
-from megalm.nn import ops
+from megalm.nn.ops import Operations, select_operations
 from megalm.registry import Registry
 from megalm.tensor_parallel.initialize import Initializer
 from megalm.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -18,15 +18,15 @@ from megalm.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinea
 
 @dataclass(frozen=True)
 class Activation:
-    """A function of `parts` projections of the same input, each [..., F], to [..., F]."""
+    """A function of `parts` projections of the same input side by side, [..., parts * F], to [..., F]."""
 
     parts: int
-    apply: Callable[..., Tensor]
+    apply: Callable[[Operations, Tensor], Tensor]
 
 
 ACTIVATIONS: Registry[Activation] = Registry("activation")
-ACTIVATIONS.register("gelu")(Activation(1, ops.gelu))
-ACTIVATIONS.register("swiglu")(Activation(2, ops.swiglu))
+ACTIVATIONS.register("gelu")(Activation(1, lambda operations, x: operations.gelu(x)))
+ACTIVATIONS.register("swiglu")(Activation(2, lambda operations, x: operations.swiglu(x)))
 
 
 class MLP(nn.Module):
@@ -43,6 +43,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS.get(config.activation)
+        self.operations = select_operations(config.kernels, init.device)
         self.up = ColumnParallelLinear(
             f"{name}.up",
             config.hidden,
@@ -67,7 +68,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's second contribution to the residual stream."""
-        projected, count = self.up(x), self.activation.parts
-        # The backward of chunk copies its gradients together, even of a single chunk.
-        parts = projected.chunk(count, dim=-1) if count > 1 else (projected,)
-        return self.down(self.activation.apply(*parts))
+        return self.down(self.activation.apply(self.operations, self.up(x)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.distributed.collectives import sum_gradient
 from megalm.distributed.sharding import ShardSpec
-from megalm.nn import ops
+from megalm.nn.ops import Drop, Operations
 from megalm.registry import Registry
 from megalm.tensor_parallel.initialize import Initializer
 
@@ -29,10 +31,12 @@ class Norm(nn.Module):
         bias: bool,
         group: dist.ProcessGroup | None,
         init: Initializer,
+        operations: Operations,
     ) -> None:
         super().__init__()
         self.eps = eps
         self.group = group
+        self.operations = operations
         self.weight = init.constant(ShardSpec.whole(f"{name}.weight", (hidden,)), 1.0)
         self.bias = init.constant(ShardSpec.whole(f"{name}.bias", (hidden,)), 0.0) if bias else None
 
@@ -40,15 +44,20 @@ class Norm(nn.Module):
         """Return the parameter so that its gradient covers the tokens of all ranks."""
         return parameter if self.group is None else sum_gradient(parameter, self.group)
 
+    def forward(self, x_BTD: Tensor, residual: Tensor | None = None, drop: Drop | None = None) -> Any:
+        """Normalise x_BTD over D; with `residual` return (norm of the sum, sum) of the sum residual + dropped x_BTD."""
+        raise AssertionError(f"{type(self).__name__} has no forward pass")
+
 
 @NORMS.register("layernorm")
 class LayerNorm(Norm):
     """LayerNorm with weight and, where the recipe has biases, bias."""
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Normalise over D."""
+    def forward(self, x_BTD: Tensor, residual: Tensor | None = None, drop: Drop | None = None) -> Any:
+        """Normalise over D, after the residual addition where there is one."""
         bias = None if self.bias is None else self.shared(self.bias)
-        return ops.layer_norm(x_BTD, self.shared(self.weight), bias, eps=self.eps)
+        weight = self.shared(self.weight)
+        return self.operations.layer_norm(x_BTD, weight, bias, eps=self.eps, residual=residual, drop=drop)
 
 
 @NORMS.register("rmsnorm")
@@ -64,10 +73,12 @@ class RMSNorm(Norm):
         bias: bool,
         group: dist.ProcessGroup | None,
         init: Initializer,
+        operations: Operations,
     ) -> None:
         del bias  # a recipe's biases are those of linear layers and LayerNorm
-        super().__init__(name, hidden, eps=eps, bias=False, group=group, init=init)
+        super().__init__(name, hidden, eps=eps, bias=False, group=group, init=init, operations=operations)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Normalise over D."""
-        return ops.rms_norm(x_BTD, self.shared(self.weight), eps=self.eps)
+    def forward(self, x_BTD: Tensor, residual: Tensor | None = None, drop: Drop | None = None) -> Any:
+        """Normalise over D, after the residual addition where there is one."""
+        weight = self.shared(self.weight)
+        return self.operations.rms_norm(x_BTD, weight, eps=self.eps, residual=residual, drop=drop)

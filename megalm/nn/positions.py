@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megalm.config.run import ModelSection
 from megalm.distributed.collectives import sum_gradient
 from megalm.distributed.sharding import ShardSpec
-from megalm.nn import ops
+from megalm.nn.ops import select_operations
 from megalm.registry import Registry
 from megalm.tensor_parallel.initialize import Initializer
 
@@ -83,10 +83,11 @@ class RotaryPosition(Position):
         angles = torch.arange(config.sequence, dtype=torch.float64)[:, None] * frequencies
         angles_TE = torch.cat((angles, angles), dim=-1)
         table_dtype = torch.promote_types(init.dtype, torch.float32)
+        self.operations = select_operations(config.kernels, init.device)
         self.cos_TE = angles_TE.cos().to(init.device, table_dtype)
         self.sin_TE = angles_TE.sin().to(init.device, table_dtype)
 
     def rotation(self, tokens: int) -> Rotation:
         """Return the rotation of positions 0 ... tokens - 1."""
         cos_TE, sin_TE = self.cos_TE[:tokens], self.sin_TE[:tokens]
-        return lambda x_BTHE: ops.apply_rotary(x_BTHE, cos_TE, sin_TE)
+        return lambda x_BTHE: self.operations.apply_rotary(x_BTHE, cos_TE, sin_TE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from megalm.distributed.collectives import (
     reduce_scatter_sequence,
 )
 from megalm.distributed.sharding import ShardSpec
+from megalm.nn.ops import Operations
+from megalm.tensor_parallel.cross_entropy import vocab_parallel_linear_cross_entropy
 from megalm.tensor_parallel.initialize import Initializer
 
 
@@ -41,10 +45,12 @@ class VocabParallelEmbedding(nn.Module):
         group: dist.ProcessGroup,
         init: Initializer,
         std: float,
+        operations: Operations,
         sequence: bool = False,
     ) -> None:
         super().__init__()
         self.group = group
+        self.lookup = operations.embedding
         self.sequence = sequence
         self.weight = vocab_weight(name, vocab, hidden, group=group, init=init, std=std)
         self.rows = self.weight.shape[0]
@@ -53,10 +59,10 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return the rows of the tokens."""
         if dist.get_world_size(self.group) == 1:
-            return F.embedding(tokens_BT, self.weight)
+            return self.lookup(tokens_BT, self.weight)
         local_BT = tokens_BT - self.first_row
         foreign_BT = (local_BT < 0) | (local_BT >= self.rows)
-        x = F.embedding(local_BT.masked_fill(foreign_BT, 0), self.weight)
+        x = self.lookup(local_BT.masked_fill(foreign_BT, 0), self.weight)
         x = x.masked_fill(foreign_BT[..., None], 0.0)
         if self.sequence:
             return reduce_scatter_sequence(x, self.group)
@@ -69,6 +75,8 @@ class VocabParallelHead(nn.Module):
     `weight` is from `vocab_weight`; a tied head is given the embedding's own parameter. It is a module of its own,
     so that whatever gathers a module's parameters before its forward pass (ZeRO 3) sees the head too. The backward
     pass sums dx over `group`: every rank of it must call.
+
+    Given labels it returns losses_N in the logits' place, which are then never stored as a whole.
     """
 
     def __init__(self, weight: nn.Parameter, *, group: dist.ProcessGroup, sequence: bool = False) -> None:
@@ -77,7 +85,12 @@ class VocabParallelHead(nn.Module):
         self.group = group
         self.sequence = sequence
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of this rank's part of the vocabulary, padding columns included."""
+    def forward(self, x: Tensor, labels_N: Tensor | None = None, **loss: Any) -> Tensor:
+        """Return the logits of this rank's part of the vocabulary, padding columns included.
+
+        With labels_N: the losses of `vocab_parallel_linear_cross_entropy`, which takes `loss`.
+        """
         x = gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
-        return F.linear(x, self.weight)
+        if labels_N is None:
+            return F.linear(x, self.weight)
+        return vocab_parallel_linear_cross_entropy(x.flatten(0, 1), self.weight, labels_N, group=self.group, **loss)

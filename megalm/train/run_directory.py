@@ -35,7 +35,17 @@ _CHECKPOINTS = "checkpoints"
 # What may differ from one start of a run to the next: where and how it is computed, never what. The data's
 # path is free because its fingerprint is held instead, so prepared data may be moved.
 FREE_SECTIONS = frozenset({"run", "parallel", "zero", "log", "checkpoint", "evaluate"})
-FREE_KEYS = frozenset({"train.stop_at", "train.micro_batch", "train.recompute", "data.path"})
+FREE_KEYS = frozenset(
+    {
+        "train.stop_at",
+        "train.micro_batch",
+        "train.recompute",
+        "data.path",
+        "model.kernels",
+        "model.flash_attention",
+        "loss.fused_head",
+    }
+)
 
 
 @dataclass

@@ -71,14 +71,14 @@ def partition_weights(module: nn.Module, mesh: ParallelMesh, config: dict[str, A
 
 
 def forget_world() -> None:
-    """Drop what DeepSpeed keeps for the whole process, so that another world can be formed in it; call at a world's end.
+    """Drop what DeepSpeed keeps for the whole process, so that another world can be formed in it.
 
-    Ranks of the next world may have another past: what is kept here would make them differ. Under stage 3 ranks
-    compare the numbers of their parameters and modules, which are counted up. And stage 3 replaces `F.linear` for
-    good by one whose backward pass gives bias and weight their gradients in the other order; stages 1 and 2 add up
-    the ranks' gradients in the order in which they come, so a rank with the one and a rank with the other would add
-    weights to biases without a word. An engine's gradient hooks hold the engine, out of the garbage collector's sight,
-    and with it the world's groups and their threads.
+    Called at the end of a world, while it still stands. Ranks of the next one may have another past: what is kept here
+    would make them differ. Under stage 3 ranks compare the numbers of their parameters and modules, which are counted
+    up. And stage 3 replaces `F.linear` for good by one whose backward pass gives bias and weight their gradients in the
+    other order; stages 1 and 2 add up the ranks' gradients in the order in which they come, so a rank with the one and
+    a rank with the other would add weights to biases without a word. An engine's gradient hooks hold the engine, out of
+    the garbage collector's sight, and with it the world's groups and their threads.
     """
     while _ENGINES:
         _ENGINES.pop().destroy()

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from megalm.kernels import reference
 from torch import Tensor
 
+from megalm.kernels import reference
 from tests.shards import assert_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

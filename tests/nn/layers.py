@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from megalm.config.run import ModelSection
 from megalm.distributed.mesh import ParallelMesh
+from megalm.nn.ops import REFERENCE
 from megalm.tensor_parallel.initialize import Initializer
 from tests.nn.dense import Weights
 from tests.shards import assert_close, assert_gradients_close, fill, random_whole
 
+OPERATIONS = REFERENCE
 INIT = Initializer(seed=1, dtype=torch.float64, device=torch.device("cpu"))
 ROWS = 2
 

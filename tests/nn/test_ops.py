@@ -1,26 +1,116 @@
-"""The operations that the model calls are those of the oracle where there is no fused kernel."""
+"""Both implementations of every operation of the model compute the same, dropout masks included."""
 
 from __future__ import annotations
 
-import torch
-from megalm.kernels import reference
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
-from megalm.nn import ops
+import pytest
+import torch
+from torch import Tensor
+
+from megalm.errors import ConfigError
+from megalm.nn.ops import REFERENCE, Drop, Operations, fused_operations, select_operations
 from tests.shards import assert_close
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LIMIT = 2e-6
+"""fp32: some roundings of inputs, products and sums of a few dozen terms."""
 
-def test_every_operation_agrees_with_the_oracle_of_its_name_on_the_cpu() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, y, z = (torch.randn(2, 3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
-    table = torch.randn(3, 4, generator=generator, dtype=torch.float64)
-    arguments = {
-        "apply_rotary": ((x, table, table + 1.0), {}),
-        "flash_attention": ((x, y, z), {"causal": True}),
-        "gelu": ((x,), {}),
-        "layer_norm": ((x, table[0], table[1]), {"eps": 0.1}),
-        "rms_norm": ((x, table[0]), {"eps": 0.1}),
-        "swiglu": ((x, y), {}),
-    }
-    assert sorted(arguments) == sorted(ops.__all__)
-    for name, (tensors, options) in arguments.items():
-        assert_close(getattr(ops, name)(*tensors, **options), getattr(reference, name)(*tensors, **options), name)
+TOKEN_DROP = Drop(rate=0.3, stream=2**63 + 7, origin=(2, 3, 9))
+HEAD_DROP = Drop(rate=0.3, stream=2**63 + 7, origin=(2, 4, 8))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def attention(name: str, drop: Drop | None) -> Callable[[Operations, list[Tensor]], Any]:
+    return lambda operations, x: getattr(operations, name)(*x, causal=True, drop=drop)
+
+
+def cross_entropy(operations: Operations, x: list[Tensor]) -> Tensor:
+    targets = torch.tensor([0, 5, -1, 6, 3], device=DEVICE)
+    top, total, target, logits = operations.cross_entropy_statistics(x[0].detach(), targets, 7)
+    lse = top + total.log()
+    gradient = x[0].detach().clone()
+    operations.cross_entropy_gradient_(gradient, targets, lse, torch.ones_like(lse), columns=7, vocab=7)
+    return torch.cat((torch.stack((lse, target, logits), 1), gradient), 1)
+
+
+def linear_cross_entropy(operations: Operations, x: list[Tensor]) -> Tensor:
+    targets = torch.tensor([0, 5, -1, 6, 3], device=DEVICE)
+    x = [t.detach() for t in x]
+    top, total, target, logits = operations.linear_cross_entropy_statistics(*x, targets, 7)
+    lse = top + total.log()
+    gradients = operations.linear_cross_entropy_gradients(*x, targets, lse, torch.ones_like(lse), columns=7, vocab=7)
+    return torch.cat((torch.stack((lse, target, logits), 1).flatten(), *(g.flatten() for g in gradients)))
+
+
+def adamw(operations: Operations, x: list[Tensor]) -> Tensor:
+    weight, gradient = (t.detach().clone() for t in x)
+    average, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    options: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    for step in (1, 2):
+        operations.adamw_([weight], [gradient], [average], [square], step=step, **options)
+    return weight
+
+
+X_BTD, HEADS, KEYS = (2, 6, 8), (2, 6, 4, 16), (2, 6, 2, 16)
+CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[[Operations, list[Tensor]], Any]]] = {
+    "flash_attention": ((HEADS, KEYS, KEYS), attention("flash_attention", None)),
+    "flash_attention dropping": ((HEADS, KEYS, KEYS), attention("flash_attention", HEAD_DROP)),
+    "unfused_attention": ((HEADS, KEYS, KEYS), attention("unfused_attention", None)),
+    "unfused_attention dropping": ((HEADS, KEYS, KEYS), attention("unfused_attention", HEAD_DROP)),
+    "layer_norm": ((X_BTD, (8,), (8,)), lambda o, x: o.layer_norm(*x, eps=1e-5)),
+    "layer_norm of a sum": (
+        (X_BTD, (8,), (8,), X_BTD),
+        lambda o, x: torch.cat(o.layer_norm(*x[:3], eps=1e-5, residual=x[3], drop=TOKEN_DROP)),
+    ),
+    "rms_norm": ((X_BTD, (8,)), lambda o, x: o.rms_norm(*x, eps=1e-5)),
+    "rms_norm of a sum": (
+        (X_BTD, (8,), X_BTD),
+        lambda o, x: torch.cat(o.rms_norm(*x[:2], eps=1e-5, residual=x[2], drop=TOKEN_DROP)),
+    ),
+    "dropout": ((X_BTD, X_BTD), lambda o, x: o.dropout(x[0], TOKEN_DROP, residual=x[1])),
+    "dropout of nothing": ((X_BTD, X_BTD), lambda o, x: o.dropout(x[0], None, residual=x[1])),
+    "apply_rotary": ((HEADS, (6, 16), (6, 16)), lambda o, x: o.apply_rotary(x[0], x[1].detach(), x[2].detach())),
+    "gelu": ((X_BTD,), lambda o, x: o.gelu(x[0])),
+    "swiglu": ((X_BTD,), lambda o, x: o.swiglu(x[0])),
+    "embedding": (((11, 8),), lambda o, x: o.embedding(torch.tensor([[1, 10, 1], [0, 1, 3]], device=DEVICE), x[0])),
+    "cross_entropy_statistics, cross_entropy_gradient_": (((5, 9),), cross_entropy),
+    "linear_cross_entropy_statistics, linear_cross_entropy_gradients": (((5, 8), (9, 8)), linear_cross_entropy),
+    "adamw_": ((X_BTD, X_BTD), adamw),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_and_plain_torch_compute_the_same(name: str) -> None:
+    shapes, call = CALLS[name]
+    results = []
+    for operations in (fused_operations(), REFERENCE):
+        inputs = [random(*shape, seed=number).requires_grad_() for number, shape in enumerate(shapes)]
+        y = call(operations, inputs)
+        gradients = [torch.zeros_like(x) for x in inputs]
+        if y.requires_grad:
+            given = torch.autograd.grad(y, inputs, random(*y.shape, seed=9), allow_unused=True)
+            gradients = [g if g is not None else x for g, x in zip(given, gradients, strict=True)]
+        results.append([y.detach(), *gradients])
+    for fused, plain in zip(*results, strict=True):
+        assert_close(fused, plain, name, LIMIT)
+
+
+def test_every_operation_is_compared() -> None:
+    compared = {part for name in CALLS for part in name.replace(",", "").split()}
+    assert {field.name for field in fields(Operations)} <= compared
+
+
+def test_the_device_chooses_and_the_recipe_may_overrule_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert select_operations("auto", cpu) is REFERENCE
+    assert select_operations("reference", cuda) is REFERENCE
+    assert select_operations("auto", cuda) is fused_operations()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ConfigError, match=r"model\.kernels=fused needs a CUDA device .* on cpu; use auto"):
+        select_operations("fused", cpu)

@@ -14,6 +14,9 @@ UNTIED: dict[str, Any] = {"model.tie_embeddings": False}
 SEQUENCE: dict[str, Any] = {"parallel.sequence": True}
 GPIPE: dict[str, Any] = {"parallel.schedule": "gpipe"}
 RECOMPUTE: dict[str, Any] = {"train.recompute": "full"}
+FUSED_HEAD: dict[str, Any] = {"loss.fused_head": True}
+UNFUSED_ATTENTION: dict[str, Any] = {"model.flash_attention": False}
+OUR_ADAMW: dict[str, Any] = {"optim.kind": "fused_adamw"}
 OFFLOAD2: dict[str, Any] = {"zero.stage": 2, "zero.config": "zero2-offload"}
 OFFLOAD3: dict[str, Any] = {"zero.stage": 3, "zero.config": "zero3-offload"}
 
@@ -68,9 +71,13 @@ CASES: tuple[Case, ...] = (
     Case(2, 2, 2, {**zero(1), **SEQUENCE}),
     Case(2, 2, 2, {**zero(2), **DROPOUT, **SMOOTHING}),
     Case(2, 2, 2, {**SEQUENCE, **DROPOUT, **GPIPE, **batch(16, 2)}),
+    Case(1, 1, 4, {**FUSED_HEAD, **SEQUENCE, **SMOOTHING}),
+    Case(1, 2, 2, {**FUSED_HEAD, **zero(3)}),
+    Case(2, 1, 2, {**UNFUSED_ATTENTION, **LLAMA, **DROPOUT}),
+    Case(1, 2, 1, {**OUR_ADAMW, **zero(2)}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}

@@ -20,7 +20,7 @@ from megalm.distributed import collectives
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import ShardSpec
 from megalm.models import losses, transformer
-from megalm.nn import attention, mlp, norms, positions
+from megalm.nn import attention, norms, ops, positions
 from megalm.nn.dropout import Dropout
 from megalm.pipeline_parallel.executor import PipelineExecutor
 from megalm.tensor_parallel import cross_entropy, embedding, initialize, linear
@@ -189,10 +189,8 @@ def same_dropout_mask_on_every_data_rank() -> Patches:
 
 
 def dropout_mask_ignores_the_token_shard() -> Patches:
-    original = Dropout.__call__
-    yield mock.patch.object(
-        Dropout, "__call__", lambda self, x, keys, first_token, tokens: original(self, x, keys, 0, tokens)
-    )
+    original = Dropout.at
+    yield mock.patch.object(Dropout, "at", lambda self, keys, first, whole: original(self, keys, 0, whole))
 
 
 def labels_shifted_behind_a_stage_boundary() -> Patches:
@@ -247,9 +245,9 @@ def bias_added_on_every_tensor_rank() -> Patches:
 def padding_of_the_vocabulary_takes_part_in_the_softmax() -> Patches:
     original = cross_entropy.vocab_parallel_cross_entropy
 
-    def padded(logits: Tensor, labels: Tensor, *, vocab: int, group: Any, label_smoothing: float) -> Tensor:
+    def padded(logits: Tensor, labels: Tensor, *, vocab: int, group: Any, **rest: Any) -> Tensor:
         vocab = logits.shape[1] * group.size()
-        return original(logits, labels, vocab=vocab, group=group, label_smoothing=label_smoothing)
+        return original(logits, labels, vocab=vocab, group=group, **rest)
 
     yield mock.patch.object(losses, "vocab_parallel_cross_entropy", padded)
 
@@ -291,13 +289,15 @@ def initial_weights_of_the_first_shard_everywhere() -> Patches:
 
 
 def keys_and_values_exchanged_in_the_fused_projection() -> Patches:
-    original = attention.ops.flash_attention
-    yield mock.patch.object(attention.ops, "flash_attention", lambda q, k, v, **rest: original(q, v, k, **rest))
+    original = ops.REFERENCE.flash_attention
+    swapped = replace(ops.REFERENCE, flash_attention=lambda q, k, v, **rest: original(q, v, k, **rest))
+    yield mock.patch.object(ops, "REFERENCE", swapped)
 
 
 def gate_and_value_exchanged() -> Patches:
-    swapped = replace(mlp.ACTIVATIONS.get("swiglu"), apply=lambda gate, up: mlp.ops.swiglu(up, gate))
-    yield mock.patch.object(mlp.ACTIVATIONS, "get", lambda name: swapped)
+    original = ops.REFERENCE.swiglu
+    swapped = replace(ops.REFERENCE, swiglu=lambda x: original(x.roll(x.shape[-1] // 2, dims=-1)))
+    yield mock.patch.object(ops, "REFERENCE", swapped)
 
 
 def learning_rate_of_the_next_step() -> Patches:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from megalm.config.run import RunConfig
 from megalm.distributed.layout import RankLayout
-from tests.parity.cases import CASES, OPTIMIZERS, REPRESENTATIVE, STEPS, misses
-from tests.parity.harness import Case, run_case
+from tests.parity.cases import (
+    CASES,
+    DROPOUT,
+    FUSED_HEAD,
+    OPTIMIZERS,
+    OUR_ADAMW,
+    REPRESENTATIVE,
+    SEQUENCE,
+    STEPS,
+    UNFUSED_ATTENTION,
+    misses,
+)
+from tests.parity.harness import LLAMA, Case, run_case
 from tests.worker_pool import WorkerPool
 
 
@@ -33,6 +46,16 @@ def test_cases_cover_every_axis_and_feature() -> None:
     assert any(config.parallel.partition for config in configs)
     assert any(config.model.dropout > 0 for config in configs)
     assert len({config.train.global_batch // config.train.micro_batch for config in configs}) >= 3
+
+
+@pytest.mark.parametrize(
+    "features", [DROPOUT, {**LLAMA, **SEQUENCE}, {**FUSED_HEAD, **OUR_ADAMW, **UNFUSED_ATTENTION}], ids=str
+)
+def test_a_model_of_fused_kernels_equals_one_plain_process(pool: WorkerPool, features: dict[str, Any]) -> None:
+    """Interpreted on a CPU: the masks of dropout, the tensor axis and the update are those of plain torch."""
+    case = Case(1, 1, 2, {**features, "model.kernels": "fused", "model.layers": 2})
+    difference, _ = run_case(pool, case, 2, precision="fp32")
+    assert not misses(difference, "fp32")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -8,6 +8,7 @@ import torch
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import ShardSpec
+from megalm.nn.ops import REFERENCE
 from megalm.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_weight
 from megalm.tensor_parallel.initialize import Initializer
 from tests.shards import assert_close, assert_gradients_close, fill, part_of, random_whole
@@ -25,7 +26,14 @@ def tokens_here(x: torch.Tensor, mesh: ParallelMesh, sequence: bool) -> torch.Te
 def check_embedding(mesh: ParallelMesh) -> None:
     for sequence in (False, True):
         layer = VocabParallelEmbedding(
-            "embedding", VOCAB, HIDDEN, group=mesh.group("tensor"), init=INIT, std=1.0, sequence=sequence
+            "embedding",
+            VOCAB,
+            HIDDEN,
+            group=mesh.group("tensor"),
+            init=INIT,
+            std=1.0,
+            operations=REFERENCE,
+            sequence=sequence,
         )
         wholes = fill(layer)
         expected = wholes["embedding.weight"][TOKENS_BT]

@@ -84,3 +84,19 @@ def test_sgd_takes_its_momentum() -> None:
 def test_an_unknown_kind_is_the_users_error() -> None:
     with pytest.raises(ConfigError, match="did you mean adamw"):
         OPTIMIZERS.get("adamv")
+
+
+def test_our_adamw_makes_the_steps_of_torchs() -> None:
+    runs = []
+    for kind in ("adamw", "fused_adamw"):
+        generator = torch.Generator().manual_seed(3)
+        held = [(spec, torch.randn(spec.global_shape, generator=generator).double()) for spec, _ in tensors()]
+        optimizer = build_optimizer(section(kind, lr=0.01), held)
+        for _ in range(5):
+            for _, tensor in held:
+                tensor.grad = torch.randn(tensor.shape, generator=generator).double()
+            optimizer.step()
+        runs.append([tensor for _, tensor in held])
+        assert {"step", "exp_avg", "exp_avg_sq"} == optimizer.state[held[0][1]].keys()
+    for ours, plain in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-14)
