@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megalm.distributed.layout import RankLayout
-from tests.worker_pool import WorkerError, WorkerPool, after_world
+from tests.worker_pool import WorkerError, WorkerPool, at_world_end
 
 
 def total(rank: int, value: float) -> float:
@@ -45,10 +45,10 @@ def count_worlds(rank: int) -> tuple[int, int]:
         dist.worlds_seen = 0  # stands for the globals of some library
 
         def reset() -> None:
-            assert not dist.is_initialized()
+            assert dist.is_initialized()
             dist.worlds_seen += 1
 
-        after_world.append(reset)
+        at_world_end.append(reset)
     return os.getpid(), dist.worlds_seen
 
 
