@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
+from megalm.kernels import launch
 from megalm.kernels.attention import flash_attention
 
 TOKENS = 512
@@ -53,7 +55,32 @@ CASES = [
     (torch.float16, 128, "causal"),
 ]
 
+
+def _specialized(dtype: torch.dtype, head_size: int, causal: bool) -> Callable[[], None]:
+    """The forward kernel that no row of the table asks for as long as it has not been measured."""
+
+    def run() -> None:
+        if launch.architecture() != "sm_90":
+            return
+        settings = launch.settings
+
+        def asking(file: str, kernel: str, size: int = 0) -> dict[str, Any]:
+            return settings(file, kernel, size) | ({"specialized": True} if kernel == "forward" else {})
+
+        with mock.patch.object(launch, "settings", asking):
+            flash_attention(*(torch.empty(1, 256, 2, head_size, dtype=dtype) for _ in range(3)), causal=causal)
+
+    return run
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     f"{str(dtype).removeprefix('torch.')} head size {size}, {variant}": _call(dtype, size, variant)
     for dtype, size, variant in CASES
+} | {
+    f"{str(dtype).removeprefix('torch.')} specialized, head size {size}, causal {causal}": _specialized(
+        dtype, size, causal
+    )
+    for dtype in (torch.bfloat16, torch.float16)
+    for size in (64, 128)
+    for causal in (True, False)
 }
