@@ -26,15 +26,19 @@ _CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _gate(x, SILU: tl.constexpr):
-    """Return the s of the module's text: silu(x) or gelu(x) is x s."""
-    return tl.sigmoid(x) if SILU else tl.sigmoid(x * (x * x * _CUBIC + 1.0) * _DOUBLE_ROOT)
+    """Return the s of the module's text and 1 - s, neither as a difference, which would cancel where s is near 1."""
+    y = x if SILU else x * (x * x * _CUBIC + 1.0) * _DOUBLE_ROOT
+    power = tl.exp(-tl.abs(y))
+    larger = 1.0 / (1.0 + power)
+    smaller = power * larger
+    return tl.where(y < 0.0, smaller, larger), tl.where(y < 0.0, larger, smaller)
 
 
 @triton.jit
-def _slope(x, s, SILU: tl.constexpr):
-    """Return the derivative of x s at x."""
+def _slope(x, s, rest, SILU: tl.constexpr):
+    """Return the derivative of x s at x; `rest` is 1 - s."""
     inner = 1.0 if SILU else (x * x * (3.0 * _CUBIC) + 1.0) * _DOUBLE_ROOT
-    return s + x * s * (1.0 - s) * inner
+    return s + x * (s * rest) * inner
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -47,7 +51,8 @@ def _gated_forward(
     inside = (n < rows) & (f < F)
     g = tl.load(gate + n * gate_row + f, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + n * up_row + f, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + n * F + f, g * _gate(g, SILU) * u, mask=inside)
+    s, _ = _gate(g, SILU)
+    tl.store(y + n * F + f, g * s * u, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -74,8 +79,8 @@ def _gated_backward(
     d = tl.load(dy + n * dy_row + f, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + n * gate_row + f, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + n * up_row + f, mask=inside, other=0.0).to(tl.float32)
-    s = _gate(g, SILU)
-    tl.store(dgate + n * out_row + f, d * u * _slope(g, s, SILU), mask=inside)
+    s, rest = _gate(g, SILU)
+    tl.store(dgate + n * out_row + f, d * u * _slope(g, s, rest, SILU), mask=inside)
     tl.store(dup + n * out_row + f, d * g * s, mask=inside)
 
 
@@ -88,7 +93,8 @@ def _gelu_forward(x, bias, y, rows, F, x_row, BIAS: tl.constexpr, BLOCK_N: tl.co
     value = tl.load(x + n * x_row + f, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         value += tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)
-    tl.store(y + n * F + f, value * _gate(value, False), mask=inside)
+    s, _ = _gate(value, False)
+    tl.store(y + n * F + f, value * s, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])
@@ -118,7 +124,8 @@ def _gelu_backward(
         inside = (n < rows) & (f < F)
         d = tl.load(dy + n * dy_row + f, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + n * x_row + f, mask=inside, other=0.0).to(tl.float32) + b
-        d *= _slope(value, _gate(value, False), False)
+        s, rest = _gate(value, False)
+        d *= _slope(value, s, rest, False)
         tl.store(dx + n * F + f, d, mask=inside)
         if BIAS:
             total += d

@@ -32,13 +32,15 @@ _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 _STATE_DTYPES = (torch.float32, torch.bfloat16)
 _FIELDS = tl.constexpr(9)  # of a table's row; the first five are addresses
 _WEIGHT, _GRADIENT, _AVERAGE, _SQUARE, _MASTER, _ELEMENTS, _ALIGNED, _NUMBER, _DECAY = map(tl.constexpr, range(9))
-_VECTOR = 4  # elements: 16 bytes of fp32, 8 of bf16, so that all of a thread's accesses are of the same elements
+_ALIGNMENT = 16  # bytes
 
 
 @triton.jit
 def _pointer(row, FIELD: tl.constexpr, start, TYPE: tl.constexpr, FAST: tl.constexpr):
     pointer = tl.load(row + FIELD).to(tl.pointer_type(TYPE)) + start
-    if FAST:
+    if (
+        FAST
+    ):  # four elements at once: 16 bytes of fp32, but 8 of bf16, so that a thread has the same ones of all tensors
         pointer = tl.multiple_of(pointer, 4 * (TYPE.primitive_bitwidth // 8))
     return pointer
 
@@ -164,12 +166,10 @@ def _table(rows: tuple[_Row, ...], block: int, device: torch.device, stream: int
 def _row(
     weight: Tensor, gradient: Tensor, average: Tensor, square: Tensor, master: Tensor | None, decay: float
 ) -> _Row:
-    tensors = (weight, gradient, average, square)
-    addresses = (*(t.data_ptr() for t in tensors), 0 if master is None else master.data_ptr())
-    sizes = (*(t.element_size() for t in tensors), 4)
-    aligned = all(address % (_VECTOR * size) == 0 for address, size in zip(addresses, sizes, strict=True))
+    w, g, m, v = weight.data_ptr(), gradient.data_ptr(), average.data_ptr(), square.data_ptr()
+    p = 0 if master is None else master.data_ptr()
     dtypes = (weight.dtype, gradient.dtype, average.dtype, square.dtype)
-    return _Row(addresses, weight.numel(), aligned, decay, dtypes)
+    return _Row((w, g, m, v, p), weight.numel(), (w | g | m | v | p) % _ALIGNMENT == 0, decay, dtypes)
 
 
 @torch.library.custom_op("megalm::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "masters"))

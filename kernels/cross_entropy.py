@@ -90,6 +90,10 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _lse, _lse_rest):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "cross_entropy has no second derivative (create_graph=True): its gradient replaces the logits"
+        )
     logits, targets, lse, lse_rest = ctx.saved_tensors
     ignore_index, label_smoothing, z_loss = ctx.options
     vocab = logits.shape[1]

@@ -253,6 +253,16 @@ def test_the_random_bits_are_those_of_the_text_for_any_place_of_an_element() -> 
     assert torch.equal(draws[1].cpu(), expected) and len({tuple(draw.tolist()) for draw in draws}) == 3
 
 
+def test_stochastic_rounding_keeps_what_is_no_number() -> None:
+    """A NaN whose bits are all ones would become a zero by the carry; no random bits lead from infinity anywhere."""
+    bits = torch.tensor([2**31 - 1, -1, 0x7F800000, 0x7F800000 - 2**31], dtype=torch.int32, device=DEVICE)
+    value, out = bits.view(FP32).repeat(64), torch.empty(256, device=DEVICE)
+    rounded[(1,)](out, value, 0, 5, 1, 1, BLOCK=256)
+    for result in (out, reference._round_stochastically(value, 1, 1, 5)):
+        assert torch.equal(result.isnan(), value.isnan())
+        assert torch.equal(result[2::4], value[2::4]) and torch.equal(result[3::4], value[3::4])
+
+
 @pytest.mark.parametrize("fraction", [1 / 16, 0.5, 0.875])
 def test_stochastic_rounding_is_right_on_average(fraction: float) -> None:
     """Weights of 1 go down by a fraction of the distance to the next bf16; the bound is seven standard deviations.

@@ -204,6 +204,12 @@ def test_the_gradient_lies_in_the_logits_memory_and_torch_refuses_to_read_the_lo
         cross_entropy(x.exp(), t).sum().backward()  # the backward pass of exp reads its result
 
 
+def test_a_second_derivative_is_refused_not_taken_for_zero() -> None:
+    x = normal(3, 40).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(cross_entropy(x, targets(3, 40)).sum(), x, create_graph=True)
+
+
 def test_offsets_beyond_32_bits_are_not_cut_off() -> None:
     """Two rows at a distance of more than 2^31 elements; memory that is not touched takes no room on a CPU."""
     stride = 2**31 + 24

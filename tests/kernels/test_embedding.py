@@ -51,7 +51,16 @@ def test_runs_of_equal_tokens_wherever_the_pieces_end(runs: list[int]) -> None:
     assert torch.equal(dweight, torch.zeros_like(dweight).index_add_(0, tokens, dy))
 
 
-def test_gradients_are_the_same_in_every_run_and_do_not_depend_on_other_tokens() -> None:
+@pytest.mark.parametrize(("dtype", "large"), [(torch.bfloat16, 256.0), (torch.float16, 2048.0)], ids=str)
+def test_sums_of_16_bit_rows_are_taken_in_fp32(dtype: torch.dtype, large: float) -> None:
+    """The large number plus 1 is no number of the dtype: each 1 would be lost in it before it is taken away again."""
+    rows = torch.tensor([large, 1.0, -large, 1.0]).repeat_interleave(4).repeat(10)
+    dy = rows[:, None].expand(160, 24).to(DEVICE, dtype)
+    dweight = gradient(torch.ones(160, dtype=torch.int64, device=DEVICE), dy.new_zeros(3, 24), dy)
+    assert dweight[1].eq(80.0).all() and not dweight[0].any() and not dweight[2].any()
+
+
+def test_gradients_are_the_same_in_every_run() -> None:
     tokens, weight = random_tokens(200, 9), normal(9, 40)
     dy = normal(200, 40)
     first = gradient(tokens, weight, dy)
