@@ -31,8 +31,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _tiles(kernel: str, features: int) -> dict[str, Any]:
+def _tiles(kernel: str, dtype: torch.dtype, features: int) -> dict[str, Any]:
     """Return the launch settings of a kernel; BLOCK is a whole row where TILE holds one, ROWS how many."""
+    if dtype == torch.float32:
+        kernel += "_fp32"
     chosen = launch.settings("norm", kernel, features)
     tile = chosen.pop("TILE")
     whole = max(triton.next_power_of_2(features), 4)
@@ -53,7 +55,7 @@ def _draw(shape: torch.Size, rate: float, seed: int, origin: list[int]) -> dict[
             "tokens": shape[1],
             "gap": all_tokens - shape[1],
         }
-    return {**values, "DROPOUT": rate > 0.0, "QUADS": shape[-1] % 4 == 0}
+    return {**values, "DROPOUT": rate > 0.0, "GAP": values["gap"] != 0, "QUADS": shape[-1] % 4 == 0}
 
 
 @torch.library.custom_op("megalm::norm_forward", mutates_args=())
@@ -75,7 +77,7 @@ def _forward_op(
         return outputs
     rows, added = _rows(x), None if residual is None else _rows(residual)
     count, features = rows.shape
-    chosen = _tiles("forward", features)
+    chosen = _tiles("forward", x.dtype, features)
     norm_kernels.forward[(triton.cdiv(count, chosen["ROWS"]),)](
         rows,
         added,
@@ -146,8 +148,8 @@ def _backward_op(
             total.zero_()
         return outputs
     count, features = dx.numel() // dx.shape[-1], dx.shape[-1]
-    fp32 = "_fp32" if source.dtype == torch.float32 else ""
-    chosen = _tiles(f"backward{fp32}", features)
+    kernel = "backward_dropout" if rate > 0.0 else "backward"  # drawing masks takes registers
+    chosen = _tiles(kernel, source.dtype, features)
     means, blocks = None, 1
     if "COLUMNS" in chosen:
         columns = chosen.pop("COLUMNS")

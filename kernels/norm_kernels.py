@@ -8,14 +8,17 @@ import triton.language as tl
 
 from megalm.kernels import philox
 
-_UNSPECIALIZED = ["rows", "key", "origin", "tokens", "gap"]
+_UNSPECIALIZED = ["rows", "key", "limit", "origin", "tokens", "gap"]
 
 
 @triton.jit
-def _kept(row, first, features, draw, QUADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which elements of the columns from `first` on are kept: [ROWS, BLOCK]; `gap` rows lie between two samples."""
+def _kept(row, first, features, draw, GAP: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which elements of the columns from `first` on are kept: [ROWS, BLOCK]; GAP: `gap` rows lie between samples."""
     key, limit, _, origin, tokens, gap = draw
-    start = (origin + row + (row // tokens) * gap) * features + first
+    place = origin + row
+    if GAP:
+        place += (row // tokens) * gap
+    start = place * features + first
     if QUADS:  # features and first are multiples of 4
         return philox.keep_quads(key, (start >> 2)[:, None] + tl.arange(0, BLOCK // 4)[None, :], limit)
     return philox.keep(key, start[:, None] + tl.arange(0, BLOCK)[None, :], limit)
@@ -23,7 +26,17 @@ def _kept(row, first, features, draw, QUADS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _summed(
-    inputs, total, row, first, inside, features, draw, DROPOUT: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr
+    inputs,
+    total,
+    row,
+    first,
+    inside,
+    features,
+    draw,
+    DROPOUT: tl.constexpr,
+    GAP: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """What is normalised, in fp32 and 0 outside: x, or the rounded sum, which is stored in `total`."""
     x, x_stride, residual, residual_stride, row_bias = inputs
@@ -33,7 +46,7 @@ def _summed(
         if row_bias is not None:
             value += tl.load(row_bias + column, mask=column < features, other=0.0).to(tl.float32)[None, :]
         if DROPOUT:
-            value = tl.where(_kept(row, first, features, draw, QUADS, BLOCK), value * draw[2], 0.0)
+            value = tl.where(_kept(row, first, features, draw, GAP, QUADS, BLOCK), value * draw[2], 0.0)
         place = row[:, None] * residual_stride + column[None, :]
         value += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
@@ -79,8 +92,10 @@ def forward(
     gap,
     CENTRED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    GAP: tl.constexpr,
     QUADS: tl.constexpr,
     WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -95,7 +110,7 @@ def forward(
     draw = (key, limit, scale, origin, tokens, gap)
     if WHOLE:
         inside = real & (lane < features)[None, :]
-        value = _summed(inputs, total, row, 0, inside, features, draw, DROPOUT, QUADS, BLOCK)
+        value = _summed(inputs, total, row, 0, inside, features, draw, DROPOUT, GAP, QUADS, BLOCK)
         middle = tl.sum(value, 1) / features
         deviation = value
         if CENTRED:
@@ -105,9 +120,9 @@ def forward(
         means = tl.zeros((ROWS, BLOCK), tl.float32)
         squares = tl.zeros((ROWS, BLOCK), tl.float32)
         blocks = 0.0
-        for first in range(0, features, BLOCK):
+        for first in tl.range(0, features, BLOCK, num_stages=STAGES):
             inside = real & (first + lane < features)[None, :]
-            value = _summed(inputs, total, row, first, inside, features, draw, DROPOUT, QUADS, BLOCK)
+            value = _summed(inputs, total, row, first, inside, features, draw, DROPOUT, GAP, QUADS, BLOCK)
             before = value
             if CENTRED:
                 blocks += 1.0
@@ -131,7 +146,7 @@ def forward(
         if residual is not None:
             tl.debug_barrier()  # what is read below was stored by other threads of this program
             source, stride = total, features
-        for first in range(0, features, BLOCK):
+        for first in tl.range(0, features, BLOCK, num_stages=STAGES):
             column = first + lane
             inside = real & (column < features)[None, :]
             value = tl.load(source + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -162,13 +177,14 @@ def row_means(
     dy_stride,
     source_stride,
     CENTRED: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """mean(g h) and mean(g) of one row a program, for rows that do not fit into registers: means [2, rows]."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     products = tl.zeros((1, BLOCK), tl.float32)
     plain = tl.zeros((1, BLOCK), tl.float32)
-    for first in range(0, features, BLOCK):
+    for first in tl.range(0, features, BLOCK, num_stages=STAGES):
         column = first + tl.arange(0, BLOCK)
         inside = (column < features)[None, :]
         g, h, _ = _read(dy, dy_stride, source, source_stride, mean, rstd, row, rows, column, inside, CENTRED)
@@ -205,6 +221,7 @@ def backward(
     gap,
     CENTRED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    GAP: tl.constexpr,
     QUADS: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -246,7 +263,8 @@ def backward(
         place = row[:, None] * features + column[None, :]
         if DROPOUT:
             tl.store(d_residual + place, ds.to(d_residual.dtype.element_ty), mask=inside)
-            kept = _kept(row, first, features, (key, limit, scale, origin, tokens, gap), QUADS, BLOCK)
+            draw = (key, limit, scale, origin, tokens, gap)
+            kept = _kept(row, first, features, draw, GAP, QUADS, BLOCK)
             ds = tl.where(kept, ds * scale, 0.0)
         if ROW_BIAS:
             d_row_bias += ds

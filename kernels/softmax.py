@@ -24,18 +24,27 @@ _SHAPE = ["rows", "queries"]
 
 
 @triton.jit
-def _places(rows, queries, keys, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
+def _places(rows, queries, keys, CAUSAL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
     """(row, outer, t, end): the program's rows, their places in [outer, queries], how many keys are visible, 0 or more.
 
-    `end` is 0 for rows that are not there.
+    `end` is 0 for rows that are not there. Row numbers take 64 bits only where WIDE: the divisions would be slow.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    row = program * ROWS + tl.arange(0, ROWS)
     outer = row // queries
     t = row - outer * queries
     end = tl.zeros((ROWS,), tl.int32) + keys
     if CAUSAL:
         end = tl.minimum(end, tl.maximum(t + (keys - queries + 1), 0).to(tl.int32))
     return row, outer, t, tl.where(row < rows, end, 0)
+
+
+@triton.jit
+def _far(place, step):
+    """An offset in 64 bits."""
+    return place.to(tl.int64) * step
 
 
 @triton.jit
@@ -50,7 +59,7 @@ def _logits(x, mask, mask_step, column, end, keys, scale):
     near = _near(column, end, keys)
     visible = column < end[:, None]
     if mask is not None:
-        visible = visible & (tl.load(mask[:, None] + column * mask_step, mask=near, other=0) != 0)
+        visible = visible & (tl.load(mask[:, None] + _far(column, mask_step), mask=near, other=0) != 0)
     value = tl.load(x[:, None] + column, mask=near, other=0.0).to(tl.float32)
     return tl.where(visible, value * scale, float("-inf"))
 
@@ -78,16 +87,19 @@ def _forward(
     mask_step,
     scale,
     CAUSAL: tl.constexpr,
+    WIDE: tl.constexpr,
     WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """ROWS rows a program: WHOLE, at once in registers; else in blocks, and ROWS is 1."""
-    row, outer, t, end = _places(rows, queries, keys, CAUSAL, ROWS)
-    x += outer * x_outer + t * x_row
+    row, outer, t, end = _places(rows, queries, keys, CAUSAL, WIDE, ROWS)
+    x += _far(outer, x_outer) + _far(t, x_row)
     if mask is not None:
-        mask += (outer // mask_inner_size) * mask_outer + (outer % mask_inner_size) * mask_inner + t * mask_row
-    y += row * keys
+        first = outer // mask_inner_size
+        mask += _far(first, mask_outer) + _far(outer - first * mask_inner_size, mask_inner) + _far(t, mask_row)
+    y += _far(row, keys)
     lane = tl.arange(0, BLOCK)[None, :]
     real = (row < rows)[:, None]
     if WHOLE:
@@ -99,7 +111,7 @@ def _forward(
     else:
         tops = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
         totals = tl.zeros((ROWS, BLOCK), tl.float32)
-        for first in range(0, tl.max(end, 0), BLOCK):
+        for first in tl.range(0, tl.max(end, 0), BLOCK, num_stages=STAGES):
             z = _logits(x, mask, mask_step, first + lane, end, keys, scale)
             higher = tl.maximum(tops, z)
             shift = _finite(higher)
@@ -108,7 +120,7 @@ def _forward(
         top = _finite(tl.max(tops, 1))[:, None]
         total = tl.sum(totals * tl.exp2(tops - top), 1)
         share = 1.0 / tl.where(total == 0.0, 1.0, total)
-        for first in range(0, keys, BLOCK):
+        for first in tl.range(0, keys, BLOCK, num_stages=STAGES):
             column = first + lane
             z = _logits(x, mask, mask_step, column, end, keys, scale)
             value = tl.exp2(z - top) * share[:, None]
@@ -127,15 +139,17 @@ def _backward(
     dy_row,
     scale,
     CAUSAL: tl.constexpr,
+    WIDE: tl.constexpr,
     WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """ROWS rows a program, as `_forward`; what `mask` hides has y = 0."""
-    row, outer, t, end = _places(rows, queries, keys, CAUSAL, ROWS)
-    dy += outer * dy_outer + t * dy_row
-    y += row * keys
-    dx += row * keys
+    row, outer, t, end = _places(rows, queries, keys, CAUSAL, WIDE, ROWS)
+    dy += _far(outer, dy_outer) + _far(t, dy_row)
+    y += _far(row, keys)
+    dx += _far(row, keys)
     lane = tl.arange(0, BLOCK)[None, :]
     real = (row < rows)[:, None]
     if WHOLE:
@@ -144,11 +158,11 @@ def _backward(
         tl.store(dx[:, None] + lane, gradient.to(dx.dtype.element_ty), mask=real & (lane < keys))
     else:
         products = tl.zeros((ROWS, BLOCK), tl.float32)
-        for first in range(0, tl.max(end, 0), BLOCK):
+        for first in tl.range(0, tl.max(end, 0), BLOCK, num_stages=STAGES):
             upstream, value = _pair(dy, y, first + lane, end, keys)
             products += upstream * value
         total = tl.sum(products, 1)[:, None]
-        for first in range(0, keys, BLOCK):
+        for first in tl.range(0, keys, BLOCK, num_stages=STAGES):
             column = first + lane
             upstream, value = _pair(dy, y, column, end, keys)
             gradient = scale * value * (upstream - total)
@@ -193,11 +207,12 @@ def _mask_arguments(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | No
     return mask, size, outer, inner, mask.stride(-2), mask.stride(-1)
 
 
-def _settings(kernel: str, keys: int) -> dict[str, Any]:
+def _settings(kernel: str, rows: int, keys: int) -> dict[str, Any]:
     chosen = launch.settings("softmax", kernel, keys)
     tile = chosen.pop("TILE")
     whole = triton.next_power_of_2(keys)
-    return {**chosen, "BLOCK": min(whole, tile), "ROWS": max(tile // whole, 1), "WHOLE": whole <= tile}
+    count = max(tile // whole, 1)
+    return {**chosen, "BLOCK": min(whole, tile), "ROWS": count, "WHOLE": whole <= tile, "WIDE": rows + count > 2**31}
 
 
 @torch.library.custom_op("megalm::softmax_forward", mutates_args=())
@@ -208,7 +223,7 @@ def _forward_op(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> T
     planes, (queries, keys) = _planes(x), x.shape[-2:]
     rows = x.numel() // keys
     mask, *mask_places = _mask_arguments(mask, x.shape)
-    chosen = _settings("forward", keys)
+    chosen = _settings("forward", rows, keys)
     _forward[(triton.cdiv(rows, chosen["ROWS"]),)](
         planes,
         mask,
@@ -237,7 +252,7 @@ def _backward_op(dy: Tensor, y: Tensor, scale: float, causal: bool) -> Tensor:
         return dx
     planes, (queries, keys) = _planes(dy), y.shape[-2:]
     rows = y.numel() // keys
-    chosen = _settings("backward", keys)
+    chosen = _settings("backward", rows, keys)
     _backward[(triton.cdiv(rows, chosen["ROWS"]),)](
         planes, y.contiguous(), dx, rows, queries, keys, *planes.stride()[:2], scale, CAUSAL=causal, **chosen
     )

@@ -22,12 +22,14 @@ def weight_of(features: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 70, 64), (51, 300), (7, 1), (3, 1, 4101)], ids=str)
 def test_values_and_gradients(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    eps = 1.0 if shape[-1] == 1 else EPS  # the gradient of x / |x| is all rounding
     with poisoned():
         assert_as_good_as_plain(
-            lambda *a: rms_norm(*a, eps=EPS),
-            lambda *a: reference.rms_norm(*a, eps=EPS),
+            lambda *a: rms_norm(*a, eps=eps),
+            lambda *a: reference.rms_norm(*a, eps=eps),
             [normal(*shape, dtype=dtype, scale=2.0) + 1.0, weight_of(shape[-1], dtype)],
             names=["x", "weight"],
+            floor=1e-7 if shape[-1] > 1 else 1e-5,  # the sum of a single column may cancel
         )
 
 
