@@ -29,8 +29,9 @@ def some(*shape: int) -> Tensor:
 def assert_right(x: Tensor, mask: Tensor | None, causal: bool, scale: float) -> None:
     """Compare with the oracle, which keeps its probabilities in fp32.
 
-    The kernel's backward pass starts from the rounded ones, as torch.softmax's does. Over 400 draws the gradient's worst error was torch.softmax's own, 1.4 (bf16) and 1.8 (fp16) roundings, and the
-    oracle's 0.6: one rounding of 16 bits is allowed beyond twice that, to gradients alone.
+    The kernel's backward pass starts from the rounded ones, as torch.softmax's does. Over 400 draws the
+    gradient's worst error was torch.softmax's own, 1.4 (bf16) and 1.8 (fp16) roundings, and the oracle's 0.6:
+    one rounding of 16 bits is allowed beyond twice that, to gradients alone.
     """
     narrow = torch.finfo(x.dtype).eps / 2 if x.dtype is not torch.float32 else None
     with poisoned():
