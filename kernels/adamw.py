@@ -38,9 +38,7 @@ _ALIGNMENT = 16  # bytes
 @triton.jit
 def _pointer(row, FIELD: tl.constexpr, start, TYPE: tl.constexpr, FAST: tl.constexpr):
     pointer = tl.load(row + FIELD).to(tl.pointer_type(TYPE)) + start
-    if (
-        FAST
-    ):  # four elements at once: 16 bytes of fp32, but 8 of bf16, so that a thread has the same ones of all tensors
+    if FAST:  # four elements at once, 16 bytes of fp32 and 8 of bf16: a thread has the same ones of all tensors
         pointer = tl.multiple_of(pointer, 4 * (TYPE.primitive_bitwidth // 8))
     return pointer
 

@@ -31,8 +31,14 @@ _PROCESSORS_WITHOUT_GPU = 3  # few and odd: each runs for long in the interprete
 
 
 def fused(*tensors: Tensor | None) -> bool:
-    """Return whether an operation on these tensors takes its kernel: see the module's text. None is passed over."""
+    """Return whether an operation on these tensors takes its kernel: see the module's text. None is passed over.
+
+    Raises ValueError for tensors of a GPU that is not the current one: Triton launches on that.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
+    if given and given[0].is_cuda and given[0].get_device() != torch.cuda.current_device():
+        here = f"cuda:{torch.cuda.current_device()}"
+        raise ValueError(f"tensors on {given[0].device} while {here} is current; call torch.cuda.set_device before")
     return all((t.is_cuda or INTERPRETED) and (t.dtype in DTYPES or not t.is_floating_point()) for t in given)
 
 

@@ -242,22 +242,29 @@ def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     return gelu(x) if bias is None else gelu(x + bias).to(x.dtype)
 
 
+def _philox(seed: int, low: Tensor, high: Tensor, third: int, fourth: int) -> Tensor:
+    """Return the four words [..., 4] of Philox4x32-10 at counters of four 32-bit words under the 64-bit key `seed`.
+
+    Words are int64 of 0 .. 2^32-1. Source: Salmon, Moraes, Dror, Shaw 2011, section 3.3.
+    """
+    mask = 0xFFFFFFFF
+    a, b, c, d = low, high, torch.full_like(low, third), torch.full_like(low, fourth)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        x, y = a * 0xD2511F53, c * 0xCD9E8D57  # the upper halves come out right although int64 is signed: & mask
+        a, b, c, d = ((y >> 32) & mask) ^ b ^ k0, y & mask, ((x >> 32) & mask) ^ d ^ k1, x & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack((a, b, c, d), dim=-1)
+
+
 def dropout_keep(seed: int, rate: float, index: Tensor) -> Tensor:
     """Return which elements are kept: a bool mask for int64 linear indices into the whole logical tensor.
 
     Element n takes word n % 4 of Philox4x32-10 at counter n // 4 under the 64-bit key `seed` and is kept where the
     word's upper 24 bits are at least ceil(rate * 2^24) (Salmon et al. 2011).
     """
-    mask = 0xFFFFFFFF
     counter = index >> 2
-    a, b = counter & mask, (counter >> 32) & mask
-    c, d = torch.zeros_like(a), torch.zeros_like(a)
-    k0, k1 = seed & mask, (seed >> 32) & mask
-    for _ in range(10):
-        x, y = a * 0xD2511F53, c * 0xCD9E8D57  # the upper halves come out right although int64 is signed: & mask
-        a, b, c, d = ((y >> 32) & mask) ^ b ^ k0, y & mask, ((x >> 32) & mask) ^ d ^ k1, x & mask
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    words = torch.stack((a, b, c, d), dim=-1)
+    words = _philox(seed, counter & 0xFFFFFFFF, (counter >> 32) & 0xFFFFFFFF, 0, 0)
     word = words.gather(-1, (index & 3).unsqueeze(-1)).squeeze(-1)
     return (word >> 8) >= math.ceil(rate * 2**24)
 
@@ -542,15 +549,8 @@ def _round_stochastically(value: Tensor, number: int, step: int, seed: int) -> T
     Element n takes the upper half of word n % 4 of Philox4x32-10 at counter (low half of n // 4, high half of n // 4,
     number, step) under the 64-bit key `seed`.
     """
-    mask = 0xFFFFFFFF
     counter = torch.arange((value.numel() + 3) // 4, device=value.device)
-    a, b = counter & mask, counter >> 32
-    c, d = torch.full_like(a, number), torch.full_like(a, step & mask)
-    k0, k1 = seed & mask, (seed >> 32) & mask
-    for _ in range(10):
-        x, y = a * 0xD2511F53, c * 0xCD9E8D57
-        a, b, c, d = ((y >> 32) & mask) ^ b ^ k0, y & mask, ((x >> 32) & mask) ^ d ^ k1, x & mask
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    words = torch.stack((a, b, c, d), dim=-1).flatten()[: value.numel()].view(value.shape)
+    words = _philox(seed, counter & 0xFFFFFFFF, counter >> 32, number, step & 0xFFFFFFFF)
+    words = words.flatten()[: value.numel()].view(value.shape)
     bits = value.view(torch.int32) + (words >> 16).int()
     return torch.where(value.isnan(), value, ((bits >> 16) << 16).view(torch.float32))

@@ -59,6 +59,7 @@ class Operations:
     linear_cross_entropy_statistics: Callable[..., tuple[Tensor, ...]]
     linear_cross_entropy_gradients: Callable[..., tuple[Tensor, Tensor]]
     adamw_: Callable[..., None]
+    grad_norm: Callable[..., Tensor]
 
 
 def select_operations(kernels: str, device: torch.device) -> Operations:
@@ -163,6 +164,7 @@ REFERENCE = Operations(
     linear_cross_entropy_statistics=reference.linear_cross_entropy_statistics,
     linear_cross_entropy_gradients=reference.linear_cross_entropy_gradients,
     adamw_=reference.fused_adamw_,
+    grad_norm=reference.grad_norm,
 )
 
 
@@ -176,6 +178,7 @@ def fused_operations() -> Operations:
         cross_entropy,
         dropout,
         embedding,
+        grad_norm,
         layernorm,
         linear_cross_entropy,
         rmsnorm,
@@ -209,4 +212,5 @@ def fused_operations() -> Operations:
         linear_cross_entropy_statistics=linear_cross_entropy.linear_cross_entropy_statistics,
         linear_cross_entropy_gradients=linear_cross_entropy.linear_cross_entropy_gradients,
         adamw_=adamw.fused_adamw_,
+        grad_norm=grad_norm.grad_norm,
     )

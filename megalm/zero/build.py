@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megalm.config.deepspeed import deepspeed_config
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
+from megalm.nn.ops import select_operations
 from megalm.zero.engine import MakeOptimizer, ZeroEngine
 
 
@@ -40,7 +41,12 @@ def build_engine(
         from megalm.zero.replicated import ReplicatedEngine
 
         return ReplicatedEngine(
-            module, mesh, make_optimizer, tied_weight=tied_weight, clip_norm=config.train.clip_grad_norm
+            module,
+            mesh,
+            make_optimizer,
+            tied_weight=tied_weight,
+            clip_norm=config.train.clip_grad_norm,
+            grad_norm=select_operations(config.model.kernels, mesh.device).grad_norm,
         )
     _tell_deepspeed_the_device(mesh)
     from megalm.zero.sharded import ShardedEngine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -44,9 +44,11 @@ class ReplicatedEngine(ZeroEngine):
         *,
         tied_weight: Tensor | None,
         clip_norm: float | None,
+        grad_norm: Callable[..., Tensor],
     ) -> None:
         self.module = module
         self.mesh = mesh
+        self.grad_norm = grad_norm
         self.clip_norm = clip_norm
         self.weights: list[Tensor] = list(module.parameters())
         self.mixed = self.weights[0].dtype == torch.bfloat16
@@ -104,7 +106,7 @@ class ReplicatedEngine(ZeroEngine):
         wide = torch.promote_types(self.masters[0].dtype, torch.float32)
         square = torch.zeros((), dtype=wide, device=self.mesh.device)
         if counted:
-            square = torch.stack(torch._foreach_norm(counted)).square().sum()
+            square = self.grad_norm(counted, squared=True)
         if self.mesh.size("model") > 1:
             dist.all_reduce(square, group=self.mesh.group("model"))
         if self.mesh.size("data") > 1:
