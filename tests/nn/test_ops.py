@@ -82,7 +82,7 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[[Operations, list[T
     "cross_entropy_statistics, cross_entropy_gradient_": (((5, 9),), cross_entropy),
     "linear_cross_entropy_statistics, linear_cross_entropy_gradients": (((5, 8), (9, 8)), linear_cross_entropy),
     "adamw_": ((X_BTD, X_BTD), adamw),
-    "grad_norm": ((X_BTD, HEADS), lambda o, x: o.grad_norm(x, squared=True)),
+    "grad_norm": ((X_BTD, HEADS), lambda o, x: o.grad_norm([t.detach() for t in x], squared=True)),
 }
 
 
