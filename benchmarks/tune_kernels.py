@@ -92,23 +92,30 @@ def _softmax(pass_name: str) -> list[Point]:
 _LOGITS = Case("V128256", "cross_entropy", {"N": 8192, "V": 128256})
 _TILES = {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
 _BLOCKS = {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)}
-_ROWS = {"TILE": (1024, 2048, 4096, 8192), "num_warps": (1, 2, 4, 8, 16)}
+_ROWS = {"TILE": (1024, 2048, 4096, 8192), "STAGES": (1, 2, 3), "num_warps": (1, 2, 4, 8, 16)}
+
+
+def _loops(width: str) -> Callable[[Settings, Sizes], bool]:
+    """Say that stages are for loops alone: a row that a tile holds has none."""
+    return lambda settings, sizes: settings["STAGES"] == 1 or settings["TILE"] < sizes[width]
+
+
 _SWIGLU = Case("F14336", "swiglu", {"N": 16384, "F": 14336})
 
 TUNINGS: list[Tuning] = [
     Tuning("attention", "forward", _TILES, _attention("forward")),
     Tuning("attention", "query_gradients", _TILES, _attention("backward")),
     Tuning("attention", "key_gradients", _TILES, _attention("backward")),
-    Tuning("norm", "forward", _ROWS, _norm("forward")),
+    Tuning("norm", "forward", _ROWS, _norm("forward"), legal=_loops("D")),
     Tuning(
         "norm",
         "backward",
-        {**_ROWS, "PER_PROCESSOR": (1, 2, 4), "STAGES": (1, 2, 3)},
+        {**_ROWS, "PER_PROCESSOR": (1, 2, 4)},
         _norm("backward"),
         legal=lambda settings, sizes: settings["TILE"] >= sizes["D"],  # else it needs COLUMNS
     ),
-    Tuning("softmax", "forward", _ROWS, _softmax("forward")),
-    Tuning("softmax", "backward", _ROWS, _softmax("backward")),
+    Tuning("softmax", "forward", _ROWS, _softmax("forward"), legal=_loops("T")),
+    Tuning("softmax", "backward", _ROWS, _softmax("backward"), legal=_loops("T")),
     Tuning(
         "cross_entropy",
         "statistics",

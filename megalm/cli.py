@@ -1,6 +1,6 @@
 """The command line: arguments in, an exit status out.
 
-0: done; 1: failed; 2: the user's input is wrong; 130: interrupted.
+0: done; 1: failed; 2: the user's input is wrong; 75: saved because a signal asked to stop; 130: interrupted by hand.
 
 Owns the arguments and how errors are shown. What each command does is left to `commands`, which is imported
 only once a command is to be run, so that `megalm --help` answers at once.
@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from megalm.errors import MegalmError, UserError
+from megalm.errors import Interrupted, MegalmError, UserError
 from megalm.registry import nearest
 from megalm.version import __version__
 
@@ -238,6 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = getattr(commands, parsed.function)(parsed)
         sys.stdout.flush()
         return status
+    except Interrupted as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return error.exit_status
     except MegalmError as error:
         return _fail(str(error), error.exit_status, debug)
     except KeyboardInterrupt:

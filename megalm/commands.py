@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalm.errors import ConfigError, LaunchError
+from megalm.errors import ConfigError, Interrupted, LaunchError
 
 if TYPE_CHECKING:
     from megalm.config.run import RunConfig
@@ -119,6 +120,9 @@ def _start_workers(args: Namespace, command: Sequence[str], world: int, log_dir:
 
 def train(args: Namespace) -> int:
     """`megalm train`: check everything, then train here or in workers of this machine."""
+    from megalm.train.interruption import Interruption
+
+    interruption = Interruption()  # first of all, as the imports below take seconds
     from megalm.config.load import load_recipe
     from megalm.train.run_directory import check_run
 
@@ -129,11 +133,13 @@ def train(args: Namespace) -> int:
     fresh = args.fresh and not _is_restart()
     check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)
     if starts_workers:
+        if interruption.received:  # from here on signals are passed on to the workers
+            raise Interrupted(f"{signal.Signals(interruption.received).name} came before anything was started")
         command = ["train", args.recipe, *args.overrides, *(["--fresh"] if fresh else [])]
         return _start_workers(args, command, world, Path(config.run.dir) / "logs")
     from megalm.train.pretrain import train as pretrain
 
-    pretrain(config, fresh)
+    pretrain(config, fresh, interruption)
     return 0
 
 

@@ -32,5 +32,11 @@ class LaunchError(UserError):
     """The environment that a launcher left is partial or contradicts itself or the recipe."""
 
 
+class Interrupted(MegalmError):
+    """A signal asked to stop; the run is saved and goes on when it is started again: exit status 75 (EX_TEMPFAIL)."""
+
+    exit_status = 75
+
+
 class DistributedError(MegalmError):
     """A peer died, could not be reached in time, or reported an error of its own."""

@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -47,6 +48,8 @@ def start(
     or a rank does not arrive within `start_timeout_s`, LaunchError when the ranks disagree on who they are.
     """
     assert not dist.is_initialized(), "the process group was started already"
+    # torch 2.13 renames collectives that we and DeepSpeed call by the names which 2.11 has too.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     place = rendezvous or _ALONE
     os.environ.update(
         RANK=str(place.rank),

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from megalm.errors import LaunchError
+from megalm.errors import Interrupted, LaunchError, UserError
 
-_GRACE_S = 1.0  # between the first failure and SIGTERM: time for the others to say the same and end by themselves
+_GRACE_S = 1.0  # from the first failure on: time for the others to say the same, or the cause, and end by themselves
 _TERMINATE_S = 10.0  # between SIGTERM and SIGKILL
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -41,9 +41,10 @@ for pid in map(int, sys.argv[1:]):
 def run_workers(command: Sequence[str], nproc: int, log_dir: Path | None) -> int:
     """Run `nproc` copies of `command` as ranks 0 .. nproc-1 of one world and return the exit status for all.
 
-    0 if all ended with 0; otherwise the first failure's (2, the user's mistake, goes before others; a worker that a
-    signal ended counts as 1), after the others have been ended: SIGTERM, and SIGKILL 10 s later. SIGINT and SIGTERM
-    are passed on; if the workers end by them the status is 128 + signal. No worker outlives this process.
+    0 if all ended with 0, 75 if they were interrupted and can go on later; otherwise the first failure's (2, the user's
+    mistake, goes before others within a second; a worker that a signal ended counts as 1), after the others have been
+    ended: SIGTERM, and SIGKILL 10 s later. SIGINT, SIGTERM and SIGUSR1 are passed on; if the workers end by them the
+    status is 128 + signal. No worker outlives this process.
 
     Rank 0's output goes to the console as it is; of the others only standard error, as `[rank N] line`; a line of
     standard error that another rank has shown already is left out. Every rank's output is appended to
@@ -170,16 +171,19 @@ def _pass_on(data: bytes, show: Callable[[bytes], None] | None, log: BinaryIO | 
 
 
 def _wait(workers: list[_Worker], received: list[int], console: _Console, log_dir: Path | None) -> int:
-    """Return the status once all have ended with 0 or one has failed."""
+    """Return the status once all have ended by themselves or, after a time of grace for the others, one has failed."""
+    first, deadline = 0, float("inf")
     while True:
         ended = {worker.rank: worker.process.poll() for worker in workers}
-        failed = {rank: code for rank, code in ended.items() if code not in (None, 0)}
-        if failed:
+        failed = {rank: code for rank, code in ended.items() if code not in (None, 0, Interrupted.exit_status)}
+        if failed and deadline == float("inf"):
+            first, deadline = next(iter(failed)), time.monotonic() + _GRACE_S
+        if None not in ended.values() or time.monotonic() > deadline:
             break
-        if all(code == 0 for code in ended.values()):
-            return 0
         time.sleep(_POLL_S)
-    rank, code = next(((r, c) for r, c in failed.items() if c == 2), next(iter(failed.items())))
+    if not failed:
+        return max(code for code in ended.values() if code is not None)
+    rank, code = next(((r, c) for r, c in failed.items() if c == UserError.exit_status), (first, failed[first]))
     assert code is not None
     workers[rank].finish_output()
     if code > 0:
@@ -195,14 +199,11 @@ def _wait(workers: list[_Worker], received: list[int], console: _Console, log_di
 
 def _end(workers: list[_Worker]) -> None:
     """End all workers that still run, and their children; then read their last words."""
-    for number, patience_s in ((None, _GRACE_S), (signal.SIGTERM, _TERMINATE_S), (signal.SIGKILL, _TERMINATE_S)):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         running = [worker for worker in workers if worker.process.poll() is None]
-        if not running:
-            break
         for worker in running:
-            if number is not None:
-                worker.send(number)
-        deadline = time.monotonic() + patience_s
+            worker.send(number)
+        deadline = time.monotonic() + _TERMINATE_S
         while any(worker.process.poll() is None for worker in running) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
     for worker in workers:
@@ -212,7 +213,7 @@ def _end(workers: list[_Worker]) -> None:
 
 @contextlib.contextmanager
 def _forwarded_signals(workers: list[_Worker]) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to the workers; gives the list of those that came."""
+    """Pass SIGINT, SIGTERM and SIGUSR1 on to the workers; gives the list of those that came."""
     received: list[int] = []
 
     def forward(number: int, frame: object) -> None:
@@ -220,7 +221,7 @@ def _forwarded_signals(workers: list[_Worker]) -> Iterator[list[int]]:
         for worker in workers:
             worker.send(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield received
     finally:

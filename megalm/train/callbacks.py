@@ -48,7 +48,7 @@ class LogMetrics:
         self.tracker.log_step(record, speed.time_left_s)
 
     def at_end(self, trainer: Trainer) -> None:
-        """Nothing is left over: the last step is always logged."""
+        """Nothing is left over: the last step is always logged, and those before an interruption soon will be."""
 
 
 class Evaluate:
@@ -77,8 +77,8 @@ class Evaluate:
             self._evaluate(trainer)
 
     def at_end(self, trainer: Trainer) -> None:
-        """Evaluate the final weights, unless that was just done."""
-        if self._done_at != trainer.state.step:
+        """Evaluate the final weights, unless that was just done; after an interruption time is short."""
+        if self._done_at != trainer.state.step == trainer.last_step:
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:
@@ -115,7 +115,7 @@ class SaveCheckpoints:
             self._save(trainer)
 
     def at_end(self, trainer: Trainer) -> None:
-        """Save the final weights, unless that was just done."""
+        """Save the weights of the last step that was done, unless that was just done."""
         if self.saved_step != trainer.state.step:
             self._save(trainer)
 

@@ -20,9 +20,10 @@ from megalm.data.sampler import GlobalOrder, training_windows
 from megalm.distributed.collectives import agree
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.world import joined_mesh
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, Interrupted
 from megalm.models.build import DTYPES, build_executor, build_stage
 from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints
+from megalm.train.interruption import Interruption
 from megalm.train.monitor import Peak, Throughput, count_parameters, flops_per_token, peak_flops
 from megalm.train.optimizers import build_optimizer
 from megalm.train.run_directory import RunDirectory, open_run
@@ -31,23 +32,23 @@ from megalm.train.trainer import Trainer, TrainState
 from megalm.zero.build import build_engine, partitioner
 
 
-def train(config: RunConfig, fresh: bool = False) -> None:
+def train(config: RunConfig, fresh: bool = False, interruption: Interruption | None = None) -> None:
     """Train this rank of the recipe's run, from its newest checkpoint if there is one and `fresh` is false.
 
     Every rank of the world calls. Recipe and data are checked before any group is formed; what only rank 0
-    finds out is raised on all ranks.
+    finds out is raised on all ranks. Raises Interrupted, with the run saved, where a signal came before the end.
     """
     data = open_prepared(config.data.path)
     with joined_mesh(config) as mesh:
         directory = _open_directory(config, data, mesh, fresh)
         try:
-            _train(config, data, mesh)
+            _train(config, data, mesh, interruption)
         finally:
             if directory is not None:
                 directory.close()
 
 
-def _train(config: RunConfig, data: PreparedData, mesh: ParallelMesh) -> None:
+def _train(config: RunConfig, data: PreparedData, mesh: ParallelMesh, interruption: Interruption | None) -> None:
     run = Path(config.run.dir)
     vocab = vocabulary(config, data)
     manager = CheckpointManager(run, config.checkpoint.keep, dist.group.WORLD, _describe(config, mesh))
@@ -82,7 +83,11 @@ def _train(config: RunConfig, data: PreparedData, mesh: ParallelMesh) -> None:
         save = SaveCheckpoints(tracker, meter, manager, facts, config.checkpoint.every)
         save.saved_step = trainer.state.step if reader is not None else -1
         meter.start(trainer.state.step)
-        trainer.fit([LogMetrics(tracker, meter, config.log.every), evaluate, save])
+        interrupted = trainer.fit([LogMetrics(tracker, meter, config.log.every), evaluate, save], interruption)
+    if interrupted is not None:
+        raise Interrupted(
+            f"{interrupted.name}: saved at step {trainer.state.step} of {trainer.last_step}; start again to go on"
+        )
 
 
 def vocabulary(config: RunConfig, data: PreparedData) -> int:

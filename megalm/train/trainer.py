@@ -7,6 +7,7 @@ evaluation, checkpoints) is a list of callbacks; what the parts are made of is d
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,7 @@ from megalm.distributed.mesh import ParallelMesh
 from megalm.errors import MegalmError
 from megalm.nn.dropout import DropoutKeys
 from megalm.pipeline_parallel.executor import Microbatch, PipelineExecutor
+from megalm.train.interruption import Interruption
 from megalm.train.lr_schedules import learning_rate
 from megalm.zero.engine import ZeroEngine
 
@@ -54,7 +56,7 @@ class Callback(Protocol):
         """Run after the update; `trainer.state` counts the step already."""
 
     def at_end(self, trainer: Trainer) -> None:
-        """Run once, after the last step, also where there was none left to do."""
+        """Run once, after the last step, also where there was none left to do, or after an interruption before it."""
 
 
 class Trainer:
@@ -82,14 +84,18 @@ class Trainer:
         train = self.config.train
         return train.steps if train.stop_at is None else min(train.stop_at, train.steps)
 
-    def fit(self, callbacks: Sequence[Callback]) -> None:
-        """Train up to `last_step`."""
-        while self.state.step < self.last_step:
+    def fit(self, callbacks: Sequence[Callback], interruption: Interruption | None = None) -> signal.Signals | None:
+        """Train up to `last_step` and return None, or until all ranks know of an interruption and return its signal."""
+        interrupted = None
+        while self.state.step < self.last_step and interrupted is None:
             result = self.train_step()
             for callback in callbacks:
                 callback.after_step(self, result)
+            if interruption is not None:
+                interrupted = interruption.agreed(self.mesh.device)
         for callback in callbacks:
             callback.at_end(self)
+        return interrupted if self.state.step < self.last_step else None
 
     def train_step(self) -> StepResult:
         """Use the next global batch for one update of the weights.

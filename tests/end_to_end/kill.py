@@ -227,7 +227,7 @@ def kill_and_compare(workplace: Path, layout: Layout, kills: int, seed: int) -> 
     unbroken = Start(workplace, "unbroken", layout)
     unbroken.wait_for(lambda: bool(unbroken.steps()))
     outcome.first_step_s = time.monotonic() - unbroken.begin
-    _finish(unbroken)
+    finish(unbroken)
     # Kills that were meant for a save may miss it by a little, so more of them are meant for one.
     aims = [(STARTING, STEPPING, SAVING, SAVING)[number % 4] for number in range(kills)]
     choose.shuffle(aims)
@@ -239,9 +239,9 @@ def kill_and_compare(workplace: Path, layout: Layout, kills: int, seed: int) -> 
         outcome.kills.append(kill)
         outcome.differences += _broken_promises(start, kill)
     last = Start(workplace, "broken", layout)
-    _finish(last)
+    finish(last)
     outcome.differences += _wrong_resume(last)
-    _compare(workplace / "unbroken", workplace / "broken", outcome)
+    compare(workplace / "unbroken", workplace / "broken", outcome)
     return outcome
 
 
@@ -260,7 +260,8 @@ def _wait_for_moment(start: Start, aim: str, choose: random.Random, first_step_s
         time.sleep(choose.uniform(0.0, 0.05))
 
 
-def _finish(start: Start) -> None:
+def finish(start: Start) -> None:
+    """Wait until a start has ended by itself, with status 0."""
     status = start.process.wait(TIMEOUT_S)
     assert status == 0, f"status {status}; {start.said()}"
 
@@ -281,7 +282,7 @@ def _wrong_resume(start: Start) -> list[str]:
     return [f"after the checkpoint of step {start.resumes_at} came step {steps[0]}"]
 
 
-def _compare(unbroken: Path, broken: Path, outcome: Outcome) -> None:
+def compare(unbroken: Path, broken: Path, outcome: Outcome) -> None:
     """Add to the outcome every difference between two runs: last checkpoint, logged steps, evaluations."""
     paths = [find_checkpoints(run / CHECKPOINTS)[0] for run in (unbroken, broken)]
     with closing(CheckpointReader(paths[0])) as one, closing(CheckpointReader(paths[1])) as other:

@@ -69,8 +69,15 @@ def test_the_first_failure_ends_the_others_and_gives_its_status(status, tmp_path
 
 
 def test_the_users_mistake_goes_before_its_consequences(monkeypatch):
-    monkeypatch.setattr(local, "_POLL_S", 1.0)
-    assert local.run_workers(python("sys.exit(2 if rank == 1 else 1)"), 2, None) == 2
+    monkeypatch.setattr(local, "_GRACE_S", 20.0)
+    assert local.run_workers(python("(time.sleep(0.5), sys.exit(2)) if rank == 1 else sys.exit(1)"), 2, None) == 2
+
+
+def test_interrupted_workers_give_their_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_GRACE_S", 0.0)
+    code = "time.sleep(rank / 2); sys.exit(75 if rank < 2 else {})"
+    assert local.run_workers(python(code.format(0)), 3, None) == 75  # nobody is ended before his time
+    assert local.run_workers(python(code.format(1)), 3, None) == 1
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(monkeypatch):
@@ -121,7 +128,7 @@ def test_workers_die_with_a_launcher_that_is_killed(platform, tmp_path):
         assert wait_for(lambda: not any(alive(pid) for pid in pids))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_are_passed_on(number, tmp_path):
     code = f"import signal\nsignal.signal({int(number)}, lambda *_: sys.exit(0))\n"
     code += f"open(f'{tmp_path}/{{rank}}', 'w').close(); time.sleep(600)"

@@ -1,0 +1,52 @@
+"""A request to stop that reaches one rank, agreed on by all: SIGTERM or SIGUSR1, as Slurm sends before a time limit.
+
+Handlers stand from the first moment of the process, before torch is imported, so that a signal is never lost. No torch
+at the top for that reason.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interruption:
+    """Catches the signals that ask to stop; `agreed` tells of them on all ranks after the same step.
+
+    The ranks' requests are joined by one all-reduce of a number a step, which runs while the next step computes: a
+    request is acted on at most two steps after it came, and nobody waits for the exchange.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        """The signal that this process has got; 0: none."""
+        self._exchange: tuple[torch.Tensor, torch.distributed.Work | None] | None = None
+        for number in STOPPING:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def agreed(self, device: torch.device) -> signal.Signals | None:
+        """Return the signal that any rank had received a step ago, None if none had. Every rank of the world calls."""
+        import torch
+        import torch.distributed as dist
+
+        before, self._exchange = self._exchange, None
+        number = 0
+        if before is not None:
+            flag, work = before
+            if work is not None:
+                work.wait()
+            number = int(flag.item())
+        if number:
+            return signal.Signals(number)
+        flag = torch.tensor(self.received, dtype=torch.int32, device=device)
+        self._exchange = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        return None

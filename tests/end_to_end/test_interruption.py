@@ -1,0 +1,42 @@
+"""A run that is asked to stop saves the step it has reached, and goes on from there as if nothing had been."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.kill import Layout, Outcome, Start, compare, finish, newest_step
+from tests.end_to_end.workplace import make_workplace
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2, zero=1)], ids=["t1", "t2p2z1"])
+def test_signals_save_and_nothing_is_computed_twice(tmp_path: Path, layout: Layout) -> None:
+    make_workplace(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("every: 2}", "every: 0}"))
+    finish(Start(tmp_path, "unbroken", layout))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        start = Start(tmp_path, "broken", layout)
+        before = newest_step(start.directory)
+        assert start.wait_for(lambda start=start: len(start.steps()) >= 3)
+        start.process.send_signal(number)
+        assert start.process.wait(60) == 75, start.said()
+        assert start.steps() == list(range(before + 1, newest_step(start.directory) + 1))
+        reached = newest_step(start.directory)
+        assert f"stopped: {number.name}: saved at step {reached} of 40; start again to go on" in start.said()
+    finish(Start(tmp_path, "broken", layout))
+    outcome = Outcome()
+    compare(tmp_path / "unbroken", tmp_path / "broken", outcome)
+    assert outcome.differences == [] and outcome.tensors > 50
+
+
+def test_a_signal_before_the_first_step_is_not_lost(tmp_path: Path) -> None:
+    make_workplace(tmp_path)
+    start = Start(tmp_path, "run", Layout())
+    assert start.wait_for((start.directory / "run.json").exists)  # written before the model is built
+    start.process.send_signal(signal.SIGUSR1)
+    assert start.process.wait(60) == 75, start.said()
+    assert 1 <= newest_step(start.directory) < 40
