@@ -15,7 +15,7 @@ FLOORS = [
     {"quickstart"},
     {"launch"},
     {"train"},
-    {"evaluation"},
+    {"evaluation", "watchdog"},
     {"generation"},
     {"models"},
     {"nn"},

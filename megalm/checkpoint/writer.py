@@ -36,6 +36,7 @@ from megalm.checkpoint.manifest import (
     piece_problem,
 )
 from megalm.checkpoint.tensor_file import DTYPE_NAMES, FileRecord, write_tensor_file
+from megalm.distributed.progress import progress
 from megalm.distributed.sharding import Fragment
 from megalm.errors import CheckpointError
 
@@ -106,8 +107,10 @@ class RankWriter:
         """Write all fragments. Raises CheckpointError with the path."""
         with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
             for fragment in fragments:
+                progress.acts += 1
                 self._add(fragment, hasher)
             for part in self._pending:
+                progress.acts += 1
                 self._flush(part, hasher)
 
     def report(self) -> dict[str, Any]:

@@ -57,13 +57,15 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where the run writes, what it computes on (auto: CUDA where there is a device), how long it waits for ranks.
 
-    `collective_timeout_s` bounds the wait for a rank that hangs; one that dies is noticed at once.
+    A rank that does not go on for `hang_timeout_s` (0: none watches) ends the run, which names it and shows its stacks;
+    `collective_timeout_s` bounds the wait for it where nobody watches. One that dies is noticed at once.
     """
 
     dir: Text = "runs/default"
     device: Annotated[str, _one_of("device")] = "auto"
     start_timeout_s: Positive = 60
     collective_timeout_s: Positive = 600
+    hang_timeout_s: Count = 480
 
 
 class ModelSection(Section):

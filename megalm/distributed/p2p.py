@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.progress import progress
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,12 @@ class Receipt:
 
     buffer: Tensor
     work: dist.Work
+    peer: int
 
     def wait(self) -> Tensor:
         """Return the tensor once it is there. Raises RuntimeError when the peer is gone or the time-out passes."""
-        self.work.wait()
+        with progress.waiting(self.peer):
+            self.work.wait()
         return self.buffer
 
 
@@ -46,7 +49,7 @@ class Channel:
         `most_in_flight` messages open this waits for the oldest.
         """
         while self._sent and (len(self._sent) >= self.most_in_flight or self._sent[0][0].is_completed()):
-            self._sent.popleft()[0].wait()
+            self._await_oldest()
         message = x.detach().contiguous()
         work = dist.isend(message, self.peer, group=self.group)
         assert work is not None, f"this rank is not in the group of rank {self.peer}"
@@ -57,11 +60,15 @@ class Channel:
         buffer = torch.empty(shape, dtype=dtype, device=device)
         work = dist.irecv(buffer, self.peer, group=self.group)
         assert work is not None, f"this rank is not in the group of rank {self.peer}"
-        return Receipt(buffer, work)
+        return Receipt(buffer, work, self.peer)
 
     def drain(self) -> None:
         """Wait until the peer has taken all that was sent."""
         while self._sent:
+            self._await_oldest()
+
+    def _await_oldest(self) -> None:
+        with progress.waiting(self.peer):
             self._sent.popleft()[0].wait()
 
 

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megalm.distributed.launch import is_lost_peer
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.p2p import Receipt, StageLinks
+from megalm.distributed.progress import progress
 from megalm.errors import DistributedError, MegalmError
 from megalm.pipeline_parallel.schedules import Action, ActionKind, Schedule
 
@@ -170,6 +171,7 @@ class PipelineExecutor:
                 with self._naming_lost_neighbour(action):
                     message = posted.wait()
                 yield action, message
+            progress.acts += 1
             posted = ahead
 
     def _post(self, action: Action, microbatches: Sequence[Microbatch]) -> Receipt | None:

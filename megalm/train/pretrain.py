@@ -29,6 +29,7 @@ from megalm.train.optimizers import build_optimizer
 from megalm.train.run_directory import RunDirectory, open_run
 from megalm.train.tracking import Tracker, format_count
 from megalm.train.trainer import Trainer, TrainState
+from megalm.watchdog.watch import watched
 from megalm.zero.build import build_engine, partitioner
 
 
@@ -39,7 +40,8 @@ def train(config: RunConfig, fresh: bool = False, interruption: Interruption | N
     finds out is raised on all ranks. Raises Interrupted, with the run saved, where a signal came before the end.
     """
     data = open_prepared(config.data.path)
-    with joined_mesh(config) as mesh:
+    with watched(config.run.hang_timeout_s) as join, joined_mesh(config) as mesh:
+        join()
         directory = _open_directory(config, data, mesh, fresh)
         try:
             _train(config, data, mesh, interruption)

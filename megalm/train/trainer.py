@@ -19,6 +19,7 @@ from megalm.config.run import RunConfig
 from megalm.data.loader import Batch, Loader
 from megalm.distributed.collectives import all_reduce_sum
 from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.progress import progress
 from megalm.errors import MegalmError
 from megalm.nn.dropout import DropoutKeys
 from megalm.pipeline_parallel.executor import Microbatch, PipelineExecutor
@@ -103,21 +104,26 @@ class Trainer:
         The loss is the mean over the valid tokens of the *global* batch, so it does not depend on how the
         batch is split into microbatches and data ranks. Raises MegalmError when the gradient is not finite.
         """
-        global_batch = self.config.train.global_batch
+        step, global_batch = self.state.step + 1, self.config.train.global_batch
+        progress.enter(step, "data")
         batch = self.loader.batch(self.state.samples, global_batch)
         microbatches = self._split(batch)
         valid_tokens = batch.loss_mask_BT.sum(dtype=torch.float64).to(self.mesh.device)
         valid_tokens = all_reduce_sum(valid_tokens, self.mesh.group("data"))
+        progress.enter(step, "forward and backward")
         loss_sum = self.executor.run(microbatches, self.engine.loss_factor / valid_tokens, self.engine.microbatch_done)
+        progress.enter(step, "gradient reduction")
         self.engine.reduce()
+        progress.enter(step, "update")
         lr = learning_rate(self.config, self.state.step)
         grad_norm = self.engine.update(lr)
         if not math.isfinite(grad_norm):
             raise MegalmError(
-                f"step {self.state.step + 1}: the gradient norm is {grad_norm}, no update was made; "
+                f"step {step}: the gradient norm is {grad_norm}, no update was made; "
                 "lower optim.lr, lengthen lr_schedule.warmup_steps, or look at the data of this step"
             )
-        self.state.step += 1
+        progress.enter(step, "after the step")
+        self.state.step = step
         self.state.samples += global_batch
         self.state.tokens += global_batch * self.config.model.sequence
         return StepResult(loss_sum, valid_tokens, grad_norm, lr)

@@ -1,0 +1,47 @@
+"""What this process does at this moment, in a few numbers: written by who does it, read by the watchdog. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+PHASES = ("starting", "data", "forward and backward", "gradient reduction", "update", "after the step")
+
+
+@dataclass
+class Progress:
+    """How far this process has come in its program; it only ever goes on."""
+
+    step: int = 0
+    """The step being made, from 1."""
+    phase: int = 0
+    """Place in PHASES."""
+    acts: int = 0
+    """Pieces of work done: phases, microbatches through the stage, messages, tensors of a checkpoint."""
+    waits_for: int | None = None
+    """The global rank whose message it waits for, or that is to take one."""
+
+    mirror: Callable[[int, int], None] | None = None
+    """Is told step and phase at once; the rest is read now and then."""
+
+    def enter(self, step: int, phase: str) -> None:
+        """Note the beginning of a phase of a step."""
+        self.step, self.phase = step, PHASES.index(phase)
+        self.acts += 1
+        if self.mirror is not None:
+            self.mirror(self.step, self.phase)
+
+    @contextmanager
+    def waiting(self, rank: int) -> Iterator[None]:
+        """Note that a neighbour is waited for."""
+        self.waits_for = rank
+        try:
+            yield
+        finally:
+            self.waits_for = None
+            self.acts += 1
+
+
+progress = Progress()
+"""This process's own."""

@@ -1,0 +1,57 @@
+"""A rank that stands still is named within the time-out and ten seconds, and every rank leaves its stacks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megalm.errors import HUNG
+from megalm.launch.local import run_workers
+from tests.end_to_end.workplace import ROOT, make_workplace
+
+TIMEOUT_S = 10
+NAMED = {
+    "stop": "is stopped, as by SIGSTOP or a debugger",
+    "lock": "holds the interpreter lock",
+    "skip": "skipped a collective of ranks",
+    "sleep": "does not go on",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "rank", "layout"),
+    [
+        ("stop", 0, ["parallel.tensor=2"]),
+        ("stop", 3, ["parallel.tensor=2", "parallel.pipeline=2"]),
+        ("lock", 1, ["parallel.pipeline=2"]),
+        ("skip", 1, ["parallel.tensor=2"]),
+        ("skip", 2, ["parallel.tensor=2"]),
+        ("sleep", 2, ["parallel.pipeline=2", "zero.stage=1"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
+)
+def test_who_stands_still_is_named_with_all_stacks(
+    fault: str, rank: int, layout: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    make_workplace(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-m", "tests.watchdog.faulty", fault, str(rank), "4", "recipe.yaml", *layout]
+    start = time.monotonic()
+    status = run_workers([*command, f"run.hang_timeout_s={TIMEOUT_S}"], 4, tmp_path / "logs")
+    took = time.monotonic() - start
+    said = capfd.readouterr().err
+    assert status == HUNG, said
+    errors = [line for line in said.splitlines() if line.startswith("error: hang:")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: hang: rank {rank} on "), said
+    assert NAMED[fault] in errors[0] and "at step 4 in" in errors[0], errors[0]
+    began = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime
+    print(f"{errors[0]}\n{took:.1f} s, {time.time() - began:.1f} s after the last step")
+    assert time.time() - began < TIMEOUT_S + 20  # 10 on an idle machine, the end of all processes included
+    for number in range(4):
+        log = (tmp_path / "logs" / f"rank-{number}.log").read_text()
+        assert "most recent call first" in log and "trainer.py" in log, (number, log)
