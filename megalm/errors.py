@@ -41,5 +41,9 @@ class Interrupted(MegalmError):
     exit_status = 75
 
 
+class CorruptionError(MegalmError):
+    """Ranks that must hold the same numbers do not: a GPU or its memory is broken."""
+
+
 class DistributedError(MegalmError):
     """A peer died, could not be reached in time, or reported an error of its own."""

@@ -58,7 +58,8 @@ class RunSection(Section):
     """Where the run writes, what it computes on (auto: CUDA where there is a device), how long it waits for ranks.
 
     A rank that does not go on for `hang_timeout_s` (0: none watches) ends the run, which names it and shows its stacks;
-    `collective_timeout_s` bounds the wait for it where nobody watches. One that dies is noticed at once.
+    `collective_timeout_s` bounds the wait for it where nobody watches. One that dies is noticed at once. Each
+    `compare_replicas_every` steps (0: never) the weights that data ranks hold alike are compared bit for bit.
     """
 
     dir: Text = "runs/default"
@@ -66,6 +67,7 @@ class RunSection(Section):
     start_timeout_s: Positive = 60
     collective_timeout_s: Positive = 600
     hang_timeout_s: Count = 480
+    compare_replicas_every: Count = 1000
 
 
 class ModelSection(Section):

@@ -26,6 +26,7 @@ from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints
 from megalm.train.interruption import Interruption
 from megalm.train.monitor import Peak, Throughput, count_parameters, flops_per_token, peak_flops
 from megalm.train.optimizers import build_optimizer
+from megalm.train.replicas import CompareReplicas
 from megalm.train.run_directory import RunDirectory, open_run
 from megalm.train.tracking import Tracker, format_count
 from megalm.train.trainer import Trainer, TrainState
@@ -85,7 +86,9 @@ def _train(config: RunConfig, data: PreparedData, mesh: ParallelMesh, interrupti
         save = SaveCheckpoints(tracker, meter, manager, facts, config.checkpoint.every)
         save.saved_step = trainer.state.step if reader is not None else -1
         meter.start(trainer.state.step)
-        interrupted = trainer.fit([LogMetrics(tracker, meter, config.log.every), evaluate, save], interruption)
+        compare = CompareReplicas(config.run.compare_replicas_every)  # before what is saved
+        log = LogMetrics(tracker, meter, config.log.every)
+        interrupted = trainer.fit([log, compare, evaluate, save], interruption)
     if interrupted is not None:
         raise Interrupted(
             f"{interrupted.name}: saved at step {trainer.state.step} of {trainer.last_step}; start again to go on"

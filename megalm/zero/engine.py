@@ -70,6 +70,10 @@ class ZeroEngine(ABC):
         """Set master weights, the optimizer state of `kinds`, and the weights; `steps` updates have been made."""
 
     @abstractmethod
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield, with their names and in the same order, the tensors that every data rank holds whole and alike."""
+
+    @abstractmethod
     def held_bytes(self) -> HeldBytes:
         """Return what this rank holds; call between `reduce` and `update`, when gradients are there."""
 

@@ -142,6 +142,16 @@ class ReplicatedEngine(ZeroEngine):
             if self.mixed:
                 torch._foreach_copy_(self.weights, self.masters)
 
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield weights, master weights and optimizer state: stage 0 divides nothing."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            name = shard_of(weight).name
+            yield f"the weight {name}", weight
+            if self.mixed:
+                yield f"the master weight {name}", master
+            for kind, values in tensor_states(self.optimizer.state[master], master.numel()):
+                yield f"{kind} of {name}", values
+
     def held_bytes(self) -> HeldBytes:
         """Return whole tensors' bytes: stage 0 divides nothing."""
         states = [v for m in self.masters for _, v in tensor_states(self.optimizer.state[m], m.numel())]

@@ -242,6 +242,11 @@ class ShardedEngine(ZeroEngine):
             persistent[0].partition(persistent)  # drops the whole tensors, or all_gather would keep them as they are
             persistent[0].all_gather(persistent)
 
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of stages 1 and 2; all else, and under stage 3 all, exists once."""
+        for parameter in self.parameters if self.stage < 3 else ():
+            yield f"the weight {shard_of(parameter).name}", parameter
+
     def held_bytes(self) -> HeldBytes:
         """Return this rank's bytes; weights that stage 3 keeps whole on every rank (small ones) are counted whole."""
         weights: list[Tensor] = [getattr(p, "ds_tensor", p) if self.stage == 3 else p for p in self.parameters]
