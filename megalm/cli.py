@@ -112,6 +112,7 @@ def build_parser() -> _Parser:
     _add_run_commands(commands)
     _add_data_commands(commands)
     _add_look_commands(commands)
+    _add_doctor_command(commands)
     return parser
 
 
@@ -146,6 +147,22 @@ def _add_run_commands(commands: _Commands) -> None:
     for parser in (train, evaluate, generate):
         parser.add_argument("--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)")
         parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+
+
+def _add_doctor_command(commands: _Commands) -> None:
+    doctor = commands.add("doctor", "doctor", "look for what would stop or slow down training, and say what heals it")
+    doctor.add_argument("recipe", nargs="?", metavar="RECIPE", help="its run.dir and the size of its checkpoints count")
+    doctor.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+    doctor.add_argument("--run-dir", metavar="DIR", help="where the disk is looked at (default: the recipe's, or .)")
+    doctor.add_argument("--json", action="store_true", help="write the result as JSON")
+    doctor.add_argument(
+        "--cluster", action="store_true", help="compare all nodes of the world that srun, mpirun or torchrun started"
+    )
+    doctor.add_argument("--nproc", type=_number(1), metavar="N", help="with --cluster: start N processes here")
+    doctor.add_argument("--exclude-file", metavar="FILE", help="with --cluster: write failed nodes there, one a line")
+    doctor.add_argument(
+        "--start-timeout", type=_number(1), default=60, metavar="S", help="wait for ranks (default: %(default)s s)"
+    )
 
 
 def _add_data_commands(commands: _Commands) -> None:

@@ -20,6 +20,9 @@ from megalm.errors import ConfigError, Interrupted, LaunchError
 if TYPE_CHECKING:
     from megalm.config.run import RunConfig
     from megalm.data.datasets import PreparedData
+    from megalm.distributed.rendezvous import Rendezvous
+
+_LARGE_VOCABULARY = 2**17  # where neither recipe nor data tell: checkpoints are estimated rather too large
 
 
 def _print(text: str) -> int:
@@ -58,11 +61,13 @@ def _world(config: RunConfig, nproc: int | None) -> tuple[int, bool]:
 
     Under a launcher the world is the launcher's. Raises LaunchError when --nproc says something else.
     """
-    from megalm.distributed.rendezvous import read_environment
+    return _launched_world(nproc or config.parallel.tensor * config.parallel.pipeline, nproc)
 
-    launched = read_environment(os.environ)
+
+def _launched_world(world: int, nproc: int | None) -> tuple[int, bool]:
+    """Return the ranks of the launcher's world, else `world`, and whether this process is to start them."""
+    launched = _launcher()
     if launched is None:
-        world = nproc or config.parallel.tensor * config.parallel.pipeline
         return world, world > 1
     if nproc not in (None, launched.world_size):
         raise LaunchError(
@@ -71,11 +76,16 @@ def _world(config: RunConfig, nproc: int | None) -> tuple[int, bool]:
     return launched.world_size, False
 
 
-def _is_restart() -> bool:
-    """Return whether the launcher starts this job again: then `--fresh`, still in its command, was done already."""
+def _launcher() -> Rendezvous | None:
+    """Return what a launcher says of this process. Nobody meets yet: a process can start MPI only once."""
     from megalm.distributed.rendezvous import read_environment
 
-    launched = read_environment(os.environ)
+    return read_environment(os.environ, lambda rank, world_size: ("127.0.0.1", 1))
+
+
+def _is_restart() -> bool:
+    """Return whether the launcher starts this job again: then `--fresh`, still in its command, was done already."""
+    launched = _launcher()
     return launched is not None and launched.attempt != "0"
 
 
@@ -279,3 +289,42 @@ def checkpoint_verify(args: Namespace) -> int:
     from megalm.checkpoint.commands import verify
 
     return _answer(verify(Path(args.path)), args.json)
+
+
+def doctor(args: Namespace) -> int:
+    """`megalm doctor`: this machine, or with --cluster every node of a launched world; 1 if something fails."""
+    run_dir, needed_bytes, local_ranks = _doctor_place(args)
+    if not args.cluster:
+        for option, value in (("--nproc", args.nproc), ("--exclude-file", args.exclude_file)):
+            if value is not None:
+                raise ConfigError(f"{option} belongs to `megalm doctor --cluster`; add --cluster or leave it out")
+        from megalm.preflight.command import examine_machine
+
+        return examine_machine(run_dir, needed_bytes, local_ranks, args.json)
+    world, starts_workers = _launched_world(args.nproc or 1, args.nproc)
+    if starts_workers:
+        command = ["doctor", "--cluster", *([args.recipe] if args.recipe else []), *args.overrides]
+        command += [f"--run-dir={run_dir}", f"--start-timeout={args.start_timeout}"]
+        command += [f"--exclude-file={args.exclude_file}"] if args.exclude_file else []
+        return _start_workers(args, [*command, *(["--json"] if args.json else [])], world, None)
+    from megalm.preflight.command import examine_cluster
+
+    exclude_file = Path(args.exclude_file) if args.exclude_file else None
+    return examine_cluster(run_dir, needed_bytes, exclude_file, args.start_timeout, args.json)
+
+
+def _doctor_place(args: Namespace) -> tuple[Path, int, int]:
+    """Return the directory to look at, the bytes that must be free there, and the ranks that this machine will run."""
+    if args.recipe is None or "=" in args.recipe:
+        if args.recipe is not None:
+            raise ConfigError(f"{args.recipe} changes no recipe; give a RECIPE first, or --run-dir=DIR")
+        return Path(args.run_dir or "."), 2**30, 1
+    from megalm.config.load import load_recipe
+    from megalm.preflight.storage import checkpoint_bytes
+    from megalm.train.monitor import count_parameters
+
+    config = load_recipe(args.recipe, args.overrides)
+    parameters = count_parameters(config.model, config.model.vocab or _LARGE_VOCABULARY).total
+    ranks = config.parallel.tensor * config.parallel.pipeline
+    needed = max(2**20, 2 * checkpoint_bytes(config, parameters))
+    return Path(args.run_dir or config.run.dir), needed, ranks

@@ -47,3 +47,11 @@ class CorruptionError(MegalmError):
 
 class DistributedError(MegalmError):
     """A peer died, could not be reached in time, or reported an error of its own."""
+
+
+class AbsentRanks(DistributedError):
+    """Ranks that a launcher has announced did not arrive in time; `ranks` are those, where rank 0 knows them."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks

@@ -19,6 +19,7 @@ FLOORS = [
     {"generation"},
     {"models"},
     {"nn"},
+    {"preflight"},
     {"tensor_parallel", "pipeline_parallel", "zero", "checkpoint"},
     {"nn.ops"},
     {"distributed", "data"},

@@ -60,10 +60,12 @@ class RunSection(Section):
     A rank that does not go on for `hang_timeout_s` (0: none watches) ends the run, which names it and shows its stacks;
     `collective_timeout_s` bounds the wait for it where nobody watches. One that dies is noticed at once. Each
     `compare_replicas_every` steps (0: never) the weights that data ranks hold alike are compared bit for bit.
+    `preflight` looks at versions, disk, clocks and memory of all nodes before the first step.
     """
 
     dir: Text = "runs/default"
     device: Annotated[str, _one_of("device")] = "auto"
+    preflight: bool = True
     start_timeout_s: Positive = 60
     collective_timeout_s: Positive = 600
     hang_timeout_s: Count = 480

@@ -10,20 +10,17 @@ import contextlib
 import errno
 import os
 import socket
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megalm.distributed.rendezvous import Rendezvous
-from megalm.errors import DistributedError, LaunchError
-
-T = TypeVar("T")
+from megalm.distributed.rendezvous import Rendezvous, rank_nodes
+from megalm.distributed.time_limit import within
+from megalm.errors import AbsentRanks, DistributedError, LaunchError
 
 EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables that `start` sets."""
@@ -78,7 +75,7 @@ def start(
     # All ranks are there, so this is quick unless they cannot connect to each other.
     limit_s = max(5.0, deadline - time.monotonic())
     try:
-        _within(limit_s, form)
+        within(limit_s, form)
     except (TimeoutError, RuntimeError) as error:
         raise DistributedError(
             f"all {place.world_size} ranks arrived at {place.address}:{place.port}, but rank {place.rank} could not "
@@ -101,7 +98,7 @@ def stop(failed: bool = False) -> None:
     abort = failed and "nccl" in str(dist.get_backend_config())
     end = dist.distributed_c10d._abort_process_group if abort else dist.destroy_process_group
     with contextlib.suppress(TimeoutError, RuntimeError):
-        _within(_LEAVE_TIMEOUT_S, end)
+        within(_LEAVE_TIMEOUT_S, end)
 
 
 def local_device(rendezvous: Rendezvous | None, device_type: str) -> torch.device:
@@ -161,7 +158,7 @@ def _open_store(place: Rendezvous, start_timeout_s: float, deadline: float) -> d
         if not hosts:
             _await_listener(place, deadline)
         # Where another program listens but never answers, torch's own limit does not hold.
-        return _within(deadline - time.monotonic(), connect)
+        return within(deadline - time.monotonic(), connect)
     except (TimeoutError, RuntimeError) as error:
         raise DistributedError(
             f"rank {place.rank} of {place.world_size} could not reach rank 0 at {where} within "
@@ -225,6 +222,7 @@ def _listen(place: Rendezvous) -> socket.socket:
 def _await_all(store: dist.Store, place: Rendezvous, start_timeout_s: float, deadline: float) -> None:
     """Return when all ranks have arrived and agree on the world's size."""
     where = f"{place.address}:{place.port}"
+    ranks: tuple[int, ...] = ()
     try:
         trouble = _disagreement(store, place)
         if trouble:
@@ -233,10 +231,10 @@ def _await_all(store: dist.Store, place: Rendezvous, start_timeout_s: float, dea
             store.set("verdict", "all")
         while not store.check(["verdict"]):  # store.wait would log warnings at its time-out
             if time.monotonic() > deadline:
-                absence = _absence(store, place, start_timeout_s)
+                absence, ranks = _absence(store, place, start_timeout_s)
                 if place.rank:
-                    raise DistributedError(absence)
-                store.set("verdict", f"DistributedError {absence}")  # rank 0 says it to all who wait
+                    raise AbsentRanks(absence)
+                store.set("verdict", f"AbsentRanks {absence}")  # rank 0 says it to all who wait
             time.sleep(_POLL_S)
         verdict = store.get("verdict").decode()
     except RuntimeError as error:
@@ -247,17 +245,19 @@ def _await_all(store: dist.Store, place: Rendezvous, start_timeout_s: float, dea
         if place.rank == 0:
             time.sleep(_LINGER_S)
         kind, _, message = verdict.partition(" ")
-        raise LaunchError(message) if kind == "LaunchError" else DistributedError(message)
+        raise LaunchError(message) if kind == "LaunchError" else AbsentRanks(message, ranks)
 
 
-def _absence(store: dist.Store, place: Rendezvous, start_timeout_s: float) -> str:
-    """Return what is known of the ranks that did not arrive."""
+def _absence(store: dist.Store, place: Rendezvous, start_timeout_s: float) -> tuple[str, tuple[int, ...]]:
+    """Return what is known of the ranks that did not arrive, and on rank 0 their numbers."""
     count = store.add("arrived", 0)
-    missing = f"; missing {_missing(store, place.world_size)}" if place.rank == 0 else ""
-    return (
+    ranks = [] if place.rank else [rank for rank in range(place.world_size) if not store.check([f"rank/{rank}"])]
+    missing = f"; missing {_named(ranks, rank_nodes(os.environ))}" if ranks else ""
+    message = (
         f"{count} of {place.world_size} processes arrived at {place.address}:{place.port} within "
         f"{start_timeout_s:.0f} s{missing}; see the output of the others, or allow more by run.start_timeout_s"
     )
+    return message, tuple(ranks)
 
 
 def _disagreement(store: dist.Store, place: Rendezvous) -> str | None:
@@ -275,15 +275,11 @@ def _disagreement(store: dist.Store, place: Rendezvous) -> str | None:
     return None
 
 
-def _missing(store: dist.Store, world_size: int) -> str:
-    """Return the first missing ranks in words."""
-    ranks: list[str] = []
-    for rank in range(world_size):
-        if not store.check([f"rank/{rank}"]):
-            ranks.append(str(rank))
-        if len(ranks) > _NAMED_RANKS:
-            return f"ranks {', '.join(ranks[:-1])} and others"
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+def _named(ranks: Sequence[int], nodes: Sequence[str]) -> str:
+    """Return the first of some ranks in words, with their nodes where a launcher tells (else `nodes` is empty)."""
+    words = [f"{rank} on {nodes[rank]}" if rank < len(nodes) else str(rank) for rank in ranks[:_NAMED_RANKS]]
+    others = " and others" if len(ranks) > len(words) else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(words)}{others}"
 
 
 def _leave_together(world_size: int) -> None:
@@ -292,30 +288,6 @@ def _leave_together(world_size: int) -> None:
     if store.add("megalm/left", 1) == world_size:
         store.set("megalm/all-left", "")
     store.wait(["megalm/all-left"], timedelta(seconds=_LEAVE_TIMEOUT_S))
-
-
-def _within(limit_s: float, work: Callable[[], T]) -> T:
-    """Return work()'s result or raise its error; TimeoutError if it takes longer, while it goes on in its thread.
-
-    Calls into torch that hang cannot be interrupted. The thread is a daemon, so it does not keep the process alive.
-    """
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(max(0.0, limit_s))
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"not done within {limit_s:.0f} s")
-    return results[0]
 
 
 def _one_line(error: BaseException) -> str:

@@ -171,6 +171,24 @@ def slurm_port(job_id: int, step_id: int) -> int:
     return _FIRST_PORT + (job_id * _STEPS_A_JOB + step_id % _STEPS_A_JOB) % _PORTS
 
 
+def rank_nodes(environ: Mapping[str, str]) -> list[str]:
+    """Return the node of each rank of an srun step, in the order of ranks; empty where Slurm does not tell.
+
+    Ranks fill one node after the other (block), or go around (cyclic), as SLURM_DISTRIBUTION says.
+    """
+    counts, nodes = environ.get("SLURM_STEP_TASKS_PER_NODE"), environ.get("SLURM_STEP_NODELIST")
+    if not counts or not nodes or not _in_slurm_step(environ):
+        return []
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    sizes = [int(count) for count, times in found for _ in range(int(times or 1))]
+    names = list(expand_node_list(nodes))
+    if len(sizes) != len(names):
+        return []
+    if environ.get("SLURM_DISTRIBUTION", "block").startswith("cyclic"):
+        return [name for turn in range(max(sizes)) for name, size in zip(names, sizes, strict=True) if turn < size]
+    return [name for name, size in zip(names, sizes, strict=True) for _ in range(size)]
+
+
 def _in_slurm_step(known: Mapping[str, str]) -> bool:
     """Tell a task of srun from the shell of sbatch or salloc, which has SLURM_NTASKS too and even SLURM_PROCID=0."""
     step = known.get("SLURM_STEP_ID")

@@ -13,7 +13,7 @@ from megalm.config.run import RunConfig
 from megalm.distributed import launch
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
-from megalm.distributed.rendezvous import read_environment
+from megalm.distributed.rendezvous import Rendezvous, read_environment
 
 
 @contextmanager
@@ -32,12 +32,24 @@ def joined_mesh(config: RunConfig) -> Iterator[ParallelMesh]:
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     device = launch.local_device(rendezvous, device_type)
+    with joined_world(rendezvous, device_type, config.run.start_timeout_s, config.run.collective_timeout_s):
+        yield ParallelMesh.create(layout, device, config.run.collective_timeout_s)
+
+
+@contextmanager
+def joined_world(
+    rendezvous: Rendezvous | None, device_type: str, start_timeout_s: float, collective_timeout_s: float
+) -> Iterator[None]:
+    """Form the world's process group (None: a world of one) and end it afterwards, also after an error.
+
+    The environment is then as it was. Raises DistributedError where the other ranks cannot be reached in time.
+    """
     with _restored_environment():
-        launch.start(rendezvous, device_type, config.run.start_timeout_s, config.run.collective_timeout_s)
+        launch.start(rendezvous, device_type, start_timeout_s, collective_timeout_s)
         finished = False
         try:
             with launch.peer_errors(f"rank {0 if rendezvous is None else rendezvous.rank}"):
-                yield ParallelMesh.create(layout, device, config.run.collective_timeout_s)
+                yield
             finished = True
         finally:
             launch.stop(failed=not finished)

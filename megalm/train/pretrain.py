@@ -22,6 +22,7 @@ from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.world import joined_mesh
 from megalm.errors import CheckpointError, Interrupted
 from megalm.models.build import DTYPES, build_executor, build_stage
+from megalm.preflight.gate import preflight
 from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints
 from megalm.train.interruption import Interruption
 from megalm.train.monitor import Peak, Throughput, count_parameters, flops_per_token, peak_flops
@@ -45,6 +46,8 @@ def train(config: RunConfig, fresh: bool = False, interruption: Interruption | N
         join()
         directory = _open_directory(config, data, mesh, fresh)
         try:
+            if config.run.preflight:
+                preflight(config, mesh, count_parameters(config.model, vocabulary(config, data)).total)
             _train(config, data, mesh, interruption)
         finally:
             if directory is not None:
