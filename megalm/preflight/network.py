@@ -185,7 +185,8 @@ def measure_all_reduce(group: dist.ProcessGroup, device: torch.device) -> dict[i
     found: dict[int, float] = {}
     previous, seconds = 0, 0.0
     for size in ALL_REDUCE_BYTES if count > 1 else ():
-        if previous and seconds * size / previous > _ALL_REDUCE_TIME_S:
+        # Of a small message the latency is most: a larger one takes less time than their sizes say.
+        if previous and seconds * min(size / previous, 16) > _ALL_REDUCE_TIME_S:
             break
         x = torch.zeros(size // 4, device=device)
         times = []

@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-from megalm.distributed.rendezvous import Rendezvous, expand_node_list, first_host, read_environment, slurm_port
+from megalm.distributed.rendezvous import (
+    Rendezvous,
+    expand_node_list,
+    first_host,
+    rank_nodes,
+    read_environment,
+    slurm_port,
+)
 from megalm.errors import LaunchError
 
 PLAIN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "23456"}
@@ -166,3 +173,13 @@ def test_neighbouring_jobs_and_steps_have_ports_of_their_own_below_the_ephemeral
     ports = [slurm_port(job, step) for job in range(77_000, 78_000) for step in range(16)]
     assert len(set(ports)) == len(ports)
     assert min(ports) > 1024 and max(ports) < 32_768
+
+
+def test_nodes_of_ranks_follow_slurm():
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[1-3]", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
+    assert rank_nodes(step) == ["node1", "node1", "node2", "node2", "node3"]
+    assert rank_nodes({**step, "SLURM_DISTRIBUTION": "block"}) == rank_nodes(step)
+    assert rank_nodes({**step, "SLURM_DISTRIBUTION": "cyclic"}) == ["node1", "node2", "node3", "node1", "node2"]
+    assert rank_nodes({**step, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}) == []
+    assert rank_nodes({}) == []
+    assert rank_nodes({**step, "SLURM_STEP_ID": str(0xFFFFFFFB)}) == []
