@@ -37,7 +37,6 @@ WITHOUT_TORCH = (
     "megalm/distributed/layout.py",
     "megalm/distributed/rendezvous.py",
     "megalm/preflight/cluster.py",
-    "megalm/preflight/command.py",
     "megalm/preflight/environment.py",
     "megalm/preflight/finding.py",
     "megalm/preflight/gpus.py",
