@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,19 +129,15 @@ def find_fault(
             f"preflight: {_few(list(trouble))}: run.dir={run} cannot be written ({what}); see whether the node has it "
             "mounted"
         )
-    ahead = [name for name, skew in offsets.items() if _far_off(skew, offsets)]
-    if ahead:
-        offset = offsets[ahead[0]][0]
+    middle = statistics.median_low([offset for offset, _ in offsets.values()]) if offsets else 0.0
+    wrong = [name for name, (offset, error) in offsets.items() if abs(offset - middle) - error > SKEW_FAIL_S]
+    if wrong:
+        off_by = offsets[wrong[0]][0] - middle
         return DistributedError(
-            f"preflight: {_few(ahead)}: the clock differs from the first node's by {offset:+.3g} s; "
+            f"preflight: {_few(wrong)}: the clock differs from the median of all nodes by {off_by:+.3g} s; "
             f"chronyc makestep on the node, or {skip}"
         )
     return _short_of_memory(reports, skip)
-
-
-def _far_off(skew: tuple[float, float], offsets: Mapping[str, tuple[float, float]]) -> bool:
-    ordered = sorted(offset for offset, _ in offsets.values())
-    return abs(skew[0] - ordered[(len(ordered) - 1) // 2]) - skew[1] > SKEW_FAIL_S
 
 
 def _short_of_memory(reports: Sequence[Mapping[str, Any]], skip: str) -> MegalmError | None:

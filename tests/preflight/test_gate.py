@@ -64,7 +64,7 @@ def pass_gate(mesh: ParallelMesh, run_dir: str, fault: str) -> Any:
         ("version", "LaunchError", 2, "torch 1.0 where others have"),
         ("disk", "ConfigError", 2, "1.0 MiB free at run.dir="),
         ("write", "DistributedError", 1, "cannot be written (Read-only file system)"),
-        ("clock", "DistributedError", 1, "the clock differs from the first node's by -30 s"),
+        ("clock", "DistributedError", 1, "the clock differs from the median of all nodes by -30 s"),
         ("memory", "DistributedError", 1, "1.0 MiB of memory free on cpu"),
     ],
 )
