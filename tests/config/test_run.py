@@ -135,4 +135,4 @@ def test_divisors_and_their_list() -> None:
 def test_every_key_has_a_type() -> None:
     types = key_types()
     assert {"seed", "precision", "run.dir", "model.kv_heads", "log.every"} <= types.keys()
-    assert len(types) == 57
+    assert len(types) == 58
