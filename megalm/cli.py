@@ -112,6 +112,7 @@ def build_parser() -> _Parser:
     _add_run_commands(commands)
     _add_data_commands(commands)
     _add_look_commands(commands)
+    _add_launch_commands(commands)
     return parser
 
 
@@ -198,6 +199,42 @@ def _add_look_commands(commands: _Commands) -> None:
         "show what a run's newest checkpoint, or one checkpoint, holds",
     )
     _add_look(checkpoint, "verify", "checkpoint_verify", "compare the checkpoints of a run with their checksums")
+
+
+def _add_launch_commands(commands: _Commands) -> None:
+    group = commands.group("launch", "start a training run somewhere, and look after it")
+    local = group.add("local", "train", "start workers on this machine: the same as megalm train")
+    slurm = group.add("slurm", "launch_slurm", "submit a batch job that saves, requeues and resumes by itself")
+    mpi = group.add("mpi", "launch_mpi", "start ranks by mpirun")
+    for parser in (local, slurm, mpi):
+        parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+        parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+    local.add_argument("--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)")
+    local.add_argument("--fresh", action="store_true", help="remove the run in run.dir and begin anew")
+    mpi.add_argument("--nproc", type=_number(1), required=True, metavar="N", help="ranks")
+    mpi.add_argument("--hosts", metavar="HOST[:N],...", help="where they run (default: as mpirun decides)")
+    mpi.add_argument("--dry-run", action="store_true", help="print the command only")
+
+    script = "default: the script's #SBATCH line"
+    for name, what in (("nodes", "nodes"), ("gpus-per-node", "GPUs, and ranks, a node")):
+        slurm.add_argument(f"--{name}", type=_number(1), metavar="N", help=f"{what} ({script})")
+    slurm.add_argument("--cpus-per-task", type=_number(1), metavar="N", help=f"cores a rank ({script})")
+    slurm.add_argument("--time", metavar="TIME", help=f"minutes, HH:MM:SS or D-HH:MM:SS ({script})")
+    for name in ("partition", "account", "qos"):
+        slurm.add_argument(f"--{name}", metavar="NAME", help="as sbatch knows it")
+    slurm.add_argument("--chain", type=_number(1), default=1, metavar="K", help="jobs, each goes on from the last")
+    slurm.add_argument("--container", metavar="IMAGE", help="a container image (needs the pyxis plug-in)")
+    slurm.add_argument("--exclude", metavar="NODES", help="nodes to stay away from, such as node[3,7]")
+    slurm.add_argument("--dry-run", action="store_true", help="check and print, submit nothing")
+    slurm.add_argument("--json", action="store_true", help="write the result as JSON")
+    for name, text in (
+        ("status", "the jobs of a run and how far it is"),
+        ("cancel", "cancel the jobs of a run"),
+        ("logs", "the logs of a run's newest job, and the first error in them"),
+    ):
+        look = group.add(name, f"launch_{name}", text)
+        look.add_argument("run", metavar="RUN", help="a run's directory")
+        look.add_argument("--json", action="store_true", help="write the result as JSON")
 
 
 def _add_look(group: _Commands, name: str, function: str, text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from argparse import Namespace
@@ -180,6 +181,60 @@ def generate(args: Namespace) -> int:
         tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
     return 0 if text is None else _print(text)
+
+
+def launch_slurm(args: Namespace) -> int:
+    """`megalm launch slurm`: check the recipe and its data against the world that is asked for, then submit."""
+    from megalm.config.load import load_recipe
+    from megalm.launch import records, slurm
+    from megalm.train.run_directory import check_run
+
+    names = ("nodes", "gpus_per_node", "cpus_per_task", "time", "partition", "account", "qos", "container", "exclude")
+    request = slurm.JobRequest(**{name: getattr(args, name) for name in names}, chain=args.chain)
+    request.check()
+    request = slurm.with_defaults(request, records.script_folder() / slurm.SCRIPT)
+    config = load_recipe(args.recipe, args.overrides)
+    slurm.run_directory(config)
+    _check_world(config, slurm.world_size(request))
+    data = _check_data(config)
+    check_run(config, data.fingerprint, data.tokenizer_fingerprint)
+    result = slurm.launch(config, request, args.dry_run)
+    return _answer(result if args.json else {**result, "command": shlex.join(result["command"])}, args.json)
+
+
+def launch_mpi(args: Namespace) -> int:
+    """`megalm launch mpi`: check, then become mpirun."""
+    from megalm.config.load import load_recipe
+    from megalm.launch import mpi
+
+    command = mpi.mpirun_arguments(args.recipe, args.overrides, args.nproc, args.hosts)
+    config = load_recipe(args.recipe, args.overrides)
+    _check_world(config, args.nproc)
+    _check_data(config)
+    if args.dry_run:
+        return _print(shlex.join(command))
+    mpi.run(command)
+
+
+def launch_status(args: Namespace) -> int:
+    """`megalm launch status`: the jobs of a run."""
+    from megalm.launch.jobs import status
+
+    return _answer(status(args.run), args.json)
+
+
+def launch_cancel(args: Namespace) -> int:
+    """`megalm launch cancel`: end the jobs of a run."""
+    from megalm.launch.jobs import cancel
+
+    return _answer(cancel(args.run), args.json)
+
+
+def launch_logs(args: Namespace) -> int:
+    """`megalm launch logs`: where they are."""
+    from megalm.launch.jobs import logs
+
+    return _answer(logs(args.run), args.json)
 
 
 def quickstart(args: Namespace) -> int:

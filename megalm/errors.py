@@ -32,7 +32,7 @@ class CheckpointError(UserError):
 
 
 class LaunchError(UserError):
-    """The environment that a launcher left is partial or contradicts itself or the recipe."""
+    """A launcher is asked for what it cannot do, or left an environment that is partial or contradicts the recipe."""
 
 
 class Interrupted(MegalmError):

@@ -90,7 +90,7 @@ def expand_node_list(node_list: str) -> Iterator[str]:
         pieces = re.split(r"\[([^\[\]]*)\]", entry)  # text, bracket, text, bracket, ..., text
         choices = [list(_bracket(piece, node_list)) if odd % 2 else [piece] for odd, piece in enumerate(pieces)]
         for parts in product(*choices):
-            yield _valid_host("".join(parts), "the node list")
+            yield valid_host("".join(parts), "the node list")
 
 
 def _bracket(text: str, node_list: str) -> Iterator[str]:
@@ -113,7 +113,7 @@ def _from_variables(known: Mapping[str, str]) -> Rendezvous:
         world_size=_integer(known, "WORLD_SIZE"),
         local_rank=_integer(known, "LOCAL_RANK"),
         local_size=_integer(known, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in known else None,
-        address=_valid_host(known["MASTER_ADDR"], "MASTER_ADDR"),
+        address=valid_host(known["MASTER_ADDR"], "MASTER_ADDR"),
         port=_port(known),
         launcher=launcher,
         agent_store=known.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -157,7 +157,7 @@ def _from_slurm(known: Mapping[str, str]) -> Rendezvous:
         world_size=world_size,
         local_rank=_integer(known, "SLURM_LOCALID"),
         local_size=_tasks_on_node(known),
-        address=_valid_host(known.get("MASTER_ADDR") or first_host(node_list or ""), "MASTER_ADDR"),
+        address=valid_host(known.get("MASTER_ADDR") or first_host(node_list or ""), "MASTER_ADDR"),
         port=_port(known, slurm_port(_integer(known, "SLURM_JOB_ID"), _integer(known, "SLURM_STEP_ID"))),
         launcher="srun",
         attempt=known.get("SLURM_RESTART_COUNT", "0"),
@@ -215,7 +215,7 @@ def _from_mpi(kind: str, known: Mapping[str, str], meeting_point: MeetingPoint) 
         raise LaunchError(f"{given[0]} is set alone; set MASTER_ADDR and MASTER_PORT, or neither")
     address, port = (known["MASTER_ADDR"], _port(known)) if given else meeting_point(rank, world_size)
     local_size = _integer(known, names[3]) if names[3] in known else None
-    address = _valid_host(address, "the address of rank 0")
+    address = valid_host(address, "the address of rank 0")
     found = Rendezvous(rank, world_size, local_rank, local_size, address, port, "mpirun")
     _check(found, ", ".join(names))
     return found
@@ -283,7 +283,8 @@ def _port(known: Mapping[str, str], default: int | None = None) -> int:
     return port
 
 
-def _valid_host(host: str, source: str) -> str:
+def valid_host(host: str, source: str) -> str:
+    """Return the host name or address as it is. Raises LaunchError, naming `source`, for anything else."""
     if _HOST.fullmatch(host):
         return host
     try:
