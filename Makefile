@@ -25,7 +25,7 @@ quickstart: $(STAMP)  ## text, tokenizer, training on four processes, evaluation
 	$(BIN)/megalm quickstart $(ARGS)
 
 test: lint  ## lint, types and all tests that need neither GPU nor cluster
-	$(BIN)/python -m pytest -m 'not slurm' $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 test-slurm: $(STAMP)  ## batch jobs on a Slurm cluster that is started on this machine (needs root and apt)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)

@@ -33,6 +33,7 @@ WITHOUT_TORCH = (
     "megalm/errors.py",
     "megalm/cli.py",
     "megalm/commands.py",
+    "megalm/launch/*.py",
     "megalm/distributed/layout.py",
     "megalm/distributed/rendezvous.py",
     "megalm/pipeline_parallel/schedules.py",
