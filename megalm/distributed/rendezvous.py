@@ -11,6 +11,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from megalm.errors import LaunchError
@@ -221,8 +222,12 @@ def _from_mpi(kind: str, known: Mapping[str, str], meeting_point: MeetingPoint) 
     return found
 
 
+@cache
 def _meet_through_mpi4py(rank: int, world_size: int) -> tuple[str, int]:
-    """Broadcast rank 0's address and a free port of it, then end MPI: it is needed for nothing else."""
+    """Broadcast rank 0's address and a free port of it, then end MPI: it is needed for nothing else.
+
+    Once in a process, for MPI cannot begin again: the command line reads the environment before the ranks meet.
+    """
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
