@@ -76,9 +76,12 @@ class Cluster:
     def pretrain(self, workplace: Path, run: str, options: Sequence[str], *overrides: str, **more: str) -> Job:
         """Submit `slurm/pretrain.sbatch` in `workplace`, as a user does by hand."""
         recipe = ["recipe.yaml", f"run.dir={run}", "run.device=cpu", *overrides]
-        asked = ["--parsable", "--cpus-per-task=1", "--time=20", "--signal=USR1@60", *options]
-        job_id = self.ask("sbatch", *asked, str(ROOT / "slurm/pretrain.sbatch"), *recipe, cwd=workplace, **more)
-        return Job(self, workplace, run, job_id)
+        return self.submit("pretrain", workplace, run, ["--signal=USR1@60", *options], *recipe, **more)
+
+    def submit(self, script: str, workplace: Path, run: str, options: Sequence[str], *words: str, **more: str) -> Job:
+        """Submit a script of `slurm/` in `workplace` with `words` as its arguments."""
+        asked = ["--parsable", "--cpus-per-task=1", "--time=20", *options, str(ROOT / f"slurm/{script}.sbatch")]
+        return Job(self, workplace, run, self.ask("sbatch", *asked, *words, cwd=workplace, **more))
 
 
 class Job:
@@ -104,8 +107,8 @@ class Job:
 
     def log(self) -> Path:
         """Return the batch script's log."""
-        found = [self.workplace / f"megalm-{self.job_id}.log", *self.run.glob(f"jobs/*/job-{self.job_id}.log")]
-        return next((path for path in found if path.exists()), found[0])
+        found = [*self.workplace.glob(f"megalm-*{self.job_id}.log"), *self.run.glob(f"jobs/*/job-{self.job_id}.log")]
+        return found[0] if found else self.workplace / "no.log"
 
     def said(self) -> str:
         """Return what the batch script has said, in all its starts."""
