@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megalm.errors import HUNG
 from megalm.launch import requeue
 from megalm.launch.records import JobRecord, write_record
 from megalm.launch.requeue import Attempts, Decision, RankEnd, common_status, decide
@@ -53,7 +54,7 @@ def test_in_a_chain_the_time_limit_hands_over_and_a_pre_empted_job_comes_back(
     assert decided(75, 5, run(), signal=signal, in_chain=True, has_next=has_next).action == action
 
 
-@pytest.mark.parametrize("status", [1, 76, 134, 137, 143])
+@pytest.mark.parametrize("status", [1, HUNG, 134, 137, 143])
 def test_three_failures_without_a_new_step_end_the_job_and_say_why(status: int) -> None:
     attempts = run(best_step=7)
     assert [decided(status, 7, attempts).action for _ in range(2)] == ["requeue", "requeue"]

@@ -50,3 +50,23 @@ def test_a_job_without_arguments_says_how_it_is_used(tmp_path: Path) -> None:
     environment["MEGALM_VENV"] = "/nowhere"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "error: no virtual environment in /nowhere; edit slurm/env.sh\n")
+
+
+@pytest.mark.parametrize("image", [None, "/images/a b;$(x).sqsh"])
+def test_a_container_only_where_one_is_asked_for(tmp_path: Path, image: str | None) -> None:
+    programs = {"srun": 'printf "%s\\n" "$@" >"$SEEN"', "python": "exit 0", "squeue": "exit 0"}
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/activate").write_text("")
+    for name, body in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "n"}
+    environment |= {"MEGALM_LOGS": str(tmp_path), "MEGALM_VENV": str(tmp_path), "SEEN": str(tmp_path / "seen")}
+    environment |= {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "MEGALM_CONTAINER": image or ""}
+    command = ["bash", ROOT / "slurm/pretrain.sbatch", "gpt-tiny"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    options = [line for line in (tmp_path / "seen").read_text().splitlines() if line.startswith("--container")]
+    wanted = [f"--container-image={image}", f"--container-workdir={tmp_path}"]
+    wanted.append(f"--container-mounts={tmp_path}:{tmp_path}")
+    assert options == ([] if image is None else wanted)

@@ -56,10 +56,12 @@ install_packages() { # the distribution's own services must not start
     ((${#missing[@]})) || return 0; echo "installing: ${missing[*]}"
     p=/usr/sbin/policy-rc.d
     [[ -e $p ]] || { printf '#!/bin/sh\nexit 101\n' >$p; chmod +x $p; mine=1; }
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
-        "${missing[@]}" >"$DIR/log/apt.log" 2>&1 9>&- || rc=$?
+    install() {
+        DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"
+    }
+    { install || { apt-get update -qq && install; }; } >"$DIR/log/apt.log" 2>&1 9>&- || rc=$?
     [[ -z $mine ]] || rm -f $p
-    ((rc == 0)) || die "apt-get failed (is apt-get update due?), see $DIR/log/apt.log"
+    ((rc == 0)) || die "apt-get failed, see $DIR/log/apt.log"
 }
 write_config() { # N
     local n=$1 k ctl; ctl=$(hostname -s)
