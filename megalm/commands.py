@@ -141,7 +141,8 @@ def train(args: Namespace) -> int:
     world, starts_workers = _world(config, args.nproc)
     _check_world(config, world)
     data = _check_data(config)
-    fresh = args.fresh and not _is_restart()
+    restarted = _is_restart()
+    fresh = args.fresh and not restarted
     check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)
     if starts_workers:
         if interruption.received:  # from here on signals are passed on to the workers
@@ -150,7 +151,7 @@ def train(args: Namespace) -> int:
         return _start_workers(args, command, world, Path(config.run.dir) / "logs")
     from megalm.train.pretrain import train as pretrain
 
-    pretrain(config, fresh, interruption)
+    pretrain(config, fresh, interruption, restarted)
     return 0
 
 

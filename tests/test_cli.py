@@ -219,7 +219,7 @@ def test_a_prompt_reaches_the_workers_whatever_it_looks_like(started: list[Any],
 
 def test_under_a_launcher_no_workers_are_started(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
-    pretrain = SimpleNamespace(train=lambda config, fresh, interruption: trained.append((config.run.dir, fresh)))
+    pretrain = SimpleNamespace(train=lambda config, fresh, *rest: trained.append((config.run.dir, fresh)))
     monkeypatch.setitem(sys.modules, "megalm.train.pretrain", pretrain)
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     for name, value in variables.items():

@@ -34,17 +34,23 @@ from megalm.train.trainer import Trainer, TrainState
 from megalm.watchdog.watch import watched
 from megalm.zero.build import build_engine, partitioner
 
+_DEAD_LOCK_S = 180.0  # NFS gives a dead client's locks free after 90 s
 
-def train(config: RunConfig, fresh: bool = False, interruption: Interruption | None = None) -> None:
+
+def train(
+    config: RunConfig, fresh: bool = False, interruption: Interruption | None = None, restarted: bool = False
+) -> None:
     """Train this rank of the recipe's run, from its newest checkpoint if there is one and `fresh` is false.
 
     Every rank of the world calls. Recipe and data are checked before any group is formed; what only rank 0
-    finds out is raised on all ranks. Raises Interrupted, with the run saved, where a signal came before the end.
+    finds out is raised on all ranks. `restarted`: the launcher starts the job again, perhaps after a node's death,
+    whose lock on the run's directory may outlive it for a while. Raises Interrupted, with the run saved, where a
+    signal came before the end.
     """
     data = open_prepared(config.data.path)
     with watched(config.run.hang_timeout_s) as join, joined_mesh(config) as mesh:
         join()
-        directory = _open_directory(config, data, mesh, fresh)
+        directory = _open_directory(config, data, mesh, fresh, _DEAD_LOCK_S if restarted else 0.0)
         try:
             if config.run.preflight:
                 preflight(config, mesh, count_parameters(config.model, vocabulary(config, data)).total)
@@ -108,7 +114,9 @@ def order_seed(config: RunConfig) -> int:
     return config.seed if config.data.seed is None else config.data.seed
 
 
-def _open_directory(config: RunConfig, data: PreparedData, mesh: ParallelMesh, fresh: bool) -> RunDirectory | None:
+def _open_directory(
+    config: RunConfig, data: PreparedData, mesh: ParallelMesh, fresh: bool, patience_s: float
+) -> RunDirectory | None:
     """Open the run's directory on rank 0, and put the tokenizer beside what will need it; all ranks fail together."""
     directory, error = None, None
     if mesh.rank == 0:
@@ -120,6 +128,7 @@ def _open_directory(config: RunConfig, data: PreparedData, mesh: ParallelMesh, f
                 mesh.layout.world_size,
                 count_parameters(config.model, vocabulary(config, data)).total,
                 fresh,
+                patience_s,
             )
             data.tokenizer().save(directory.path)
         except Exception as caught:

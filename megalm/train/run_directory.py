@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +30,7 @@ IDENTITY_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
 FORMAT = "megalm-run-1"
+_POLL_S = 0.5
 _OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl")
 _CHECKPOINTS = "checkpoints"
 
@@ -88,17 +90,19 @@ def open_run(
     world: int,
     model_parameters: int,
     fresh: bool = False,
+    patience_s: float = 0.0,
 ) -> RunDirectory:
     """Make or re-open `run.dir` for this recipe and data, lock it, and write `config.yaml` and `run.json`.
 
-    With `fresh`, the metrics, checkpoints and recipe of the run that is here are removed first. Raises
+    With `fresh`, the metrics, checkpoints and recipe of the run that is here are removed first. Another process that
+    holds the lock is waited for `patience_s`: a network file system keeps a dead node's lock for a while. Raises
     ConfigError for a directory that cannot be made, that another process trains in, that holds another run
     (naming the keys that differ), or that holds files of an unknown run.
     """
     path = Path(config.run.dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
+        lock = _lock(path, patience_s)
     except OSError as error:
         raise ConfigError(f"run.dir={path}: cannot be written ({error.strerror}); choose another run.dir") from error
     try:
@@ -162,11 +166,13 @@ def read_identity(path: Path) -> dict[str, Any] | None:
     return identity
 
 
-def _lock(path: Path) -> IO[str]:
+def _lock(path: Path, patience_s: float) -> IO[str]:
     """Return the open lock file; the lock goes with the process, however it ends."""
     stream = (path / LOCK_FILE).open("a+", encoding="utf-8")
+    deadline = time.monotonic() + patience_s
     try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while not _try_lock(stream, last=time.monotonic() >= deadline):
+            time.sleep(_POLL_S)
     except (BlockingIOError, PermissionError) as error:  # POSIX allows EAGAIN and EACCES
         stream.seek(0)
         owner = stream.read().strip() or "another process"
@@ -180,6 +186,17 @@ def _lock(path: Path) -> IO[str]:
     stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     stream.flush()
     return stream
+
+
+def _try_lock(stream: IO[str], last: bool) -> bool:
+    """Take the lock and return True; False where another process holds it, or OSError if this is the last try."""
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        if last:
+            raise
+        return False
+    return True
 
 
 def _refuse_other_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from tests.train.recipes import small_recipe
 DATA, TOKENIZER = "d" * 64, "t" * 64
 
 
-def open_once(directory: Path, fresh: bool = False, fingerprint: str = DATA, **sections: Any) -> RunDirectory:
+def open_once(
+    directory: Path, fresh: bool = False, fingerprint: str = DATA, patience_s: float = 0.0, **sections: Any
+) -> RunDirectory:
     config = small_recipe(**{"run": {"dir": str(directory)}, **sections})
-    run = open_run(config, fingerprint, TOKENIZER, 1, model_parameters=1000, fresh=fresh)
+    run = open_run(config, fingerprint, TOKENIZER, 1, model_parameters=1000, fresh=fresh, patience_s=patience_s)
     run.close()
     return run
 
@@ -148,9 +150,11 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path) -> N
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match=rf"process {holder.pid} on .* trains in it at this moment"):
             open_once(tmp_path)
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        assert open_once(tmp_path).resumed is True
+        death = threading.Timer(1.0, holder.kill)
+        death.start()
+        assert (
+            open_once(tmp_path, patience_s=60.0).resumed is True
+        )  # a restart waits for a lock that outlives its owner
 
 
 def test_what_a_killed_writer_left_is_swept_up(tmp_path: Path) -> None:
