@@ -100,6 +100,24 @@ def _check_world(config: RunConfig, world: int) -> int:
     return data_size
 
 
+def _check_device(config: RunConfig) -> None:
+    """Raise ConfigError for a device that this machine lacks, or kernels that need one. Asks torch only then."""
+    fused = config.model.kernels == "fused" and os.environ.get("TRITON_INTERPRET") != "1"
+    if config.run.device != "cuda" and not fused:
+        return
+    import torch
+
+    if torch.cuda.is_available() and config.run.device != "cpu":
+        return
+    if config.run.device == "cuda":
+        raise ConfigError(
+            "run.device=cuda, but torch sees no GPU here; megalm doctor says why, run.device=cpu does without"
+        )
+    raise ConfigError(
+        "model.kernels=fused needs a CUDA device and this run computes on the CPU; use model.kernels=auto"
+    )
+
+
 def _check_data(config: RunConfig) -> PreparedData:
     """Return the prepared data. Raises DataError or ConfigError unless it is whole and fits the recipe."""
     from megalm.data.datasets import open_prepared
@@ -121,17 +139,23 @@ def _check_data(config: RunConfig) -> PreparedData:
     return data
 
 
-def _start_workers(args: Namespace, command: Sequence[str], world: int, log_dir: Path | None) -> int:
+def _start_workers(
+    args: Namespace,
+    command: Sequence[str],
+    world: int,
+    log_dir: Path | None,
+    held: Sequence[signal.Signals] = (),
+) -> int:
     """Start the command `world` times on this machine, wait, and return its exit status."""
     from megalm.launch.local import run_workers
 
     debug = ["--debug"] if args.debug else []
-    return run_workers([sys.executable, "-m", "megalm", *command, *debug], world, log_dir)
+    return run_workers([sys.executable, "-m", "megalm", *command, *debug], world, log_dir, held)
 
 
 def train(args: Namespace) -> int:
     """`megalm train`: check everything, then train here or in workers of this machine."""
-    from megalm.train.interruption import Interruption
+    from megalm.train.interruption import STOPPING, Interruption
 
     interruption = Interruption()  # first of all, as the imports below take seconds
     from megalm.config.load import load_recipe
@@ -141,6 +165,7 @@ def train(args: Namespace) -> int:
     world, starts_workers = _world(config, args.nproc)
     _check_world(config, world)
     data = _check_data(config)
+    _check_device(config)
     restarted = _is_restart()
     fresh = args.fresh and not restarted
     check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)
@@ -148,7 +173,7 @@ def train(args: Namespace) -> int:
         if interruption.received:  # from here on signals are passed on to the workers
             raise Interrupted(f"{signal.Signals(interruption.received).name} came before anything was started")
         command = ["train", args.recipe, *args.overrides, *(["--fresh"] if fresh else [])]
-        return _start_workers(args, command, world, Path(config.run.dir) / "logs")
+        return _start_workers(args, command, world, Path(config.run.dir) / "logs", STOPPING)
     from megalm.train.pretrain import train as pretrain
 
     pretrain(config, fresh, interruption, restarted)

@@ -18,7 +18,7 @@ from megalm.config.load import load_recipe
 from megalm.config.run import RunConfig
 from megalm.data.corpus import CORPORA
 from megalm.data.datasets import PreparedData, open_prepared, prepare
-from megalm.errors import MegalmError, UserError
+from megalm.errors import ConfigError, Interrupted, MegalmError, UserError
 from megalm.launch.local import run_workers
 
 RECIPE = "gpt-tiny"
@@ -41,6 +41,8 @@ def run(out: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -> 
     directory = Path(out)
     settings = (*LAYOUT, *_fitting_this_machine(overrides), *overrides, f"run.dir={directory}")
     config = load_recipe(RECIPE, settings)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--out {out}: is no directory; choose another place")
     begin = time.monotonic()
     with _phase(1, "text -> tokenizer -> tokens"):
         data = _prepared(Path(config.data.path))
@@ -121,10 +123,14 @@ def _prepared(data: Path) -> PreparedData:
 
 
 def _train(config: RunConfig, settings: Sequence[str], fresh: bool) -> None:
+    from megalm.train.interruption import STOPPING
+
     logs = Path(config.run.dir) / "logs"
     arguments = ["train", RECIPE, *(["--fresh"] if fresh else []), *settings]
     _say(f"      megalm {shlex.join(arguments)}")
-    status = run_workers([sys.executable, "-m", "megalm", *arguments], _processes(config), logs)
+    status = run_workers([sys.executable, "-m", "megalm", *arguments], _processes(config), logs, STOPPING)
+    if status == Interrupted.exit_status:
+        raise Interrupted(f"the training is saved; start it again to go on; what each rank said is in {logs}")
     if status != 0:
         kind = UserError if status == UserError.exit_status else MegalmError
         raise kind(f"training ended with status {status}; what each rank said is in {logs}")
@@ -187,11 +193,12 @@ def _tell_where(run: Path, config: RunConfig, seconds: float) -> None:
         _say(f"  {path!s:<30} {what}")
     _say("What to try next:")
     data = f"data.path={config.data.path}"
+    on_cpu = " run.device=cpu" if config.run.device == "cpu" else ""
     for command in (
         f'megalm generate {run} --prompt "A class is" --temperature 0.8',
         f"megalm evaluate {run} parallel.tensor=2",
         f"megalm checkpoint inspect {run}",
-        f"megalm train {RECIPE} {data} run.dir=runs/dropout parallel.pipeline=2 model.dropout=0.1",
+        f"megalm train {RECIPE} {data} run.dir=runs/dropout parallel.pipeline=2 model.dropout=0.1{on_cpu}",
         f"megalm config show {RECIPE}",
     ):
         _say(f"  {command}")

@@ -182,7 +182,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[
     """Give data that always fits, and record the workers that would be started instead of starting them."""
     calls: list[tuple[list[str], int, Path | None]] = []
 
-    def run_workers(command: list[str], nproc: int, log_dir: Path | None) -> int:
+    def run_workers(command: list[str], nproc: int, log_dir: Path | None, held: object = ()) -> int:
         calls.append((command, nproc, log_dir))
         return 7
 

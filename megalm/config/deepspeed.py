@@ -38,11 +38,27 @@ ZERO_KEYS = frozenset({
     "use_multi_rank_bucket_allreduce", "zenflow", "zero_hpz_partition_size", "zero_quantized_gradients",
     "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 })
-# What the parity gate does not cover is refused rather than passed on unproved.
+# What would change the arithmetic, or break it, and no layout of the parity gate has is refused.
 NOT_GATED = frozenset({
-    "cpu_offload", "cpu_offload_param", "offload_param", "zenflow", "zero_hpz_partition_size",
+    "cpu_offload", "cpu_offload_param", "leaf_module", "offload_param", "parameter_alignment",
+    "stage3_module_granularity_threshold", "zenflow", "zero_hpz_partition_size",
     "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 })
+FLAGS = frozenset({
+    "allgather_partitions", "compute_grad_norm", "contiguous_gradients", "cpu_offload_use_pin_memory",
+    "elastic_checkpoint", "enable_sanity_checks", "ignore_unused_parameters", "legacy_stage1",
+    "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear", "overlap_comm",
+    "override_module_apply", "pipeline_loading_checkpoint", "reduce_scatter", "round_robin_gradients",
+    "save_muon_momentum_buffer_in_memory", "stage3_allgather_sequential",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
+    "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce",
+})
+COUNTS = frozenset({
+    "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
+    "sub_group_size",
+})
+OFFLOAD_KEYS = frozenset({"device", "pin_memory"})
 PASSED_ON = frozenset({
     "comms_logger", "disable_allgather", "disable_python_gc",
     "dump_state", "log_level", "memory_breakdown", "steps_per_print", "wall_clock_breakdown",
@@ -275,7 +291,22 @@ def _check_zero(given: _Json, config: RunConfig) -> None:
         if zero[key] is True or zero[key] not in (None, False, AUTO, 1, {"device": "none"}):
             remedy = "take it out; no layout with it is held to the one-process reference"
             given.contradiction(f"zero_optimization.{key}", zero[key], f"zero.stage={stage}", remedy)
+    if zero.get("compute_grad_norm") is False:
+        remedy = "take it out; the norm is logged and clipped by"
+        given.contradiction("zero_optimization.compute_grad_norm", False, f"zero.stage={stage}", remedy)
+    _check_values(given, zero)
     _check_offload(given, zero.get("offload_optimizer"), stage)
+
+
+def _check_values(given: _Json, zero: dict[str, Any]) -> None:
+    """Note flags that are neither true nor false, and sizes that are no whole numbers."""
+    for key in sorted(zero.keys() & (FLAGS | COUNTS)):
+        value, where = zero[key], f"{given.name}:zero_optimization.{key}"
+        if key in FLAGS and not isinstance(value, bool):
+            given.problems.append(f"{where}={json.dumps(value)[:60]} is no flag; write true or false")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in COUNTS and not (is_number and value >= 1 and value == int(value)):
+            given.problems.append(f"{where}={json.dumps(value)[:60]} is no size; write a whole number from 1 on")
 
 
 def _check_offload(given: _Json, value: Any, stage: int) -> None:
@@ -283,6 +314,10 @@ def _check_offload(given: _Json, value: Any, stage: int) -> None:
     if value is not None and not isinstance(value, dict):
         given.problems.append(f"{given.name}:{key}={json.dumps(value)[:60]} is not an object; write {{...}}")
         return
+    for name in sorted((value or {}).keys() - OFFLOAD_KEYS):
+        given.contradiction(
+            f"{key}.{name}", (value or {})[name], f"zero.stage={stage}", "take it out; no layout with it is gated"
+        )
     device = (value or {}).get("device", "none")
     if device not in ("none", "cpu"):
         remedy = "use cpu; no other device is held to the one-process reference"

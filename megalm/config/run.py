@@ -19,6 +19,7 @@ from megalm.errors import ConfigError
 from megalm.registry import unknown_name
 
 LARGEST_COUNT = 2**40
+LARGEST_ENUMERATED = 2**17  # layers, heads, ranks of an axis: what is gone through one by one
 LARGEST_SEED = 2**63 - 1
 
 
@@ -42,6 +43,7 @@ def _as_tuple(value: Any) -> Any:
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+Few = Annotated[int, Field(ge=1, le=LARGEST_ENUMERATED)]
 Text = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -79,9 +81,9 @@ class ModelSection(Section):
     stores the whole matrix of attention scores. The model is the same.
     """
 
-    layers: Positive
+    layers: Few
     hidden: Positive
-    heads: Positive
+    heads: Few
     kv_heads: Positive | None = None
     ffn: Positive | None = None
     vocab: Positive | None = None
@@ -121,8 +123,8 @@ class ModelSection(Section):
 class ParallelSection(Section):
     """How one copy of the model is split over ranks; data is what remains of the world size."""
 
-    tensor: Positive = 1
-    pipeline: Positive = 1
+    tensor: Few = 1
+    pipeline: Few = 1
     sequence: bool = False
     schedule: Annotated[str, _one_of("schedule")] = "1f1b"
     partition: Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)] | None = None

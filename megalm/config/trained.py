@@ -29,6 +29,7 @@ _FREE_KEYS = frozenset(
         "model.flash_attention",
         "train.micro_batch",
         "data.path",
+        "run.device",
         "run.start_timeout_s",
         "run.collective_timeout_s",
     }

@@ -167,7 +167,8 @@ def read_tokenizer_file(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise DataError(
-            f"cannot read tokenizer {file}: {error.strerror}; make one with megalm tokenizer train"
+            f"cannot read tokenizer {file}: {error.strerror}; copy the one that the data was made with (a run's "
+            "is that of its data.path), or make one with megalm tokenizer train"
         ) from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from megalm.config.trained import trained_config
 from megalm.data.tokenizer import Tokenizer
 from megalm.distributed.world import joined_mesh
-from megalm.errors import LaunchError
+from megalm.errors import DataError, LaunchError
 from megalm.generation.generate import WindowModel, generate_tokens
 from megalm.generation.sampling import Sampling
 from megalm.models.trained import load_trained, require_checkpoint
@@ -43,6 +43,8 @@ def generate(
     superfluous ranks.
     """
     directory = Path(run)
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what the shell gave was not UTF-8
+        raise DataError(f"the prompt {prompt[:40]!r} holds bytes that are no UTF-8; give it in UTF-8")
     sampling = Sampling(temperature, top_k, 1.0 if top_p is None else top_p, seed)
     config = trained_config(directory, (*overrides, _WITHOUT_SEQUENCE_PARALLELISM))
     tokenizer = Tokenizer.load(directory)

@@ -38,13 +38,14 @@ for pid in map(int, sys.argv[1:]):
 """
 
 
-def run_workers(command: Sequence[str], nproc: int, log_dir: Path | None) -> int:
+def run_workers(command: Sequence[str], nproc: int, log_dir: Path | None, held: Sequence[signal.Signals] = ()) -> int:
     """Run `nproc` copies of `command` as ranks 0 .. nproc-1 of one world and return the exit status for all.
 
     0 if all ended with 0, 75 if they were interrupted and can go on later; otherwise the first failure's (2, the user's
     mistake, goes before others within a second; a worker that a signal ended counts as 1), after the others have been
     ended: SIGTERM, and SIGKILL 10 s later. SIGINT, SIGTERM and SIGUSR1 are passed on; if the workers end by them the
-    status is 128 + signal. No worker outlives this process.
+    status is 128 + signal. Workers start with the signals in `held` blocked, for a command that takes them later. No
+    worker outlives this process.
 
     Rank 0's output goes to the console as it is; of the others only standard error, as `[rank N] line`; a line of
     standard error that another rank has shown already is left out. Every rank's output is appended to
@@ -65,7 +66,7 @@ def run_workers(command: Sequence[str], nproc: int, log_dir: Path | None) -> int
         cleanup.callback(_end, workers)
         for rank in range(nproc):
             log = None if log_dir is None else cleanup.enter_context(open(log_dir / f"rank-{rank}.log", "ab"))
-            workers.append(_Worker(command, rank, nproc, port, log, console))
+            workers.append(_Worker(command, rank, nproc, port, log, console, held))
         if sys.platform != "linux":
             cleanup.enter_context(_watcher(workers))
         return _wait(workers, received, console, log_dir)
@@ -75,7 +76,14 @@ class _Worker:
     """One rank's process and the threads that read what it says."""
 
     def __init__(
-        self, command: Sequence[str], rank: int, nproc: int, port: int, log: BinaryIO | None, console: _Console
+        self,
+        command: Sequence[str],
+        rank: int,
+        nproc: int,
+        port: int,
+        log: BinaryIO | None,
+        console: _Console,
+        held: Sequence[signal.Signals],
     ) -> None:
         self.rank = rank
         self.process = subprocess.Popen(
@@ -85,7 +93,7 @@ class _Worker:
             stderr=subprocess.PIPE,
             env=_environment(rank, nproc, port),
             start_new_session=True,  # a group of its own: ended with its children; Ctrl-C comes through the launcher
-            preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
+            preexec_fn=_before_start(os.getpid(), held),
         )
         assert self.process.stdout is not None and self.process.stderr is not None
         lock = threading.Lock()  # standard output and error share the log
@@ -241,16 +249,18 @@ def _watcher(workers: list[_Worker]) -> Iterator[None]:
             process.kill()
 
 
-def _die_with(parent: int) -> Callable[[], None]:
-    """Return what a new worker runs first: the kernel then ends it together with the launcher."""
-    prctl = ctypes.CDLL(None).prctl
+def _before_start(parent: int, held: Sequence[signal.Signals]) -> Callable[[], None]:
+    """Return what a new worker runs first: it holds signals back, and on Linux is ended together with the launcher."""
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
-    def bind() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the launcher died in between
-            os._exit(1)
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # the launcher died in between
+                os._exit(1)
 
-    return bind
+    return prepare
 
 
 def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """A request to stop that reaches one rank, agreed on by all: SIGTERM or SIGUSR1, as Slurm sends before a time limit.
 
-Handlers stand from the first moment of the process, before torch is imported, so that a signal is never lost. No torch
-at the top for that reason.
+Handlers stand before torch is imported, and the launcher of this machine holds the signals back until then, so that
+none is lost. No torch at the top for that reason.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -14,24 +16,32 @@ if TYPE_CHECKING:
     import torch
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+_INSIST_S = 5.0  # launchers and Slurm may both send one signal; later ones are somebody who does not want to wait
 
 
 class Interruption:
     """Catches the signals that ask to stop; `agreed` tells of them on all ranks after the same step.
 
     The ranks' requests are joined by one all-reduce of a number a step, which runs while the next step computes: a
-    request is acted on at most two steps after it came, and nobody waits for the exchange.
+    request is acted on at most two steps after it came. A signal that comes again some seconds later ends the process
+    at once, as it does by default.
     """
 
     def __init__(self) -> None:
         self.received = 0
         """The signal that this process has got; 0: none."""
         self._exchange: tuple[torch.Tensor, torch.distributed.Work | None] | None = None
+        self._since = 0.0
         for number in STOPPING:
             signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        if self.received and time.monotonic() - self._since > _INSIST_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
 
     def agreed(self, device: torch.device) -> signal.Signals | None:
         """Return the signal that any rank had received a step ago, None if none had. Every rank of the world calls."""

@@ -54,18 +54,25 @@ def train(
         try:
             if config.run.preflight:
                 preflight(config, mesh, count_parameters(config.model, vocabulary(config, data)).total)
-            _train(config, data, mesh, interruption)
+            _train(config, data, mesh, directory, interruption)
         finally:
             if directory is not None:
                 directory.close()
 
 
-def _train(config: RunConfig, data: PreparedData, mesh: ParallelMesh, interruption: Interruption | None) -> None:
+def _train(
+    config: RunConfig,
+    data: PreparedData,
+    mesh: ParallelMesh,
+    directory: RunDirectory | None,
+    interruption: Interruption | None,
+) -> None:
     run = Path(config.run.dir)
     vocab = vocabulary(config, data)
-    manager = CheckpointManager(run, config.checkpoint.keep, dist.group.WORLD, _describe(config, mesh))
     model = build_stage(config, vocab, mesh, partitioner(config, mesh))
     engine = build_engine(config, model, mesh, partial(build_optimizer, config.optim), model.tied_weight)
+    _claim(directory, data)
+    manager = CheckpointManager(run, config.checkpoint.keep, dist.group.WORLD, _describe(config, mesh))
     order = GlobalOrder(training_windows(len(data.train), config.model.sequence), order_seed(config))
     loader = Loader(data.train, config.model.sequence, order, mesh.coordinates.data, mesh.size("data"))
     trainer = Trainer(config, mesh, build_executor(config, engine.module, mesh), engine, loader, TrainState())
@@ -117,7 +124,7 @@ def order_seed(config: RunConfig) -> int:
 def _open_directory(
     config: RunConfig, data: PreparedData, mesh: ParallelMesh, fresh: bool, patience_s: float
 ) -> RunDirectory | None:
-    """Open the run's directory on rank 0, and put the tokenizer beside what will need it; all ranks fail together."""
+    """Open the run's directory on rank 0; all ranks fail together."""
     directory, error = None, None
     if mesh.rank == 0:
         try:
@@ -130,7 +137,6 @@ def _open_directory(
                 fresh,
                 patience_s,
             )
-            data.tokenizer().save(directory.path)
         except Exception as caught:
             error = caught
     try:
@@ -140,6 +146,18 @@ def _open_directory(
             directory.close()
         raise
     return directory
+
+
+def _claim(directory: RunDirectory | None, data: PreparedData) -> None:
+    """Write what the run is into its directory, the tokenizer beside it, on rank 0; all ranks fail together."""
+    error = None
+    if directory is not None:
+        try:
+            directory.claim()
+            data.tokenizer().save(directory.path)
+        except Exception as caught:
+            error = caught
+    agree(error, _world())
 
 
 def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:

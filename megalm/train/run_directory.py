@@ -58,6 +58,19 @@ class RunDirectory:
     resumed: bool
     """Whether a run with this identity was here already (it may still have no checkpoint)."""
     _lock: IO[str]
+    _config: RunConfig
+    _identity: dict[str, Any]
+    _fresh: bool
+
+    def claim(self) -> None:
+        """Write `config.yaml` and `run.json`, with `fresh` after the removal of the run that was here.
+
+        Called once all that could show the recipe to be wrong is done: from then on another recipe is refused here.
+        """
+        if self._fresh and read_identity(self.path) is not None:
+            _remove_run(self.path)
+        write_durably(self.path / IDENTITY_FILE, (json.dumps(self._identity, indent=1) + "\n").encode())
+        write_durably(self.path / CONFIG_FILE, dump_yaml(self._config).encode())
 
     def close(self) -> None:
         """Give the directory free; safe to call twice."""
@@ -92,9 +105,9 @@ def open_run(
     fresh: bool = False,
     patience_s: float = 0.0,
 ) -> RunDirectory:
-    """Make or re-open `run.dir` for this recipe and data, lock it, and write `config.yaml` and `run.json`.
+    """Make or re-open `run.dir` for this recipe and data, and lock it; `claim` then writes to it.
 
-    With `fresh`, the metrics, checkpoints and recipe of the run that is here are removed first. Another process that
+    With `fresh`, the metrics, checkpoints and recipe of the run that is here are to be removed. Another process that
     holds the lock is waited for `patience_s`: a network file system keeps a dead node's lock for a while. Raises
     ConfigError for a directory that cannot be made, that another process trains in, that holds another run
     (naming the keys that differ), or that holds files of an unknown run.
@@ -109,22 +122,17 @@ def open_run(
         for leftover in path.glob(".*.partial"):  # of a process that was killed while it wrote
             leftover.unlink()
         before = check_run(config, data_fingerprint, tokenizer_fingerprint, fresh)
-        if fresh and before is not None:
-            _remove_run(path)
-            before = None
-        identity = {
-            "format": FORMAT,
-            "megalm": __version__,
-            "world": world,
-            "model_parameters": model_parameters,
-            **_identity(config, data_fingerprint, tokenizer_fingerprint),
-        }
-        write_durably(path / IDENTITY_FILE, (json.dumps(identity, indent=1) + "\n").encode())
-        write_durably(path / CONFIG_FILE, dump_yaml(config).encode())
     except BaseException:
         lock.close()
         raise
-    return RunDirectory(path, before is not None, lock)
+    identity = {
+        "format": FORMAT,
+        "megalm": __version__,
+        "world": world,
+        "model_parameters": model_parameters,
+        **_identity(config, data_fingerprint, tokenizer_fingerprint),
+    }
+    return RunDirectory(path, before is not None and not fresh, lock, config, identity, fresh)
 
 
 def _identity(config: RunConfig, data_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megalm.config.deepspeed import ZERO_KEYS, deepspeed_config, shipped_configs
+from megalm.config.deepspeed import COUNTS, FLAGS, NOT_GATED, ZERO_KEYS, deepspeed_config, shipped_configs
 from megalm.config.load import load_recipe
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
@@ -154,6 +154,11 @@ def test_overlapped_communication_is_refused_under_a_pipeline(tmp_path: Path) ->
         ({"flops_profiler": {}}, "mine.json:flops_profiler: unknown key; it would have no effect here, take it out"),
         ({"fp16": True}, "mine.json:fp16=true is not an object"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, 'offload_optimizer="cpu" is not an object'),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, 'reduce_bucket_size="big" is no size; write a whole'),
+        ({"zero_optimization": {"sub_group_size": 0}}, "sub_group_size=0 is no size; write a whole number from 1 on"),
+        ({"zero_optimization": {"sub_group_size": True}}, "sub_group_size=true is no size"),
+        ({"zero_optimization": {"reduce_scatter": "auto"}}, 'reduce_scatter="auto" is no flag; write true or false'),
+        ({"zero_optimization": {"round_robin_gradients": 1}}, "round_robin_gradients=1 is no flag"),
         ('{\n "fp16": {,}\n}', "mine.json:2: not valid JSON"),
         ("", "mine.json:1: not valid JSON"),
         ("[1]", "mine.json: not an object"),
@@ -186,6 +191,7 @@ def test_the_known_zero_keys_are_those_of_the_pinned_deepspeed() -> None:
     names = {field.alias or name for name, field in fields.items()} | fields.keys()
     assert names >= ZERO_KEYS
     assert {field.alias or name for name, field in fields.items()} == ZERO_KEYS
+    assert not FLAGS & COUNTS and FLAGS | COUNTS | NOT_GATED | {"stage", "offload_optimizer"} == ZERO_KEYS
 
 
 @pytest.mark.parametrize(
@@ -198,6 +204,16 @@ def test_the_known_zero_keys_are_those_of_the_pinned_deepspeed() -> None:
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             "zero_optimization.offload_optimizer.device",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "zero_optimization.offload_optimizer.ratio",
+        ),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "zero_optimization.compute_grad_norm"),
+        ({"zero_optimization": {"parameter_alignment": 8}}, "zero_optimization.parameter_alignment"),
+        (
+            {"zero_optimization": {"stage3_module_granularity_threshold": 100000}},
+            "zero_optimization.stage3_module_granularity_threshold",
         ),
         ({"zero_optimization": {"overlap_comm": True}}, "zero_optimization.overlap_comm"),
         ({"communication_data_type": "fp16"}, "communication_data_type"),

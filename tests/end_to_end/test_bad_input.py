@@ -81,6 +81,7 @@ def hold_run(*overrides: str) -> Path:
     """Make the directory of a run that has not trained yet, and return it."""
     config, data = load_recipe("recipe.yaml", overrides), open_prepared("data")
     run = open_run(config, data.fingerprint, data.tokenizer_fingerprint, 1, model_parameters=1000)
+    run.claim()
     data.tokenizer().save(run.path)
     run.close()
     return run.path
@@ -124,6 +125,8 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["parallel.tensor=2", "--nproc=3"], "3 ranks are not divisible by"),
         (["model.vocab=100"], "smaller than the 280 tokens of the tokenizer in data; use 280 or more"),
         (["model.sequence=100000"], "use a smaller model.sequence or more text"),
+        (["run.device=cuda"], "run.device=cuda, but torch sees no GPU here; megalm doctor says why"),
+        (["model.layers=1000000"], "model.layers=1000000"),
         (["data.path=gone"], "there is no prepared data at gone; make it with megalm data prepare"),
     ],
 )  # fmt: skip
@@ -131,6 +134,13 @@ def test_a_recipe_that_cannot_be(
     place: Path, capfd: pytest.CaptureFixture[str], overrides: list[str], said: str
 ) -> None:
     assert said in refused_in_one_line(capfd, *TRAIN, *overrides)
+
+
+def test_kernels_without_a_device(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "model.kernels=fused needs a CUDA device" in refused_in_one_line(capfd, *TRAIN, "model.kernels=fused")
 
 
 def test_every_mistake_has_a_line(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

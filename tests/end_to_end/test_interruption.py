@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.kill import Layout, Outcome, Start, compare, finish, newest_step
-from tests.end_to_end.workplace import make_workplace
+from tests.end_to_end.workplace import environment, make_workplace
 
 
 @pytest.mark.slow
@@ -36,7 +39,32 @@ def test_signals_save_and_nothing_is_computed_twice(tmp_path: Path, layout: Layo
 def test_a_signal_before_the_first_step_is_not_lost(tmp_path: Path) -> None:
     make_workplace(tmp_path)
     start = Start(tmp_path, "run", Layout())
-    assert start.wait_for((start.directory / "run.json").exists)  # written before the model is built
+    assert start.wait_for((start.directory / "run.json").exists)  # written before the first step
     start.process.send_signal(signal.SIGUSR1)
     assert start.process.wait(60) == 75, start.said()
     assert 1 <= newest_step(start.directory) < 40
+
+
+def test_a_signal_at_the_very_start_of_workers_is_held_until_it_can_be_obeyed(tmp_path: Path) -> None:
+    make_workplace(tmp_path)
+    start = Start(tmp_path, "run", Layout(tensor=2))
+    assert start.wait_for(lambda: len(start.workers()) == 2)
+    start.process.send_signal(signal.SIGUSR1)
+    assert start.process.wait(120) == 75, start.said()
+    assert 1 <= newest_step(start.directory) < 40
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    code = (
+        "import signal, time, os; from megalm.train import interruption; interruption._INSIST_S = 0.5\n"
+        "asked = interruption.Interruption(); print('ready', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for _ in range(2):  # one that two senders send
+            process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == -signal.SIGTERM

@@ -62,6 +62,15 @@ def test_every_element_counts_once(dtype: torch.dtype) -> None:
     assert float(grad_norm(tensors, squared=True)) == sum(sizes)
 
 
+@pytest.mark.parametrize("count", [1000, 2**24 + 5])
+def test_the_reference_loses_no_digits_over_long_tensors(count: int) -> None:
+    x = torch.randn(count, generator=torch.Generator().manual_seed(1))
+    exact = x.double().norm().item()
+    assert reference.grad_norm([x, x[:0]]).item() == pytest.approx(exact, rel=1e-6)
+    assert reference.grad_norm([x, -x], squared=True).item() == pytest.approx(2 * exact**2, rel=1e-6)
+    assert reference.grad_norm([x.double()]).item() == pytest.approx(exact, rel=1e-12)
+
+
 def test_equal_tensors_have_equal_norms_wherever_they_lie() -> None:
     tensors = [normal(3, 5000), normal(9001, dtype=torch.bfloat16), normal(70, 3, dtype=torch.float16)]
     norm = grad_norm(tensors)

@@ -25,6 +25,7 @@ def open_once(
 ) -> RunDirectory:
     config = small_recipe(**{"run": {"dir": str(directory)}, **sections})
     run = open_run(config, fingerprint, TOKENIZER, 1, model_parameters=1000, fresh=fresh, patience_s=patience_s)
+    run.claim()
     run.close()
     return run
 
@@ -135,6 +136,7 @@ from tests.train.recipes import small_recipe
 from megalm.train.run_directory import open_run
 config = small_recipe(run={"dir": sys.argv[1]})
 run = open_run(config, "d" * 64, "t" * 64, 1, model_parameters=1000)
+run.claim()
 print("held", flush=True)
 sys.stdin.read()
 """
