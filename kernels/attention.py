@@ -205,8 +205,13 @@ def _arguments(
 
 
 def _settings(kernel: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the table's row for a kernel: its products in fp32 run on other units and take smaller tiles."""
-    return launch.settings("attention", kernel + "_fp32" * (arguments["q"].dtype == torch.float32), arguments["WIDTH"])
+    """Return the table's row for a kernel. Two things take registers and hence smaller tiles, so rows of their own.
+
+    They are products in fp32, which run on other units, and what happens to every score: cap, bias, dropout.
+    """
+    fp32 = "_fp32" * (arguments["q"].dtype == torch.float32)
+    extra = "_extra" * any(arguments[name] for name in ("SOFTCAP", "ALIBI", "DROPOUT"))
+    return launch.settings("attention", kernel + fp32 + extra, arguments["WIDTH"])
 
 
 @torch.library.custom_op("megalm::attention_forward", mutates_args=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the machine's cores belong to the ranks
@@ -27,3 +28,13 @@ def pool() -> Iterator[WorkerPool]:
     workers = WorkerPool(POOL_SIZE)
     yield workers
     workers.close()
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Give this process its signals back: `megalm train`, called in it, keeps them to itself until the process ends."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
