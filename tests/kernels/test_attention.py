@@ -17,8 +17,9 @@ from megalm.kernels.attention import flash_attention
 from tests.kernels.checks import DEVICE, DTYPES, assert_as_good_as_plain, normal, poisoned
 from tests.shards import assert_close
 
-# p = exp(x - lse) takes over the rounding of lse in fp32, near 4 here, where half a unit in the last place is 2.4e-7, and
-# that of lse log2(e), as much again times ln 2: 4.1e-7 together, which one query does not average. Plain torch keeps p.
+# p = exp(x - lse) takes over the rounding of lse in fp32, near 4 here, where half a unit in the last place is 2.4e-7,
+# and that of lse log2(e), as much again times ln 2: 4.1e-7 together, which one query does not average. Plain torch
+# keeps p itself.
 LSE_ROUNDING = 4.5e-7
 SEED = 2**63 + 5
 RATE = 0.3
