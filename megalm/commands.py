@@ -101,21 +101,11 @@ def _check_world(config: RunConfig, world: int) -> int:
 
 
 def _check_device(config: RunConfig) -> None:
-    """Raise ConfigError for a device that this machine lacks, or kernels that need one. Asks torch only then."""
-    fused = config.model.kernels == "fused" and os.environ.get("TRITON_INTERPRET") != "1"
-    if config.run.device != "cuda" and not fused:
-        return
-    import torch
+    """Raise ConfigError for a device that this machine lacks, or kernels that need one. torch is asked only then."""
+    if config.run.device == "cuda" or config.model.kernels == "fused":
+        from megalm.distributed.world import check_device
 
-    if torch.cuda.is_available() and config.run.device != "cpu":
-        return
-    if config.run.device == "cuda":
-        raise ConfigError(
-            "run.device=cuda, but torch sees no GPU here; megalm doctor says why, run.device=cpu does without"
-        )
-    raise ConfigError(
-        "model.kernels=fused needs a CUDA device and this run computes on the CPU; use model.kernels=auto"
-    )
+        check_device(config)
 
 
 def _check_data(config: RunConfig) -> PreparedData:

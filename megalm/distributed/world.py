@@ -14,6 +14,17 @@ from megalm.distributed import launch
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.rendezvous import Rendezvous, read_environment
+from megalm.errors import ConfigError
+
+
+def check_device(config: RunConfig) -> None:
+    """Raise ConfigError for a device that this machine lacks, or for kernels that need one."""
+    if torch.cuda.is_available() and config.run.device != "cpu":
+        return
+    if config.run.device == "cuda":
+        raise ConfigError("run.device=cuda, but torch sees no GPU here; megalm doctor says why; run.device=cpu works")
+    if config.model.kernels == "fused" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("model.kernels=fused needs a CUDA device and this run computes on cpu; use auto")
 
 
 @contextmanager
