@@ -19,7 +19,6 @@ from typing import Any
 
 from torch import Tensor
 
-from megalm.checkpoint.exchange import Group, gather_json, rank_of, together
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.geometry import Piece
 from megalm.checkpoint.manifest import (
@@ -36,6 +35,7 @@ from megalm.checkpoint.manifest import (
     piece_problem,
 )
 from megalm.checkpoint.tensor_file import DTYPE_NAMES, FileRecord, write_tensor_file
+from megalm.distributed.exchange import Group, gather_json, rank_of, together
 from megalm.distributed.progress import progress
 from megalm.distributed.sharding import Fragment
 from megalm.errors import CheckpointError

@@ -71,9 +71,9 @@ def _in_world(
     import torch
     import torch.distributed as dist
 
-    from megalm.checkpoint.exchange import broadcast_json
     from megalm.distributed import launch
     from megalm.distributed.collectives import agree
+    from megalm.distributed.exchange import broadcast_json
     from megalm.distributed.world import joined_world
     from megalm.preflight.world import examine_world
 

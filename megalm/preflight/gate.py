@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megalm import errors
-from megalm.checkpoint.exchange import broadcast_json, gather_json
 from megalm.config.run import RunConfig
+from megalm.distributed.exchange import broadcast_json, gather_json
 from megalm.distributed.mesh import ParallelMesh
 from megalm.errors import ConfigError, DistributedError, LaunchError, MegalmError
 from megalm.preflight.cluster import SKEW_FAIL_S, odd_versions

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalm.checkpoint.exchange import broadcast_json, gather_json
+from megalm.distributed.exchange import broadcast_json, gather_json
 from megalm.preflight import node
 from megalm.preflight.cluster import Cluster, judge, nodes_of
 from megalm.preflight.finding import Check, Finding, Place

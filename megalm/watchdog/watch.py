@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megalm.distributed.exchange import broadcast_json
 from megalm.distributed.progress import progress
 from megalm.errors import HUNG
 from megalm.watchdog.pulse import Pulse
@@ -59,18 +60,17 @@ class Watchdog:
 
     def join(self) -> None:
         """Be watched: a rank of this world that does not go on for the time-out ends all. Every rank calls."""
-        meeting: list[Any] = [None]
+        meeting: Any = None
         if dist.get_rank() == 0:
             self._tell(command="serve")
             assert self._watcher.stdout is not None
-            meeting = [json.loads(self._watcher.stdout.readline())]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(meeting, src=0)
+            meeting = json.loads(self._watcher.stdout.readline())
+        meeting = broadcast_json(meeting, dist.group.WORLD)
         self._write()
         progress.mirror = self._pulse.mark
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
         host = os.environ["MASTER_ADDR"]
-        self._tell(command="join", rank=dist.get_rank(), timeout_s=self._timeout_s, host=host, **meeting[0])
+        self._tell(command="join", rank=dist.get_rank(), timeout_s=self._timeout_s, host=host, **meeting)
 
     def leave(self) -> None:
         """Be watched no more; safe to call twice, and without `join`."""

@@ -1,4 +1,4 @@
-"""What ranks tell each other about a checkpoint: small JSON values and whether all went well.
+"""What ranks tell each other beside tensors: small JSON values, and whether all went well.
 
 Owns: moving JSON over a process group without pickle, and one error for all ranks. `group` None means that
 this process is alone; a group needs a CPU back end. Every rank of the group must call each of these
