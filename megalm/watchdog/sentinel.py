@@ -260,7 +260,7 @@ class Sentinel:
             _send(self._pid, DUMP_SIGNAL)
             if _is_stopped(self._pid):  # it writes its stacks, and does not train on meanwhile
                 _send(self._pid, signal.SIGCONT)
-                time.sleep(_POLL_S)
+                time.sleep(_STACKS_S / 2)
                 _send(self._pid, signal.SIGSTOP)
         elif command == "end" and self._ending_since is None:
             self._ending_since = time.monotonic()
