@@ -44,7 +44,7 @@ mutants: $(STAMP)  ## planted faults, each of which the parity gate must catch, 
 bench: $(STAMP)  ## our training step against a plain PyTorch loop
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
 
-kernels-compile: $(STAMP) $(OLD_TRITON)/.installed  ## every kernel for four GPU architectures and two tritons, as tables
+kernels-compile: $(STAMP) $(OLD_TRITON)/.installed  ## every kernel for six GPU architectures and two tritons, as tables
 	$(BIN)/python -m tests.kernels.compile_check $(ARGS)
 	$(BIN)/python -m tests.kernels.compile_check --triton $(OLD_TRITON) $(ARGS)
 

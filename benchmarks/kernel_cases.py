@@ -8,9 +8,10 @@ only place them in the picture.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ Work = tuple[float, float]
 
 EPS = 1e-5
 HALF = 2  # bytes of bf16 and fp16
+MASK_SEED = 2**40 + 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Case:
         """The operation."""
         return OPERATIONS[self.op]
 
+    def with_sizes(self, **sizes: int) -> Case:
+        """Return the case with other sizes, or more of them."""
+        return replace(self, sizes={**self.sizes, **sizes})
+
     def inputs(self, device: torch.device, seed: int, sizes: Sizes | None = None) -> Inputs:
         """Return inputs of a seed on a device."""
         generator = torch.Generator(device).manual_seed(seed)
@@ -87,11 +93,24 @@ def _normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.
     return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
 
 
-# Attention. Sizes: B, T, H, G (key/value heads), E, W (window, 0 for none), D (equal documents in a row, 0 for none).
+def _kind(s: Sizes) -> torch.dtype:
+    """Return the dtype of sizes, which are of bf16 if they say nothing: `bytes` (4 for fp32)."""
+    return torch.float32 if s.get("bytes", HALF) == 4 else torch.bfloat16
+
+
+def _drawn(s: Sizes, origin: tuple[int, int, int]) -> dict[str, Any]:
+    """Return the options of dropout for sizes with `dropped` (percent), none for those without."""
+    if "dropped" not in s:
+        return {}
+    return {"dropout": s["dropped"] / 100, "seed": MASK_SEED, "dropout_origin": origin}
+
+
+# Attention. Sizes: B, T, H, G (key/value heads), E, W (window, 0 for none), D (equal documents in a row, 0 for none);
+# bytes, dropped.
 
 
 def _attention_inputs(s: Sizes, generator: torch.Generator) -> Inputs:
-    q, k, v = (_normal(generator, s["B"], s["T"], heads, s["E"]) for heads in (s["H"], s["G"], s["G"]))
+    q, k, v = (_normal(generator, s["B"], s["T"], heads, s["E"], dtype=_kind(s)) for heads in (s["H"], s["G"], s["G"]))
     inputs = {"q": q, "k": k, "v": v}
     if s["D"]:
         assert s["B"] == 1 and s["T"] % s["D"] == 0, f"{s}: documents of one length fill one row"
@@ -100,7 +119,8 @@ def _attention_inputs(s: Sizes, generator: torch.Generator) -> Inputs:
 
 
 def _attention_options(s: Sizes, inputs: Inputs) -> dict[str, Any]:
-    return {"causal": True, "window": s["W"] or None, "cu_seqlens": inputs.get("documents")}
+    masks = {"causal": True, "window": s["W"] or None, "cu_seqlens": inputs.get("documents")}
+    return masks | _drawn(s, (0, 0, s["H"]))
 
 
 def _attention_ours(s: Sizes) -> Call:
@@ -140,7 +160,11 @@ def _attention_part(s: Sizes, values: Inputs) -> Inputs:
     return {name: x[:1, :, : heads[name]] if name in heads else x for name, x in values.items()}
 
 
-# Softmax over causal rows. Sizes: M (matrices), T.
+# Softmax over causal rows. Sizes: M (matrices), T (keys), Q (the last queries, by default all T).
+
+
+def _softmax_inputs(s: Sizes, generator: torch.Generator) -> Inputs:
+    return {"x": 4 * _normal(generator, s["M"], s.get("Q", s["T"]), s["T"])}
 
 
 def _softmax_ours(s: Sizes) -> Call:
@@ -152,27 +176,30 @@ def _softmax_ours(s: Sizes) -> Call:
 def _softmax_plain(s: Sizes) -> Call:
     def call(x: Inputs) -> Tensor:
         scores = x["x"].float() * s["E"] ** -0.5
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        future = future.triu(1 + scores.shape[-1] - scores.shape[-2])
         return torch.softmax(scores.masked_fill(future, -math.inf), dim=-1).to(x["x"].dtype)
 
     return call
 
 
 def _softmax_cost(s: Sizes) -> dict[str, Work]:
-    whole = float(s["M"] * s["T"] ** 2)  # elements; half of them are zeros that need not be read
+    whole = float(s["M"] * s.get("Q", s["T"]) * s["T"])  # elements; half of them are zeros that need not be read
     return {"forward": (2.5 * whole, HALF * 1.5 * whole), "backward": (2 * whole, HALF * 2 * whole)}
 
 
-# Norms. Sizes: N, D, R (1 with a residual).
+# Norms. Sizes: N, D, R (1 with a residual); bytes, dropped (with a residual).
 
 
 def _norm_inputs(bias: bool) -> Callable[[Sizes, torch.Generator], Inputs]:
     def make(s: Sizes, generator: torch.Generator) -> Inputs:
-        inputs = {"x": _normal(generator, s["N"], s["D"]), "weight": 1 + 0.1 * _normal(generator, s["D"])}
+        rows = (1, s["N"], s["D"]) if "dropped" in s else (s["N"], s["D"])
+        draw = functools.partial(_normal, generator, dtype=_kind(s))
+        inputs = {"x": draw(*rows), "weight": 1 + 0.1 * draw(s["D"])}
         if bias:
-            inputs["bias"] = _normal(generator, s["D"])
+            inputs["bias"] = draw(s["D"])
         if s["R"]:
-            inputs["residual"] = _normal(generator, s["N"], s["D"])
+            inputs["residual"] = draw(*rows)
         return inputs
 
     return make
@@ -181,19 +208,25 @@ def _norm_inputs(bias: bool) -> Callable[[Sizes, torch.Generator], Inputs]:
 def _layer_norm_ours(s: Sizes) -> Call:
     from megalm.kernels.layernorm import layer_norm
 
-    return lambda x: layer_norm(x["x"], x["weight"], x["bias"], eps=EPS, residual=x.get("residual"))
+    drawn = _drawn(s, (0, 0, s["N"]))
+    return lambda x: layer_norm(x["x"], x["weight"], x["bias"], eps=EPS, residual=x.get("residual"), **drawn)
 
 
 def _rms_norm_ours(s: Sizes) -> Call:
     from megalm.kernels.rmsnorm import rms_norm
 
-    return lambda x: rms_norm(x["x"], x["weight"], eps=EPS, residual=x.get("residual"))
+    drawn = _drawn(s, (0, 0, s["N"]))
+    return lambda x: rms_norm(x["x"], x["weight"], eps=EPS, residual=x.get("residual"), **drawn)
 
 
 def _norm_plain(name: str) -> Callable[[Sizes], Call]:
     def plain(s: Sizes) -> Call:
         def call(x: Inputs) -> Any:
-            total = x["x"] + x["residual"] if s["R"] else x["x"]
+            total = x["x"]
+            if "dropped" in s:
+                total = reference.dropout(total, residual=x["residual"], **_drawn(s, (0, 0, s["N"])))
+            elif s["R"]:
+                total = total + x["residual"]
             affine = (x["weight"], x["bias"]) if name == "layer_norm" else (x["weight"],)
             normed = getattr(torch.nn.functional, name)(total, total.shape[-1:], *affine, eps=EPS)
             return (normed, total) if s["R"] else normed
@@ -288,6 +321,35 @@ def _swiglu_cost(s: Sizes) -> dict[str, Work]:
     return {"forward": (5 * elements, 3 * HALF * elements), "backward": (12 * elements, 5 * HALF * elements)}
 
 
+# GELU with a bias (sizes N, F), dropout alone (sizes N, D).
+
+
+def _bias_gelu_inputs(s: Sizes, generator: torch.Generator) -> Inputs:
+    return {"x": _normal(generator, s["N"], s["F"]), "bias": _normal(generator, s["F"])}
+
+
+def _bias_gelu_ours(s: Sizes) -> Call:
+    from megalm.kernels.activations import bias_gelu
+
+    return lambda x: bias_gelu(x["x"], x["bias"])
+
+
+def _bias_gelu_cost(s: Sizes) -> dict[str, Work]:
+    elements = float(s["N"] * s["F"])
+    return {"forward": (9 * elements, 2 * HALF * elements), "backward": (18 * elements, 3 * HALF * elements)}
+
+
+def _dropout_ours(s: Sizes) -> Call:
+    from megalm.kernels.dropout import dropout
+
+    return lambda x: dropout(x["x"], dropout=0.1, seed=MASK_SEED)
+
+
+def _dropout_cost(s: Sizes) -> dict[str, Work]:
+    elements = float(s["N"] * s["D"])
+    return {"forward": (elements, 2 * HALF * elements), "backward": (elements, 2 * HALF * elements)}
+
+
 # The rate is so high that an error of the update shows in the weights.
 ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -359,9 +421,7 @@ OPERATIONS: dict[str, Operation] = {
     "attention": Operation(
         _attention_inputs, _attention_ours, _attention_plain, _attention_cost, ("q", "k", "v"), _attention_part
     ),
-    "softmax": Operation(
-        lambda s, g: {"x": 4 * _normal(g, s["M"], s["T"], s["T"])}, _softmax_ours, _softmax_plain, _softmax_cost, ("x",)
-    ),
+    "softmax": Operation(_softmax_inputs, _softmax_ours, _softmax_plain, _softmax_cost, ("x",)),
     "layer_norm": Operation(
         _norm_inputs(True), _layer_norm_ours, _norm_plain("layer_norm"), _norm_cost, ("x", "weight", "bias", "residual")
     ),
@@ -397,6 +457,20 @@ OPERATIONS: dict[str, Operation] = {
         lambda s: lambda x: reference.swiglu(x["gate"], x["up"]),
         _swiglu_cost,
         ("gate", "up"),
+    ),
+    "bias_gelu": Operation(
+        _bias_gelu_inputs,
+        _bias_gelu_ours,
+        lambda s: lambda x: reference.bias_gelu(x["x"], x["bias"]),
+        _bias_gelu_cost,
+        ("x", "bias"),
+    ),
+    "dropout": Operation(
+        lambda s, g: {"x": _normal(g, 1, s["N"], s["D"])},
+        _dropout_ours,
+        lambda s: lambda x: reference.dropout(x["x"], dropout=0.1, seed=MASK_SEED),
+        _dropout_cost,
+        ("x",),
     ),
     "adamw": Operation(
         _adamw_inputs,
@@ -443,6 +517,8 @@ def cases(small: bool) -> list[Case]:
             Case("linear cross-entropy", "linear_cross_entropy", {"N": 16, "D": 32, "V": 100}),
             Case("rotary", "rotary", {"B": 2, "T": 16, "H": 4, "G": 2, "E": 16}),
             Case("SwiGLU", "swiglu", {"N": 16, "F": 64}),
+            Case("bias and GELU", "bias_gelu", {"N": 16, "F": 64}),
+            Case("dropout", "dropout", {"N": 16, "D": 64}),
             Case("AdamW fp32", "adamw", {"P": 10_000, "C": 2, "M": 0}),
             Case("AdamW bf16 with masters", "adamw", {"P": 10_000, "C": 2, "M": 1}),
             Case("embedding", "embedding", {"N": 64, "V": 50, "D": 16}),
@@ -463,6 +539,8 @@ def cases(small: bool) -> list[Case]:
         Case("linear cross-entropy", "linear_cross_entropy", {"N": 8192, "D": 4096, "V": 128256}),
         Case("rotary", "rotary", {"B": 2, "T": tokens // 2, "H": 32, "G": 8, "E": 128}),
         Case("SwiGLU", "swiglu", {"N": tokens, "F": 14336}),
+        Case("bias and GELU", "bias_gelu", {"N": tokens, "F": 16384}),
+        Case("dropout", "dropout", {"N": tokens, "D": 4096}),
         Case("AdamW fp32", "adamw", {"P": 1_000_000_000, "C": 100, "M": 0}),
         Case("AdamW bf16 with masters", "adamw", {"P": 1_000_000_000, "C": 100, "M": 1}),
         Case("embedding", "embedding", {"N": tokens, "V": 128256, "D": 4096}),

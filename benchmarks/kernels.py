@@ -117,7 +117,7 @@ def main() -> int:
     """Measure, print the tables, write the results; 1 where a goal that could be judged is missed."""
     options = read_options()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch sees no GPU; --device cpu tries the program without one", file=sys.stderr)
+        print("error: --device cuda: torch sees no GPU; --device cpu tries the program without one", file=sys.stderr)
         return 2
     device = torch.device(options.device)
     measured = options.device == "cuda"
@@ -128,7 +128,7 @@ def main() -> int:
         if not options.only or any(case.name.startswith(name) or case.op.startswith(name) for name in options.only)
     ]
     if not chosen:
-        print(f"--only {' '.join(options.only)}: no case has such a name", file=sys.stderr)
+        print(f"error: --only {' '.join(options.only)}: no case has such a name", file=sys.stderr)
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False  # the check's fp32 is fp32
     out = options.out or (Path(__file__).parent / "results" / "kernels.json" if measured else None)

@@ -48,7 +48,7 @@ def build_trainer(config: RunConfig, tokens: TokenFile, mesh: ParallelMesh) -> T
     """Return the trainer that `megalm train` would build for the recipe, over a token file."""
     vocab = config.model.vocab
     assert vocab is not None, "a measured shape gives its vocabulary"
-    model = build_stage(config, vocab, mesh, partitioner(config, mesh))
+    model = build_stage(config, vocab, mesh, partitioner(config, mesh), document_start=0)
     engine = build_engine(config, model, mesh, partial(build_optimizer, config.optim), model.tied_weight)
     order = GlobalOrder(training_windows(len(tokens), config.model.sequence), config.seed)
     loader = Loader(tokens, config.model.sequence, order, mesh.coordinates.data, mesh.size("data"))
@@ -104,28 +104,60 @@ def measure_pairs(config: RunConfig, tokens: TokenFile, pairs: int, steps_a_side
             done += 1
             return loop.step(*batches.read((done - 1) * batch, batch))
 
-        losses = [(trainer.mean_loss(trainer.train_step()), plain_step().item()) for _ in range(CHECKED_STEPS)]
+        losses = [(trainer.train_step().loss, plain_step().item()) for _ in range(CHECKED_STEPS)]
         difference = max(abs(ours - plain) / abs(plain) for ours, plain in losses)
         tolerance = LOSS_TOLERANCE[config.precision]
         assert difference <= tolerance, f"(ours, plain) losses {losses} differ by more than {tolerance}"
         for _ in range(WARM_STEPS):
             trainer.train_step()
             plain_step()
-        sides: dict[str, Callable[[], object]] = {"ours": trainer.train_step, "plain": plain_step}
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-        for pair in range(pairs):
-            for name in sorted(sides, reverse=pair % 2 == 1):
-                wall, processor = timed(sides[name], steps_a_side, mesh.device)
-                times[name].append((wall / steps_a_side, processor / steps_a_side))
+        times = race({"ours": trainer.train_step, "plain": plain_step}, pairs, steps_a_side, mesh.device)
     return {
         "losses": losses,
         "loss_difference": difference,
         "parameters": sum(p.numel() for p in loop.weights),
         "tokens_per_step": batch * config.model.sequence,
-        **{
-            clock: {name: [t[index] for t in values] for name, values in times.items()}
-            for index, clock in enumerate(("wall_s", "processor_s"))
-        },
+        **times,
+    }
+
+
+def measure_compiled(config: RunConfig, tokens: TokenFile, pairs: int, steps_a_side: int) -> dict[str, Any]:
+    """Return the times of the compiled and the eager trainer, pair by pair, after their losses were found to agree."""
+    from megalm.train.compilation import compile_blocks
+
+    with joined_mesh(config) as mesh:
+        compiled, eager = (build_trainer(config, tokens, mesh) for _ in range(2))
+        compile_blocks(config, compiled.engine.module, mesh.device)  # type: ignore[arg-type]
+        begin = time.perf_counter()
+        first = compiled.train_step().loss
+        cold_start_s = time.perf_counter() - begin
+        losses = [(first, eager.train_step().loss)]
+        losses += [(compiled.train_step().loss, eager.train_step().loss) for _ in range(CHECKED_STEPS + WARM_STEPS - 1)]
+        difference = max(abs(ours - plain) / abs(plain) for ours, plain in losses)
+        tolerance = LOSS_TOLERANCE[config.precision]
+        assert difference <= tolerance, f"(compiled, eager) losses {losses} differ by more than {tolerance}"
+        times = race({"ours": compiled.train_step, "plain": eager.train_step}, pairs, steps_a_side, mesh.device)
+    return {
+        "loss_difference": difference,
+        "cold_start_s": cold_start_s,
+        "parameters": sum(p.numel() for p in eager.engine.module.parameters()),
+        "tokens_per_step": config.train.global_batch * config.model.sequence,
+        **times,
+    }
+
+
+def race(
+    sides: dict[str, Callable[[], object]], pairs: int, steps_a_side: int, device: torch.device
+) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds a step of each side, by the clock on the wall and of the processor, pair by pair."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for pair in range(pairs):
+        for name in sorted(sides, reverse=pair % 2 == 1):
+            wall, processor = timed(sides[name], steps_a_side, device)
+            times[name].append((wall / steps_a_side, processor / steps_a_side))
+    return {
+        clock: {name: [t[index] for t in values] for name, values in times.items()}
+        for index, clock in enumerate(("wall_s", "processor_s"))
     }
 
 
@@ -149,7 +181,7 @@ def measure_layout(config: RunConfig, tokens: TokenFile, steps: int) -> dict[str
     """Return the wall time of each of `steps` steps of this rank's trainer, after some to warm up."""
     with joined_mesh(config) as mesh:
         trainer = build_trainer(config, tokens, mesh)
-        loss = trainer.mean_loss(trainer.train_step())
+        loss = trainer.train_step().loss
         for _ in range(WARM_STEPS):
             trainer.train_step()
         seconds = [timed(trainer.train_step, 1, mesh.device)[0] for _ in range(steps)]
@@ -173,8 +205,9 @@ def work(job_path: Path) -> None:
     torch.set_num_threads(job["threads"])
     config = RunConfig.model_validate_json(job["config"])
     tokens = TokenFile(job["tokens"])
-    if job["kind"] == "pairs":
-        result = measure_pairs(config, tokens, job["repeats"], job["steps_a_side"])
+    if job["kind"] in ("pairs", "compiled"):
+        measure = measure_pairs if job["kind"] == "pairs" else measure_compiled
+        result = measure(config, tokens, job["repeats"], job["steps_a_side"])
     else:
         result = measure_layout(config, tokens, job["repeats"])
     if int(os.environ.get("RANK", "0")) == 0:

@@ -11,6 +11,8 @@ Layouts: as many local processes as each needs train the first shape, one layout
 
     python benchmarks/train_step.py --device cuda --precision bf16 --model gpt-1b --sequences 2048 4096
 
+    python benchmarks/train_step.py --compile                             # train.compile against eager, as above
+
 A model: the recipe of that name on one device, with the fused kernels and without, at each length of sequence: tokens
 a second, peak memory, and MFU, the model FLOPs of `megalm.train.monitor.flops_per_token` (6 a weight and token, causal
 attention counted as full squares, nothing that is recomputed) over the device's dense peak.
@@ -153,8 +155,9 @@ def write_tokens(path: Path, config: RunConfig, steps: int) -> None:
 def compare_shape(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a shape at one process; return the figures and print their rows."""
     config = recipe(shape, Layout.read("t1p1d1z0"), options.precision)
-    raw = measured("pairs", config, 1, options.pairs, options)
-    figures = {key: raw[key] for key in ("loss_difference", "parameters", "tokens_per_step")}
+    raw = measured("compiled" if options.compile else "pairs", config, 1, options.pairs, options)
+    kept = ("loss_difference", "parameters", "tokens_per_step", "cold_start_s")
+    figures = {key: raw[key] for key in kept if key in raw}
     clocks = ("wall_s", "processor_s") if options.device == "cpu" else ("wall_s",)
     for clock in clocks:
         ours, plain = raw[clock]["ours"], raw[clock]["plain"]
@@ -271,6 +274,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=40, help="pairs of measurements at one process")
     parser.add_argument("--steps-a-side", type=int, default=1, help="steps in each half of a pair")
     parser.add_argument("--layout-steps", type=int, default=10, help="measured steps of each layout")
+    parser.add_argument("--compile", action="store_true", help="our compiled step against our eager one")
     parser.add_argument("--model", help="measure this recipe on one device instead; it must name its vocabulary")
     parser.add_argument("--sequences", type=int, nargs="+", default=[2048, 4096], help="lengths for --model")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a microbatch for --model")
@@ -288,17 +292,20 @@ def main() -> int:
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the processes take a GPU where they see one
     if options.layouts is None:
-        options.layouts = [Layout.read(name) for name in LAYOUTS.split()] if options.device == "cpu" else []
-    name = "_".join(filter(None, ("train_step", options.model, options.device)))
+        all_layouts = options.device == "cpu" and not options.compile
+        options.layouts = [Layout.read(name) for name in LAYOUTS.split()] if all_layouts else []
+    name = "_".join(filter(None, ("train_step", "compiled" if options.compile else options.model, options.device)))
     out = options.out or Path(__file__).parent / "results" / f"{name}.json"
     results: dict[str, Any] = {"machine": machine(options)}
     print(*(f"{key} {value}" for key, value in results["machine"].items()), sep=", ")
     if options.model is not None:
         measure_model(options, results, out)
         return 0
-    results |= {"goal": GOAL, "one_process": {}}
-    print(f"\none process: {options.pairs} pairs, ratio of our step's time to plain PyTorch's, goal {GOAL}")
-    print("shape      parameters  clock       ours ms  plain ms    ratio  95% of the median     min    max")
+    goal = 1.0 if options.compile else GOAL
+    results |= {"goal": goal, "one_process": {}}
+    ours, plain = ("compiled", "eager") if options.compile else ("ours", "plain")
+    print(f"\none process: {options.pairs} pairs, ratio of a step's time, {ours} to {plain}, goal {goal}")
+    print(f"shape      parameters  clock   {ours:>8} ms  {plain:>5} ms    ratio  95% of the median     min    max")
     for shape in options.shapes:
         results["one_process"][shape] = compare_shape(shape, options)
         write(out, results)
@@ -312,7 +319,7 @@ def main() -> int:
     print(f"\nwritten: {out}")
     clock = "processor_s" if options.device == "cpu" else "wall_s"
     ratios = [figures[clock]["ratio"]["median"] for figures in results["one_process"].values()]
-    return int(any(ratio > GOAL for ratio in ratios))
+    return int(any(ratio > goal for ratio in ratios))
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

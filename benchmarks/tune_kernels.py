@@ -5,7 +5,7 @@
     python benchmarks/tune_kernels.py --all --dry-run              # measure, write nothing
     python benchmarks/tune_kernels.py --format                     # rewrite the tables in their stable form
 
-For each size that is declared below every setting of the kernel's grid is tried: its results are checked against fp32
+For each size that `tunings` declares every setting of the kernel's grid is tried: its results are checked against fp32
 as the benchmark checks its contestants, then the pass that the kernel is part of is timed. The best few and the present
 row then take turns; a row is written for this architecture only if it beats the present one by more than a hundredth.
 Rows of other architectures, and the rows for all, stay as they are.
@@ -14,152 +14,35 @@ Rows of other architectures, and the rows for all, stay as they are.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from device_timing import Samples
-from kernel_cases import Case, Sizes, attention
 from kernel_race import TOLERANCE, Contestant, Judge, Race, reason, release
+from tunings import TUNINGS, Point, Settings, Tuning
 
 from megalm.kernels import launch
 
 TABLES = Path(launch.__file__).parent / "tables"
 GAIN = 1.01
 FINALISTS = 4
-Settings = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where a row is looked for: sizes up to `up_to` (None: all that are larger) are served by what is best here."""
-
-    up_to: int | None
-    case: Case
-    pass_name: str = "forward"
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A kernel's grid of settings, which must have all keys of the table's rows, and its points."""
-
-    file: str
-    kernel: str
-    grid: Mapping[str, Sequence[int]] = field(hash=False)
-    points: Sequence[Point]
-    legal: Callable[[Settings, Sizes], bool] = lambda settings, sizes: True
-    """Whether a setting may be launched at all at these sizes."""
-
-    @property
-    def name(self) -> str:
-        """file/kernel."""
-        return f"{self.file}/{self.kernel}"
-
-    def settings(self, sizes: Sizes) -> Iterator[Settings]:
-        """Yield every setting of the grid that is legal."""
-        for values in itertools.product(*self.grid.values()):
-            settings = dict(zip(self.grid, values, strict=True))
-            if self.legal(settings, sizes):
-                yield settings
-
-
-def _attention(pass_name: str) -> list[Point]:
-    return [
-        Point(64, attention("D64", B=2, T=8192, H=32, E=64), pass_name),
-        Point(128, attention("D128", B=2, T=8192), pass_name),
-        Point(None, attention("D256", B=2, T=8192, H=8, E=256), pass_name),
-    ]
-
-
-def _norm(pass_name: str) -> list[Point]:
-    widths = (1024, 2048, 4096, 8192)
-    return [Point(d, Case(f"D{d}", "rms_norm", {"N": 2**26 // d, "D": d, "R": 1}), pass_name) for d in widths]
-
-
-def _softmax(pass_name: str) -> list[Point]:
-    sizes = ((1024, 256), (2048, 64), (4096, 16), (8192, 4))
-    return [Point(t, Case(f"T{t}", "softmax", {"M": m, "T": t, "E": 128}), pass_name) for t, m in sizes]
-
-
-_LOGITS = Case("V128256", "cross_entropy", {"N": 8192, "V": 128256})
-_TILES = {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
-_BLOCKS = {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)}
-_ROWS = {"TILE": (1024, 2048, 4096, 8192), "STAGES": (1, 2, 3), "num_warps": (1, 2, 4, 8, 16)}
-
-
-def _loops(width: str) -> Callable[[Settings, Sizes], bool]:
-    """Say that stages are for loops alone: a row that a tile holds has none."""
-    return lambda settings, sizes: settings["STAGES"] == 1 or settings["TILE"] < sizes[width]
-
-
-_SWIGLU = Case("F14336", "swiglu", {"N": 16384, "F": 14336})
-
-TUNINGS: list[Tuning] = [
-    Tuning("attention", "forward", _TILES, _attention("forward")),
-    Tuning("attention", "query_gradients", _TILES, _attention("backward")),
-    Tuning("attention", "key_gradients", _TILES, _attention("backward")),
-    Tuning("norm", "forward", _ROWS, _norm("forward"), legal=_loops("D")),
-    Tuning(
-        "norm",
-        "backward",
-        {**_ROWS, "PER_PROCESSOR": (1, 2, 4)},
-        _norm("backward"),
-        legal=lambda settings, sizes: settings["TILE"] >= sizes["D"],  # else it needs COLUMNS
-    ),
-    Tuning("softmax", "forward", _ROWS, _softmax("forward"), legal=_loops("T")),
-    Tuning("softmax", "backward", _ROWS, _softmax("backward"), legal=_loops("T")),
-    Tuning(
-        "cross_entropy",
-        "statistics",
-        {"DEPTH": (2, 4, 8), "LANES": (512, 1024, 2048), "num_warps": (4, 8, 16)},
-        [Point(None, _LOGITS, "forward")],
-    ),
-    Tuning("cross_entropy", "gradient", _BLOCKS, [Point(None, _LOGITS, "backward")]),
-    Tuning(
-        "rotary",
-        "turn",
-        {"PAIRS": (512, 1024, 2048, 4096), "HEADS": (2, 4, 8, 16), "num_warps": (2, 4, 8)},
-        [Point(None, Case("E128", "rotary", {"B": 2, "T": 8192, "H": 32, "G": 8, "E": 128}))],
-    ),
-    Tuning("activations", "gated_forward", _BLOCKS, [Point(None, _SWIGLU, "forward")]),
-    Tuning("activations", "gated_backward", _BLOCKS, [Point(None, _SWIGLU, "backward")]),
-    Tuning(
-        "adamw",
-        "step",
-        {"BLOCK": (1024, 2048, 4096), "num_warps": (4, 8)},
-        [Point(None, Case("P1e9", "adamw", {"P": 1_000_000_000, "C": 100, "M": 0}))],
-    ),
-    Tuning(
-        "embedding",
-        "sum_pieces",
-        {"PIECE": (32, 64, 128, 256), "DEPTH": (2, 4, 8), "BLOCK_D": (256, 512, 1024), "num_warps": (2, 4, 8)},
-        [Point(None, Case("D4096", "embedding", {"N": 16384, "V": 128256, "D": 4096}), "backward")],
-    ),
-    Tuning(
-        "grad_norm",
-        "sum_chunks",
-        {"CHUNK": (16384, 32768, 65536, 131072), "BLOCK": (1024, 2048, 4096), "num_warps": (4, 8)},
-        [Point(None, Case("P1e9", "grad_norm", {"P": 1_000_000_000, "C": 100}))],
-    ),
-]  # fmt: skip
 
 
 @contextmanager
-def overridden(file: str, kernel: str, chosen: Settings | None, sizes: set[int]) -> Iterator[None]:
-    """Launch one kernel with these settings (None: with those of its table); `sizes` gets the sizes it is asked for."""
+def overridden(tuning: Tuning, chosen: Settings | None, sizes: set[int]) -> Iterator[None]:
+    """Launch its kernel with these settings (None: with those of its table); `sizes` gets the sizes it is asked for."""
     original = launch.settings
 
     def settings(asked_file: str, asked_kernel: str, size: int = 0) -> Settings:
-        if (asked_file, asked_kernel) != (file, kernel):
-            return original(asked_file, asked_kernel, size)
+        if (asked_file, asked_kernel) != (tuning.file, tuning.kernel):
+            asked_for = tuning.asked_for_by.get(asked_kernel, {}) if asked_file == tuning.file else {}
+            return {**original(asked_file, asked_kernel, size), **asked_for}
         sizes.add(size)
         return original(asked_file, asked_kernel, size) if chosen is None else dict(chosen)
 
@@ -180,7 +63,7 @@ def time_settings(
     sizes: set[int] = set()
     for chosen in tried:
         try:
-            with overridden(tuning.file, tuning.kernel, chosen, sizes):
+            with overridden(tuning, chosen, sizes):
                 worst = max(judge.errors(call).values())
                 if not worst <= TOLERANCE:
                     raise ArithmeticError(f"wrong by {worst:.0%}")
@@ -195,7 +78,7 @@ def time_settings(
     for _ in range(samples):
         generator.shuffle(running)
         for chosen, taken in running:
-            with overridden(tuning.file, tuning.kernel, chosen, sizes):
+            with overridden(tuning, chosen, sizes):
                 race.sample(Contestant(call, [], {}), point.pass_name, taken)
     timed = [(statistics.median(taken.device_s), chosen) for chosen, taken in running]
     return sorted(timed, key=lambda item: item[0]), failed

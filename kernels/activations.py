@@ -37,7 +37,10 @@ def _gate(x, SILU: tl.constexpr):
 @triton.jit
 def _slope(x, s, rest, SILU: tl.constexpr):
     """Return the derivative of x s at x; `rest` is 1 - s."""
-    inner = 1.0 if SILU else (x * x * (3.0 * _CUBIC) + 1.0) * _DOUBLE_ROOT
+    inner = 1.0
+    if not SILU:
+        square = tl.minimum(x * x, 1e4)  # s * rest is 0 long before; 0 times a square that overflows would be NaN
+        inner = (square * (3.0 * _CUBIC) + 1.0) * _DOUBLE_ROOT
     return s + x * (s * rest) * inner
 
 

@@ -95,7 +95,8 @@ def _update(
 
 @triton.jit(do_not_specialize=["step", "key"])
 def _adamw(
-    table, entries, scale_pointer, scale, lr, step_size, beta1, rest1, beta2, rest2, inverse_root, eps, step, key,
+    table, entries, scale_pointer, scale, lr, step_size, beta1, rest1, beta2, rest2, inverse_root, eps, step,
+    key: tl.int64,
     SCALED: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, AVERAGE: tl.constexpr, SQUARE: tl.constexpr,
     MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -260,6 +261,8 @@ def fused_adamw_(
     factor = 1.0 if gradient_scale is None or scale is not None else float(gradient_scale)
     if scale is not None and (scale.numel() != 1 or scale.dtype is not torch.float32):
         raise ValueError(f"gradient_scale of shape {tuple(scale.shape)}, {scale.dtype}; give one fp32 element")
+    if scale is not None and weights and scale.device != weights[0].device:
+        raise ValueError(f"gradient_scale on {scale.device}, weights on {weights[0].device}; give it on their device")
     if stochastic_rounding and (masters is not None or any(w.dtype is torch.float16 for w in weights)):
         raise ValueError("stochastic_rounding has masters or fp16 weights; it is for bf16 weights without masters")
     if not weights or not math.isfinite(factor):

@@ -20,7 +20,7 @@ from megalm.kernels import attention_hopper, launch, philox, reference
 from megalm.kernels.attention_backward import key_gradients, query_gradients
 from megalm.kernels.attention_forward import forward
 
-_WIDEST_HEAD = 256
+WIDEST_HEAD = 256
 _LONGEST_ROW_STRIDE = 2**23  # a tile of at most 256 rows is addressed in 32 bits from its 64-bit first place
 
 
@@ -43,8 +43,9 @@ def flash_attention(
 ) -> Any:
     """Return softmax(q k^T * scale) v as BTHE; query head h reads key/value head h // (H / G).
 
-    q, k and v have one dtype, which the result has too; E is at most 256. `scale` defaults to 1 / sqrt(E). Query t
-    stands at place t' = t + S - T among the keys, so that the last query meets the last key. It sees key s
+    q, k and v have one dtype, which the result has too; E is at most 256. The kernels compute with heads padded to a
+    power of two from 32 on: sizes 80 and 96 cost as much as 128, 160 and 192 as 256. `scale` defaults to 1 / sqrt(E).
+    Query t stands at place t' = t + S - T among the keys, so that the last query meets the last key. It sees key s
 
     - under `causal` where s <= t'; with `window` where |t' - s| < window;
     - with `cu_seqlens` (int32 [D + 1], ascending from 0 to T) in its own document only: document d are the tokens
@@ -107,8 +108,8 @@ def _check(
         raise ValueError(f"attention of {shapes}; give q [B, T, H, E], k and v [B, S, G, E]")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"attention of {shapes}: {q.shape[2]} query heads do not share {k.shape[2]} key heads evenly")
-    if not 1 <= q.shape[3] <= _WIDEST_HEAD:
-        raise ValueError(f"attention of head size {q.shape[3]}; sizes from 1 to {_WIDEST_HEAD} are supported")
+    if not 1 <= q.shape[3] <= WIDEST_HEAD:
+        raise ValueError(f"attention of head size {q.shape[3]}; sizes from 1 to {WIDEST_HEAD} are supported")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention of q in {q.dtype}, k in {k.dtype} and v in {v.dtype}; give all in one dtype")
     if slopes is not None and (slopes.shape != q.shape[2:3] or slopes.dtype != torch.float32):
@@ -239,9 +240,11 @@ def _forward_op(
     arguments = _arguments(q, k, v, alibi_slopes, cu_seqlens, key_lengths, *rest)
     chosen = _settings("forward", arguments)
     arguments["FOLD"] = scale > 0.0 and not softcap and alibi_slopes is None
-    if chosen.pop("specialized", False) and attention_hopper.serves(arguments):
-        attention_hopper.launch_forward(out, lse, arguments)
-        return out, lse
+    if chosen.pop("specialized", False):
+        tiles = launch.settings("attention", "specialized_forward", arguments["WIDTH"])
+        if attention_hopper.serves(arguments, tiles):
+            attention_hopper.launch_forward(out, lse, arguments, tiles)
+            return out, lse
     forward[(triton.cdiv(q.shape[1], chosen["BLOCK_M"]) * q.shape[0] * q.shape[2],)](
         out=out, lse=lse, **arguments, **chosen
     )

@@ -3,7 +3,7 @@
     p = 2^(x - lse log2 e)    dp = do v^T    delta = rowsum(do * out) - dlse    ds = p (dp - delta) cap'(x)
     dq = scale ds k           dk = scale ds^T q                                dv = p^T do
 
-(with dropout, p in dv and dp are multiplied by keep / (1 - rate)). One kernel makes dq, one dk and dv: no sum is shared
+(with dropout: p in dv, and dp, times keep / (1 - rate)). One kernel makes dq, one dk and dv: no sum is shared
 between programs, so that every run gives the same bits.
 Source: Dao et al. 2022, algorithm 4; Dao 2023, algorithm 2; the term dlse: Liu et al. 2023 (ring attention).
 """
@@ -265,9 +265,7 @@ def key_gradients(
                 dropped = tl.where(keep, p * rescale, 0.0)
             dv_tile = tl.dot(dropped.to(dout_tile.dtype), dout_tile, dv_tile, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
-            if DROPOUT:
-                dp = tl.where(keep, dp * rescale, 0.0)
-            ds = p * (dp - delta_M[None, :])
+            ds = dropped * dp - p * delta_M[None, :]
             if SOFTCAP:
                 ds *= steepness
             dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)

@@ -8,6 +8,7 @@ all.
 Source: Shah et al. 2024 (FlashAttention-3), section 3.1.
 """
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,9 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megalm.kernels import launch
-
-TILE = 128
+_memory_given: ContextVar[bool] = ContextVar("_memory_given", default=False)
 
 
 @triton.jit
@@ -89,8 +88,8 @@ def specialized_forward(
     results.store([m, 0], (mean / total[:, None]).to(q_tile.dtype))
 
 
-def serves(arguments: dict[str, Any]) -> bool:
-    """Return whether the kernel does what the arguments of `attention`'s kernels ask for."""
+def serves(arguments: dict[str, Any], tiles: dict[str, Any]) -> bool:
+    """Return whether the kernel does, in tiles of these settings, what `attention`'s arguments ask for."""
     extras = ("WINDOW", "DOCUMENTS", "LENGTHS", "SOFTCAP", "ALIBI", "DROPOUT")
     T, S = arguments["T"], arguments["S"]
     strides = [arguments[name] for name in ("q_b", "q_t", "q_h", "k_b", "k_s", "k_g", "v_b", "v_s", "v_g")]
@@ -99,22 +98,32 @@ def serves(arguments: dict[str, Any]) -> bool:
         and not any(arguments[name] for name in extras)
         and arguments["HEAD"] in (64, 128)
         and arguments["q"].element_size() == 2
-        and T % TILE == 0
-        and S % TILE == 0
+        and T % tiles["BLOCK_M"] == 0
+        and S % tiles["BLOCK_N"] == 0
         and (T <= S or not arguments["CAUSAL"])
         and all(stride % 8 == 0 for stride in strides)  # bulk copies take 16 bytes at least
         and all(arguments[name].data_ptr() % 16 == 0 for name in ("q", "k", "v"))
     )
 
 
-def launch_forward(out: Tensor, lse: Tensor, arguments: dict[str, Any]) -> None:
+def launch_forward(out: Tensor, lse: Tensor, arguments: dict[str, Any], tiles: dict[str, Any]) -> None:
     """Fill out [B, T, H, E] and lse [B, H, T]."""
     q = arguments["q"]
-    if q.is_cuda:  # descriptors lie in memory that Triton asks for at the launch
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device))
+    if q.is_cuda:
+        _provide_memory()
     names: tuple[str, ...] = ("q", "k", "v", "q_b", "q_t", "q_h", "k_b", "k_s", "k_g", "v_b", "v_s", "v_g")
     names += ("T", "S", "heads", "group", "score_scale", "CAUSAL", "HEAD")
-    chosen = launch.settings("attention", "specialized_forward", arguments["WIDTH"])
-    specialized_forward[(q.shape[0] * q.shape[2] * (q.shape[1] // chosen["BLOCK_M"]),)](
-        out=out, lse=lse, **{name: arguments[name] for name in names}, **chosen
+    specialized_forward[(q.shape[0] * q.shape[2] * (q.shape[1] // tiles["BLOCK_M"]),)](
+        out=out, lse=lse, **{name: arguments[name] for name in names}, **tiles
     )
+
+
+def _provide_memory() -> None:
+    """Give Triton the memory for descriptors, which it asks for at the launch: once, in the contexts that it counts."""
+    if not _memory_given.get():
+        triton.set_allocator(_allocate)
+        _memory_given.set(True)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")

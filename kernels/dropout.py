@@ -15,16 +15,16 @@ from torch import Tensor
 from megalm.kernels import launch, philox, reference
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key", "limit", "origin"])
 def _dropout(
     x,
     residual,
     y,
     count,
-    key,
+    key: tl.int64,
     limit,
     scale,
-    origin,
+    origin: tl.int64,
     sample_size,
     sample_gap,
     QUADS: tl.constexpr,

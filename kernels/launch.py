@@ -36,9 +36,10 @@ def fused(*tensors: Tensor | None) -> bool:
     Raises ValueError for tensors of a GPU that is not the current one: Triton launches on that.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if given and given[0].is_cuda and given[0].get_device() != torch.cuda.current_device():
+    elsewhere = [t.device for t in given if t.is_cuda and t.get_device() != torch.cuda.current_device()]
+    if elsewhere:
         here = f"cuda:{torch.cuda.current_device()}"
-        raise ValueError(f"tensors on {given[0].device} while {here} is current; call torch.cuda.set_device before")
+        raise ValueError(f"tensors on {elsewhere[0]} while {here} is current; call torch.cuda.set_device before")
     return all((t.is_cuda or INTERPRETED) and (t.dtype in DTYPES or not t.is_floating_point()) for t in given)
 
 

@@ -15,6 +15,7 @@ taken in fp32 and rounded once; and no dweight is kept from the forward pass to 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,24 +87,27 @@ def _gradients_op(
     total = torch.zeros(hidden.shape if need_hidden else (0,), dtype=torch.float32, device=hidden.device)
     d_weight = weight.new_empty(weight.shape if need_weight else (0,))
     d_weight[columns:] = 0.0
-    for first, weight_block, logits in _blocks(hidden, weight, columns):
-        launch_gradient(
-            logits,
-            targets,
-            lse,
-            lse_rest,
-            grad,
-            columns=logits.shape[1],
-            vocab=vocab,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            first_column=first,
-        )
-        if need_hidden:
-            _add_product(total, logits, weight_block)
-        if need_weight:
-            torch.mm(logits.t(), hidden, out=d_weight[first : first + logits.shape[1]])
+    smoothing = {"vocab": vocab, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    _add_blocks(total, d_weight, hidden, weight, columns, (targets, lse, lse_rest, grad), smoothing)
     return total.to(hidden.dtype), d_weight
+
+
+def _add_blocks(
+    total: Tensor,
+    d_weight: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    columns: int,
+    rows: tuple[Tensor, ...],
+    options: dict[str, Any],
+) -> None:
+    """Go over the blocks of the vocabulary. Their logits are freed at the return, before `total` is cast and copied."""
+    for first, weight_block, logits in _blocks(hidden, weight, columns):
+        launch_gradient(logits, *rows, columns=logits.shape[1], first_column=first, **options)
+        if total.numel():
+            _add_product(total, logits, weight_block)
+        if d_weight.numel():
+            torch.mm(logits.t(), hidden, out=d_weight[first : first + logits.shape[1]])
 
 
 @_gradients_op.register_fake

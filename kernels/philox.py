@@ -48,6 +48,8 @@ def keep_quads(key, counter, limit):
     Element (i, 4 j + w) of the result is word w at counter[i, j].
     """
     w0, w1, w2, w3 = words(key, counter)
-    pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [M, N, 2, 2]: last dim is the low bit of w
-    word = tl.reshape(pairs, (counter.shape[0], 4 * counter.shape[1]))
-    return (word >> 8).to(tl.int32) >= limit
+    pairs = tl.join(
+        tl.join((w0 >> 8).to(tl.int32) >= limit, (w2 >> 8).to(tl.int32) >= limit),
+        tl.join((w1 >> 8).to(tl.int32) >= limit, (w3 >> 8).to(tl.int32) >= limit),
+    )  # [M, N, 2, 2]: last dim is the low bit of w
+    return tl.reshape(pairs, (counter.shape[0], 4 * counter.shape[1]))

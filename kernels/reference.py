@@ -36,13 +36,15 @@ def flash_attention(
     dropout_origin: tuple[int, int, int] | None = None,
     return_lse: bool = False,
     dropout_scale_BHTS: Tensor | None = None,
+    bias_HTS: Tensor | None = None,
+    visible_BTS: Tensor | None = None,
 ) -> Any:
     """Return softmax(q k^T * scale) v as BTHE; query head h reads key/value head h // (H / G).
 
     All arguments are those of `attention.flash_attention`, which says what they do; with `return_lse` the result is
     (out, lse), lse [B, H, T] in fp32 or wider. `scale` defaults to 1 / sqrt(E). Under `causal` position t of T sees the
     keys up to t + S - T. `dropout_scale_BHTS` multiplies the probabilities: 0 where dropped, 1 / (1 - rate) where kept;
-    `dropout` and `seed` make it here.
+    `dropout` and `seed` make it here. `bias_HTS` is added to the scores, of which `visible_BTS` (bool) hides some.
     """
     q_BHTE, k_BGSE, v_BGSE = (x.transpose(1, 2) for x in (q_BTHE, k_BSGE, v_BSGE))
     (samples, heads, queries, features), (groups, keys) = q_BHTE.shape, k_BGSE.shape[1:3]
@@ -50,8 +52,9 @@ def flash_attention(
         assert seed is not None and dropout_scale_BHTS is None, "dropout takes a seed, or its multipliers from outside"
         shape = (samples, heads, queries, keys)
         dropout_scale_BHTS = _attention_dropout_scale(seed, dropout, shape, dropout_origin, q_BTHE)
-    masked = any(x is not None for x in (window, cu_seqlens, key_lengths)) or (causal and queries != keys)
-    if dropout_scale_BHTS is None and softcap is None and alibi_slopes is None and not (masked or return_lse):
+    masked = any(x is not None for x in (window, cu_seqlens, key_lengths, visible_BTS)) or (causal and queries != keys)
+    changed = any(x is not None for x in (dropout_scale_BHTS, softcap, alibi_slopes, bias_HTS))
+    if not (changed or masked or return_lse):
         out_BHTE = F.scaled_dot_product_attention(
             q_BHTE, k_BGSE, v_BGSE, is_causal=causal, scale=scale, enable_gqa=heads != groups
         )
@@ -59,17 +62,11 @@ def flash_attention(
     if heads != groups:
         k_BGSE, v_BGSE = (x.repeat_interleave(heads // groups, dim=1) for x in (k_BGSE, v_BGSE))
     scale = features**-0.5 if scale is None else scale
-    scores_BHTS = (q_BHTE * scale) @ k_BGSE.transpose(-2, -1)
+    scores_BHTS = biased_scores((q_BHTE * scale) @ k_BGSE.transpose(-2, -1), softcap, alibi_slopes, bias_HTS)
     wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
-    if softcap is not None:
-        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
-    if alibi_slopes is not None:
-        places_T = torch.arange(keys - queries, keys, device=q_BTHE.device)
-        distance_TS = (places_T[:, None] - torch.arange(keys, device=q_BTHE.device)).abs().to(wide)
-        scores_BHTS = scores_BHTS.to(wide) - alibi_slopes.detach().to(wide)[:, None, None] * distance_TS
     blind = None
     if causal or masked:
-        hidden = _hidden_keys(queries, keys, q_BTHE.device, causal, window, cu_seqlens, key_lengths)
+        hidden = hidden_keys(queries, keys, q_BTHE.device, causal, window, cu_seqlens, key_lengths, visible_BTS)
         scores_BHTS = scores_BHTS.masked_fill(hidden, float("-inf"))
         if key_lengths is not None or queries != keys:  # else every query sees itself
             blind = hidden.all(dim=-1, keepdim=True)
@@ -86,16 +83,32 @@ def flash_attention(
     return out_BTHE, lse_BHT if blind is None else lse_BHT.masked_fill(blind.squeeze(-1), float("-inf"))
 
 
-def _hidden_keys(
+def biased_scores(
+    scores_BHTS: Tensor, softcap: float | None, alibi_slopes: Tensor | None, bias_HTS: Tensor | None
+) -> Tensor:
+    """Return softcap * tanh(scores / softcap) - slope * distance + bias, each where given; biases make it fp32."""
+    queries, keys = scores_BHTS.shape[-2:]
+    wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
+    if softcap is not None:
+        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+    if alibi_slopes is not None:
+        places_T = torch.arange(keys - queries, keys, device=scores_BHTS.device)
+        distance_TS = (places_T[:, None] - torch.arange(keys, device=scores_BHTS.device)).abs().to(wide)
+        scores_BHTS = scores_BHTS.to(wide) - alibi_slopes.detach().to(wide)[:, None, None] * distance_TS
+    return scores_BHTS if bias_HTS is None else scores_BHTS.to(wide) + bias_HTS.to(wide)
+
+
+def hidden_keys(
     queries: int,
     keys: int,
     device: torch.device,
     causal: bool,
     window: int | None,
-    cu_seqlens: Tensor | None,
-    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    visible_BTS: Tensor | None = None,
 ) -> Tensor:
-    """Return which keys a query does not see: bool [T, S], or [B, 1, T, S] with key lengths."""
+    """Return which keys a query does not see: bool [T, S], or [B, 1, T, S] with key lengths or `visible_BTS`."""
     place_T1 = torch.arange(keys - queries, keys, device=device)[:, None]
     key_S = torch.arange(keys, device=device)
     hidden = place_T1 < key_S if causal else torch.zeros(queries, keys, dtype=torch.bool, device=device)
@@ -106,7 +119,7 @@ def _hidden_keys(
         hidden = hidden | (document_S[:, None] != document_S)
     if key_lengths is not None:
         hidden = hidden | (key_S >= key_lengths[:, None, None, None])
-    return hidden
+    return hidden if visible_BTS is None else hidden | ~visible_BTS[:, None]
 
 
 def _attention_dropout_scale(
@@ -215,7 +228,10 @@ def apply_rotary(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Return 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the form of GPT-2 (Hendrycks and Gimpel 2016)."""
+    """Return 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the form of GPT-2 (Hendrycks and Gimpel 2016).
+
+    torch's slope is NaN beyond 1.8e19, where x^2 overflows; the kernel's is 0 or 1 there.
+    """
     return F.gelu(x, approximate="tanh")
 
 

@@ -2,13 +2,14 @@
 
 0: done; 1: failed; 2: the user's input is wrong; 75: saved because a signal asked to stop; 130: interrupted by hand.
 
-Owns the arguments and how errors are shown. What each command does is left to `commands`, which is imported
-only once a command is to be run, so that `megalm --help` answers at once.
+Owns the arguments and how errors are shown. What each command does is left to `commands` and its like in `launch`
+and `bench`, which are imported only once a command is to be run, so that `megalm --help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from megalm.registry import nearest
 from megalm.version import __version__
 
 INTERRUPTED = 130
+_SCRIPT = "default: the script's #SBATCH line"
 OVERRIDES = "key=value pairs that change the recipe, such as model.layers=4 parallel.tensor=2"
 
 
@@ -74,6 +76,11 @@ def _number(least: int) -> Any:
     return parse
 
 
+def _numbers(text: str) -> list[int]:
+    """Return whole numbers from 1 on, written with commas between."""
+    return [_number(1)(word) for word in text.split(",")]
+
+
 def _fraction(text: str) -> float:
     try:
         return float(text)
@@ -82,7 +89,10 @@ def _fraction(text: str) -> float:
 
 
 class _Commands:
-    """Adds commands, each with the options that all share and the name of its function in `commands`."""
+    """Adds commands, each with the options that all share and the name of its function.
+
+    The function is one of `megalm.commands`, or its name has the module in front: `launch.commands.launch_slurm`.
+    """
 
     def __init__(self, parser: _Parser, shared: _Parser, title: str) -> None:
         self.parser, self.shared, self.title = parser, shared, title
@@ -114,6 +124,7 @@ def build_parser() -> _Parser:
     _add_look_commands(commands)
     _add_doctor_command(commands)
     _add_launch_commands(commands)
+    _add_bench_commands(commands)
     return parser
 
 
@@ -145,6 +156,12 @@ def _add_run_commands(commands: _Commands) -> None:
     generate.add_argument("--top-p", type=_fraction, metavar="X", help="draw from the likeliest of probability X only")
     generate.add_argument("--seed", type=_number(0), default=0, metavar="N", help="of the draws (default: %(default)s)")
 
+    inspect = commands.add("inspect", "inspect", "draw what a run noted of its layers (inspect.every)")
+    inspect.add_argument("run", metavar="RUN", help="a run's directory")
+    inspect.add_argument("--json", action="store_true", help="write the result as JSON")
+
+    for parser in (evaluate, generate):
+        parser.add_argument("--ema", action="store_true", help="use the average of the weights (optim.ema_decay)")
     for parser in (train, evaluate, generate):
         parser.add_argument("--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)")
         parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
@@ -172,13 +189,7 @@ def _add_data_commands(commands: _Commands) -> None:
     tokenizer = commands.group("tokenizer", "make and look at tokenizers")
     learn = tokenizer.add("train", "tokenizer_train", "learn a tokenizer from text")
     for parser in (prepare, learn):
-        parser.add_argument(
-            "files",
-            nargs="*",
-            default=[],
-            metavar="FILE",
-            help=".txt or .jsonl files, .gz too, or directories",
-        )
+        parser.add_argument("files", nargs="*", default=[], metavar="FILE", help=".txt, .jsonl, .gz, or directories")
         parser.add_argument("--corpus", metavar="NAME", help="text that Python brings: builtin or topics")
         parser.add_argument("--vocab", type=_number(1), default=2048, metavar="N", help="tokens (default: %(default)s)")
         parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
@@ -203,26 +214,26 @@ def _add_look_commands(commands: _Commands) -> None:
     show = config.add("show", "config_show", "print a recipe with everything that it inherits and by default is")
     show.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     show.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
-    show.add_argument("--deepspeed", action="store_true", help="print what DeepSpeed is started with instead")
-    show.add_argument("--json", action="store_true", help="write the result as JSON")
+    what = show.add_mutually_exclusive_group()
+    what.add_argument("--deepspeed", action="store_true", help="print what DeepSpeed is started with instead")
+    what.add_argument("--mask", action="store_true", help="draw which keys the queries of each layer see instead")
+    what.add_argument("--storage", action="store_true", help="print what is kept in which number format instead")
+    what.add_argument("--json", action="store_true", help="write the result as JSON")
     listing = config.add("list", "config_list", "list the recipes and DeepSpeed files that come with megalm")
     listing.add_argument("--json", action="store_true", help="write the result as JSON")
 
     checkpoint = commands.group("checkpoint", "look at checkpoints")
-    _add_look(
-        checkpoint,
-        "inspect",
-        "checkpoint_inspect",
-        "show what a run's newest checkpoint, or one checkpoint, holds",
-    )
+    _add_look(checkpoint, "inspect", "checkpoint_inspect", "show what a run's newest checkpoint, or one, holds")
     _add_look(checkpoint, "verify", "checkpoint_verify", "compare the checkpoints of a run with their checksums")
 
 
 def _add_launch_commands(commands: _Commands) -> None:
     group = commands.group("launch", "start a training run somewhere, and look after it")
     local = group.add("local", "train", "start workers on this machine: the same as megalm train")
-    slurm = group.add("slurm", "launch_slurm", "submit a batch job that saves, requeues and resumes by itself")
-    mpi = group.add("mpi", "launch_mpi", "start ranks by mpirun")
+    slurm = group.add(
+        "slurm", "launch.commands.launch_slurm", "submit a batch job that saves, requeues and resumes by itself"
+    )
+    mpi = group.add("mpi", "launch.commands.launch_mpi", "start ranks by mpirun")
     for parser in (local, slurm, mpi):
         parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
         parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
@@ -232,16 +243,11 @@ def _add_launch_commands(commands: _Commands) -> None:
     mpi.add_argument("--hosts", metavar="HOST[:N],...", help="where they run (default: as mpirun decides)")
     mpi.add_argument("--dry-run", action="store_true", help="print the command only")
 
-    script = "default: the script's #SBATCH line"
-    for name, what in (("nodes", "nodes"), ("gpus-per-node", "GPUs, and ranks, a node")):
-        slurm.add_argument(f"--{name}", type=_number(1), metavar="N", help=f"{what} ({script})")
-    slurm.add_argument("--cpus-per-task", type=_number(1), metavar="N", help=f"cores a rank ({script})")
-    slurm.add_argument("--time", metavar="TIME", help=f"minutes, HH:MM:SS or D-HH:MM:SS ({script})")
-    for name in ("partition", "account", "qos"):
-        slurm.add_argument(f"--{name}", metavar="NAME", help="as sbatch knows it")
+    slurm.add_argument("--nodes", type=_number(1), metavar="N", help=f"nodes ({_SCRIPT})")
+    _add_slurm_options(slurm)
     slurm.add_argument("--chain", type=_number(1), default=1, metavar="K", help="jobs, each goes on from the last")
+    slurm.add_argument("--preflight", action="store_true", help="examine nodes first, stay away from those that fail")
     slurm.add_argument("--container", metavar="IMAGE", help="a container image (needs the pyxis plug-in)")
-    slurm.add_argument("--exclude", metavar="NODES", help="nodes to stay away from, such as node[3,7]")
     slurm.add_argument("--dry-run", action="store_true", help="check and print, submit nothing")
     slurm.add_argument("--json", action="store_true", help="write the result as JSON")
     for name, text in (
@@ -249,9 +255,41 @@ def _add_launch_commands(commands: _Commands) -> None:
         ("cancel", "cancel the jobs of a run"),
         ("logs", "the logs of a run's newest job, and the first error in them"),
     ):
-        look = group.add(name, f"launch_{name}", text)
+        look = group.add(name, f"launch.commands.launch_{name}", text)
         look.add_argument("run", metavar="RUN", help="a run's directory")
         look.add_argument("--json", action="store_true", help="write the result as JSON")
+
+
+def _add_slurm_options(parser: _Parser) -> None:
+    parser.add_argument("--gpus-per-node", type=_number(1), metavar="N", help=f"GPUs, and ranks, a node ({_SCRIPT})")
+    parser.add_argument("--cpus-per-task", type=_number(1), metavar="N", help=f"cores a rank ({_SCRIPT})")
+    parser.add_argument("--time", metavar="TIME", help=f"minutes, HH:MM:SS or D-HH:MM:SS ({_SCRIPT})")
+    for name in ("partition", "account", "qos"):
+        parser.add_argument(f"--{name}", metavar="NAME", help="as sbatch knows it")
+    parser.add_argument("--exclude", metavar="NODES", help="nodes to stay away from, such as node[3,7]")
+
+
+def _add_bench_commands(commands: _Commands) -> None:
+    group = commands.group("bench", "measure how training scales")
+    scaling = group.add("scaling", "bench.commands.bench_scaling", "some steps of a recipe on each number of ranks")
+    scaling.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    scaling.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+    sizes = scaling.add_mutually_exclusive_group(required=True)
+    sizes.add_argument("--nproc", type=_numbers, metavar="N,...", help="processes on this machine, one after the other")
+    sizes.add_argument("--nodes", type=_numbers, metavar="N,...", help="nodes: a Slurm job each, one after the other")
+    mode = scaling.add_mutually_exclusive_group()
+    for name, what in (("strong", "stays (default)"), ("weak", "is the smallest point's, and grows with the ranks")):
+        text = f"the recipe's global batch {what}"
+        mode.add_argument(f"--{name}", dest="mode", action="store_const", const=name, default="strong", help=text)
+    scaling.add_argument("--steps", type=_number(5), default=50, metavar="N", help="a point (default: %(default)s)")
+    scaling.add_argument("--out", default="runs/scaling", metavar="DIR", help="for everything (default: %(default)s)")
+    scaling.add_argument("--fresh", action="store_true", help="remove an earlier scaling run in DIR first")
+    _add_slurm_options(scaling)
+    scaling.add_argument("--dry-run", action="store_true", help="check and print, start nothing")
+    collect = group.add("collect", "bench.commands.bench_collect", "figures, table and picture of a scaling run so far")
+    collect.add_argument("out", metavar="DIR", help="the --out of a scaling run")
+    for parser in (scaling, collect):
+        parser.add_argument("--json", action="store_true", help="write the result as JSON")
 
 
 def _add_look(group: _Commands, name: str, function: str, text: str) -> None:
@@ -287,9 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.function is None:
             parsed.parser.print_help(sys.stderr)
             return UserError.exit_status
-        from megalm import commands
-
-        status: int = getattr(commands, parsed.function)(parsed)
+        module, _, function = parsed.function.rpartition(".")
+        status: int = getattr(importlib.import_module(f"megalm.{module or 'commands'}"), function)(parsed)
         sys.stdout.flush()
         return status
     except Interrupted as error:

@@ -1,60 +1,31 @@
 """What each command of `megalm` does with its parsed arguments; each function returns the exit status.
 
 Owns the order of things before a run: every check of recipe, world and data comes first, then the start of
-workers. Heavy modules are imported inside the functions that need them.
+workers. Heavy modules are imported inside the functions that need them. The commands of `megalm launch` and
+`megalm bench` stand in those packages.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megalm.answers import answer, show
 from megalm.errors import ConfigError, Interrupted, LaunchError
+from megalm.launch.checks import check_data, check_device, check_sinks, check_world
 
 if TYPE_CHECKING:
+    from megalm.config.model import ModelSection
     from megalm.config.run import RunConfig
-    from megalm.data.datasets import PreparedData
     from megalm.distributed.rendezvous import Rendezvous
 
 _LARGE_VOCABULARY = 2**17  # where neither recipe nor data tell: checkpoints are estimated rather too large
-
-
-def _print(text: str) -> int:
-    print(text)
-    return 0
-
-
-def _answer(result: dict[str, Any], as_json: bool) -> int:
-    """Print a result as JSON, or one `key  value` a line with nested keys dotted."""
-    if as_json:
-        return _print(json.dumps(result, indent=2, ensure_ascii=False))
-    rows = list(_rows("", result))
-    width = max(len(key) for key, _ in rows)
-    return _print("\n".join(f"{key:<{width}}  {value}" for key, value in rows))
-
-
-def _rows(prefix: str, result: dict[str, Any]) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in result.items():
-        if isinstance(value, dict) and value:
-            rows += _rows(f"{prefix}{key}.", value)
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for index, item in enumerate(value):
-                rows += _rows(f"{prefix}{key}.{index}.", item)
-        elif isinstance(value, list):
-            rows.append((prefix + key, ", ".join(json.dumps(item, ensure_ascii=False) for item in value)))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            rows.append((prefix + key, f"{value:,}"))
-        else:
-            rows.append((prefix + key, value if isinstance(value, str) else json.dumps(value)))
-    return rows
 
 
 def _world(config: RunConfig, nproc: int | None) -> tuple[int, bool]:
@@ -90,45 +61,6 @@ def _is_restart() -> bool:
     return launched is not None and launched.attempt != "0"
 
 
-def _check_world(config: RunConfig, world: int) -> int:
-    """Return the data-parallel ranks in `world`, with the DeepSpeed JSON checked as well."""
-    from megalm.config.checks import check_world
-    from megalm.config.deepspeed import deepspeed_config
-
-    data_size = check_world(config, world)
-    deepspeed_config(config, data_size)
-    return data_size
-
-
-def _check_device(config: RunConfig) -> None:
-    """Raise ConfigError for a device that this machine lacks, or kernels that need one. torch is asked only then."""
-    if config.run.device == "cuda" or config.model.kernels == "fused":
-        from megalm.distributed.world import check_device
-
-        check_device(config)
-
-
-def _check_data(config: RunConfig) -> PreparedData:
-    """Return the prepared data. Raises DataError or ConfigError unless it is whole and fits the recipe."""
-    from megalm.data.datasets import open_prepared
-
-    path = config.data.path
-    data = open_prepared(path)
-    vocab = config.model.vocab
-    if vocab is not None and vocab < data.vocabulary:
-        raise ConfigError(
-            f"model.vocab={vocab} is smaller than the {data.vocabulary} tokens of the tokenizer in {path}; "
-            f"use {data.vocabulary} or more, or leave model.vocab out"
-        )
-    sequence, tokens = config.model.sequence, len(data.train)
-    if tokens <= sequence:
-        raise ConfigError(
-            f"model.sequence={sequence} is not shorter than the {tokens} training tokens in {path}; "
-            "use a smaller model.sequence or more text"
-        )
-    return data
-
-
 def _start_workers(
     args: Namespace,
     command: Sequence[str],
@@ -153,9 +85,11 @@ def train(args: Namespace) -> int:
 
     config = load_recipe(args.recipe, args.overrides)
     world, starts_workers = _world(config, args.nproc)
-    _check_world(config, world)
-    data = _check_data(config)
-    _check_device(config)
+    check_world(config, world)
+    data = check_data(config)
+    config = config.with_windows(data.windows(config.model.sequence))
+    check_device(config)
+    check_sinks(config)
     restarted = _is_restart()
     fresh = args.fresh and not restarted
     check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)
@@ -176,15 +110,23 @@ def evaluate(args: Namespace) -> int:
 
     config = trained_config(Path(args.run), args.overrides)
     world, starts_workers = _world(config, args.nproc)
-    _check_world(config, world)
-    _check_data(config)
+    check_world(config, world)
+    check_data(config)
     if starts_workers:
-        command = ["evaluate", args.run, *args.overrides, "--split", args.split]
+        command = ["evaluate", args.run, *args.overrides, "--split", args.split, *(["--ema"] if args.ema else [])]
         return _start_workers(args, [*command, *(["--json"] if args.json else [])], world, None)
     from megalm.evaluation.command import evaluate as run
 
-    result = run(args.run, args.overrides, args.split)
-    return 0 if result is None else _answer(result, args.json)
+    result = run(args.run, args.overrides, args.split, args.ema)
+    return 0 if result is None else answer(result, args.json)
+
+
+def inspect(args: Namespace) -> int:
+    """`megalm inspect`: what a run noted of its layers, as a picture and a table."""
+    from megalm.train.layer_report import inspect_run, table
+
+    result = inspect_run(Path(args.run))
+    return answer(result, as_json=True) if args.json else show(table(result))
 
 
 def generate(args: Namespace) -> int:
@@ -193,74 +135,22 @@ def generate(args: Namespace) -> int:
 
     config = trained_config(Path(args.run), args.overrides)
     world, starts_workers = _world(config, args.nproc)
-    _check_world(config, world)
+    check_world(config, world)
     if starts_workers:
         command = ["generate", args.run, *args.overrides, f"--prompt={args.prompt}", f"--tokens={args.tokens}"]
         command += [f"--temperature={args.temperature}", f"--seed={args.seed}"]
         command += [f"--top-k={args.top_k}"] if args.top_k is not None else []
         command += [f"--top-p={args.top_p}"] if args.top_p is not None else []
+        command += ["--ema"] if args.ema else []
         return _start_workers(args, command, world, None)
     from megalm.generation.command import generate as run
 
     text = run(
         args.run, args.overrides, args.prompt,
         tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+        averaged=args.ema,
     )  # fmt: skip
-    return 0 if text is None else _print(text)
-
-
-def launch_slurm(args: Namespace) -> int:
-    """`megalm launch slurm`: check the recipe and its data against the world that is asked for, then submit."""
-    from megalm.config.load import load_recipe
-    from megalm.launch import records, slurm
-    from megalm.train.run_directory import check_run
-
-    names = ("nodes", "gpus_per_node", "cpus_per_task", "time", "partition", "account", "qos", "container", "exclude")
-    request = slurm.JobRequest(**{name: getattr(args, name) for name in names}, chain=args.chain)
-    request.check()
-    request = slurm.with_defaults(request, records.script_folder() / slurm.SCRIPT)
-    config = load_recipe(args.recipe, args.overrides)
-    slurm.run_directory(config)
-    _check_world(config, slurm.world_size(request))
-    data = _check_data(config)
-    check_run(config, data.fingerprint, data.tokenizer_fingerprint)
-    result = slurm.launch(config, request, args.dry_run)
-    return _answer(result if args.json else {**result, "command": shlex.join(result["command"])}, args.json)
-
-
-def launch_mpi(args: Namespace) -> int:
-    """`megalm launch mpi`: check, then become mpirun."""
-    from megalm.config.load import load_recipe
-    from megalm.launch import mpi
-
-    command = mpi.mpirun_arguments(args.recipe, args.overrides, args.nproc, args.hosts)
-    config = load_recipe(args.recipe, args.overrides)
-    _check_world(config, args.nproc)
-    _check_data(config)
-    if args.dry_run:
-        return _print(shlex.join(command))
-    mpi.run(command)
-
-
-def launch_status(args: Namespace) -> int:
-    """`megalm launch status`: the jobs of a run."""
-    from megalm.launch.jobs import status
-
-    return _answer(status(args.run), args.json)
-
-
-def launch_cancel(args: Namespace) -> int:
-    """`megalm launch cancel`: end the jobs of a run."""
-    from megalm.launch.jobs import cancel
-
-    return _answer(cancel(args.run), args.json)
-
-
-def launch_logs(args: Namespace) -> int:
-    """`megalm launch logs`: where they are."""
-    from megalm.launch.jobs import logs
-
-    return _answer(logs(args.run), args.json)
+    return 0 if text is None else show(text)
 
 
 def quickstart(args: Namespace) -> int:
@@ -278,21 +168,21 @@ def data_prepare(args: Namespace) -> int:
         args.corpus, args.files, args.vocab, args.out, args.tokenizer,
         args.held_out, args.seed, args.overwrite, args.separator, args.text_field,
     )  # fmt: skip
-    return _answer(result, as_json=False)
+    return answer(result, as_json=False)
 
 
 def data_inspect(args: Namespace) -> int:
     """`megalm data inspect`: what prepared data holds."""
     from megalm.data.commands import inspect_command
 
-    return _answer(inspect_command(args.path), args.json)
+    return answer(inspect_command(args.path), args.json)
 
 
 def data_verify(args: Namespace) -> int:
     """`megalm data verify`: prepared data against its checksums."""
     from megalm.data.commands import verify_command
 
-    return _answer(verify_command(args.path), args.json)
+    return answer(verify_command(args.path), args.json)
 
 
 def tokenizer_train(args: Namespace) -> int:
@@ -302,40 +192,57 @@ def tokenizer_train(args: Namespace) -> int:
     result = train_tokenizer_command(
         args.corpus, args.files, args.vocab, args.out, args.overwrite, args.separator, args.text_field
     )
-    return _answer(result, as_json=False)
+    return answer(result, as_json=False)
 
 
 def tokenizer_inspect(args: Namespace) -> int:
     """`megalm tokenizer inspect`: what a tokenizer holds."""
     from megalm.data.commands import inspect_tokenizer_command
 
-    return _answer(inspect_tokenizer_command(args.path), args.json)
+    return answer(inspect_tokenizer_command(args.path), args.json)
 
 
 def config_show(args: Namespace) -> int:
-    """`megalm config show`: a recipe, resolved; or the dict that DeepSpeed gets."""
+    """`megalm config show`: a recipe with its size; or its masks, or number formats; or the dict for DeepSpeed."""
     from megalm.config.deepspeed import deepspeed_config
     from megalm.config.load import dump_yaml, load_recipe
+    from megalm.config.masks import draw_masks
+    from megalm.config.storage import storage_table
 
     config = load_recipe(args.recipe, args.overrides)
     joined = deepspeed_config(config)
+    if args.mask:
+        return show(draw_masks(config.model))
+    if args.storage:
+        return show(storage_table(config))
     if args.deepspeed or args.json:
-        return _print(json.dumps(joined if args.deepspeed else config.model_dump(mode="json"), indent=2))
-    return _print(dump_yaml(config).rstrip())
+        return show(json.dumps(joined if args.deepspeed else config.model_dump(mode="json"), indent=2))
+    return show(f"# {_size(config.model)}\n{dump_yaml(config).rstrip()}")
+
+
+def _size(model: ModelSection) -> str:
+    """Return the number of parameters in words; where the tokenizer gives the vocabulary, by the token of it."""
+    from megalm.train.monitor import count_parameters
+
+    if model.vocab is not None:
+        return f"{count_parameters(model, model.vocab).total:,} parameters"
+    without, one = (count_parameters(model, vocab).total for vocab in (0, 1))
+    return f"{without:,} parameters, and {one - without:,} for each token of the tokenizer's vocabulary"
 
 
 def config_list(args: Namespace) -> int:
-    """`megalm config list`: the recipes and DeepSpeed files that ship, each recipe with its first words."""
-    from megalm.config.deepspeed import shipped_configs
+    """`megalm config list`: the recipes and DeepSpeed files that ship, and when to take each."""
+    from megalm.config.deepspeed_files import about_configs
     from megalm.config.load import shipped_recipes
 
     recipes = {name: _about(path) for name, path in shipped_recipes().items()}
-    configs = list(shipped_configs())
+    configs = about_configs()
     if args.json:
-        return _answer({"recipes": recipes, "deepspeed_configs": configs}, as_json=True)
-    width = max(len(name) for name in recipes)
-    lines = [f"  {name:<{width}}  {about}" for name, about in recipes.items()]
-    return _print("\n".join(["recipes:", *lines, "zero.config:", f"  {', '.join(configs)}"]))
+        return answer({"recipes": recipes, "deepspeed_configs": configs}, as_json=True)
+    width = max(map(len, [*recipes, *configs]))
+    lines = ["recipes:", *(f"  {name:<{width}}  {about}" for name, about in recipes.items())]
+    lines += ["zero.config:", *(f"  {name:<{width}}  {about}" for name, about in configs.items())]
+    return show("\n".join(lines))
 
 
 def _about(recipe: Path) -> str:
@@ -352,14 +259,14 @@ def checkpoint_inspect(args: Namespace) -> int:
     """`megalm checkpoint inspect`: what a checkpoint holds."""
     from megalm.checkpoint.commands import inspect
 
-    return _answer(inspect(Path(args.path)), args.json)
+    return answer(inspect(Path(args.path)), args.json)
 
 
 def checkpoint_verify(args: Namespace) -> int:
     """`megalm checkpoint verify`: checkpoints against their checksums."""
     from megalm.checkpoint.commands import verify
 
-    return _answer(verify(Path(args.path)), args.json)
+    return answer(verify(Path(args.path)), args.json)
 
 
 def doctor(args: Namespace) -> int:

@@ -31,6 +31,12 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class StorageError(CheckpointError):
+    """A disk refused a write; what is saved already is kept, and another start may find the disk well."""
+
+    exit_status = 1
+
+
 class LaunchError(UserError):
     """A launcher is asked for what it cannot do, or left an environment that is partial or contradicts the recipe."""
 
@@ -42,7 +48,19 @@ class Interrupted(MegalmError):
 
 
 class CorruptionError(MegalmError):
-    """Ranks that must hold the same numbers do not: a GPU or its memory is broken."""
+    """Ranks that must hold the same numbers do not: a GPU or its memory is broken. No start may follow by itself."""
+
+    exit_status = 51
+
+
+class Diverged(MegalmError):
+    """Steps went wrong again and again; another start would only compute the same. No start may follow by itself."""
+
+    exit_status = 52
+
+
+class OutOfMemory(MegalmError):
+    """A rank's device or machine has no memory left; another start would come to the same."""
 
 
 class DistributedError(MegalmError):

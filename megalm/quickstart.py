@@ -95,7 +95,7 @@ def _fitting_this_machine(overrides: Sequence[str]) -> tuple[str, ...]:
     ranks = _processes(config)
     settings: list[str] = []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores < ranks:
+    if cores < ranks and config.batch_ramp.start is None:
         settings.append(f"train.micro_batch={config.train.global_batch}")
         _say(f"{cores} cores for {ranks} ranks: one microbatch a step, the pipeline's stages take turns")
     if 0 < torch.cuda.device_count() < ranks:

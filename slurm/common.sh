@@ -7,6 +7,7 @@
 #   MEGALM_LOGS       the folder for the logs (default: logs/JOB_ID where the job was submitted)
 #   MEGALM_JOB        the folder with job.json, the record of a chain of jobs
 #   MEGALM_CONTAINER  a container image; the option needs the pyxis plug-in and is left out otherwise
+#   MEGALM_MPI        srun's MPI plug-in, such as pmix, where the ranks are to speak MPI too
 #   MEGALM_MOUNTS     what the container sees besides (default: the folder where the job was submitted)
 
 logs="${MEGALM_LOGS:-$SLURM_SUBMIT_DIR/logs/$SLURM_JOB_ID}"
@@ -33,7 +34,8 @@ trap "signal=SIGTERM" TERM
 trap "signal=SIGUSR1" USR1
 "$@"
 status=$?
-echo "rank $SLURM_PROCID on ${SLURMD_NODENAME:-$HOSTNAME} ended with status $status${signal:+ after $signal}"
+end="rank $SLURM_PROCID on ${SLURMD_NODENAME:-$HOSTNAME} ended with status $status${signal:+ after $signal}"
+printf "%s at %(%Y-%m-%dT%H:%M:%S%z)T\n" "$end" -1
 ((status != 75)) || status=0
 exit $status'
 
@@ -46,7 +48,7 @@ run_ranks() {
         --container-mounts="${MEGALM_MOUNTS:-$PWD:$PWD}")
     echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, logs in $logs"
     srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 --open-mode=append \
-        --output="$logs/rank-%t.log" "${container[@]}" bash -c "$rank" rank "$@" &
+        --output="$logs/rank-%t.log" ${MEGALM_MPI:+--mpi="$MEGALM_MPI"} "${container[@]}" bash -c "$rank" rank "$@" &
     srun=$!
     # The ranks must be asked by USR1: at SIGTERM srun would kill them instead of passing it on.
     trap 'signalled=1; kill -USR1 "$srun" 2>/dev/null || true' TERM USR1

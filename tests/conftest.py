@@ -22,6 +22,14 @@ from tests.worker_pool import WorkerPool
 POOL_SIZE = 8
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a GPU all tests of kernels run on it: `-m gpu` takes them in."""
+    if torch.cuda.is_available():
+        for item in items:
+            if "tests/kernels/" in item.path.as_posix() and item.path.name != "test_compile.py":
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[WorkerPool]:
     """Give the session's pool of up to 8 ranks; its processes start when a test first needs them."""

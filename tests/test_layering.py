@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down; packages on one floor do not import each other.
 FLOORS = [
     {"cli", "commands", "__main__"},
-    {"quickstart"},
+    {"quickstart", "bench"},
     {"launch"},
     {"train"},
     {"evaluation", "watchdog"},
@@ -24,17 +24,19 @@ FLOORS = [
     {"nn.ops"},
     {"distributed", "data"},
     {"config"},
-    {"errors", "registry", "files", "version"},
+    {"answers", "errors", "registry", "files", "version"},
 ]
 # Packages that share the top floor are one program, and the lowest floor may use its own errors.
 MAY_SHARE = [FLOORS[0], FLOORS[-1]]
 WITHOUT_TORCH = (
     "megalm/config/*.py",
     "megalm/registry.py",
+    "megalm/answers.py",
     "megalm/errors.py",
     "megalm/cli.py",
     "megalm/commands.py",
     "megalm/launch/*.py",
+    "megalm/bench/*.py",
     "megalm/distributed/layout.py",
     "megalm/distributed/rendezvous.py",
     "megalm/preflight/cluster.py",

@@ -15,6 +15,7 @@ from megalm.pipeline_parallel.schedules import SCHEDULES
 from megalm.registry import Registry
 from megalm.train.lr_schedules import LR_SCHEDULES
 from megalm.train.optimizers import OPTIMIZERS
+from megalm.train.sinks import SINKS
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "norm": NORMS,
@@ -23,8 +24,21 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "schedule": SCHEDULES,
     "optimizer": OPTIMIZERS,
     "lr_schedule": LR_SCHEDULES,
+    "sink": SINKS,
 }
-WITHOUT_A_REGISTRY = {"device", "kernels", "precision", "recompute"}
+WITHOUT_A_REGISTRY = {
+    "attention_pattern",
+    "cooldown_shape",
+    "device",
+    "init",
+    "kernels",
+    "norm_place",
+    "precision",
+    "reduce_dtype",
+    "stop_metric",
+    "recompute",
+    "rotary_scaling",
+}
 
 
 @pytest.mark.parametrize("kind", REGISTRIES)

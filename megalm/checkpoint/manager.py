@@ -44,8 +44,10 @@ def find_checkpoints(directory: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
-def latest_checkpoint(run_dir: Path, group: Group = None) -> CheckpointReader | None:
+def latest_checkpoint(run_dir: Path, group: Group = None, before: int | None = None) -> CheckpointReader | None:
     """Return the newest valid checkpoint of a run, the same on all ranks, or None where none was ever saved.
+
+    `before`: only those of earlier steps count.
 
     Every rank of `group` must call; together they check every byte of a candidate, each rank its share (the
     files that the rank of its number wrote, which it will read itself when the layout is the same). A damaged
@@ -55,7 +57,7 @@ def latest_checkpoint(run_dir: Path, group: Group = None) -> CheckpointReader | 
     names: list[str] = []
     with together(group):
         if rank_of(group) == 0:
-            names = [path.name for path in find_checkpoints(directory)]
+            names = [path.name for path in find_checkpoints(directory) if before is None or step_of(path) < before]
     first_error = ""
     names = broadcast_json(names, group)
     for name in names:
@@ -74,6 +76,13 @@ def latest_checkpoint(run_dir: Path, group: Group = None) -> CheckpointReader | 
             "restore one from a copy, or move the directory away to begin anew"
         )
     return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a path that `find_checkpoints` gives."""
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name) or HIDDEN_NAME.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match[1] if match.re is CHECKPOINT_NAME else match[2])
 
 
 def _share(names: Iterable[str], group: Group) -> list[str]:
@@ -114,9 +123,28 @@ class CheckpointManager:
             self._retain(step)
         return path
 
-    def latest(self) -> CheckpointReader | None:
+    def latest(self, before: int | None = None) -> CheckpointReader | None:
         """Return the newest valid checkpoint, the same on all ranks. See `latest_checkpoint`."""
-        return latest_checkpoint(self.run_dir, self._group)
+        return latest_checkpoint(self.run_dir, self._group, before)
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps than `step`, to which the run went back. Raises CheckpointError."""
+        with together(self._group):
+            if rank_of(self._group) == 0:
+                try:
+                    for path in find_checkpoints(self.directory):
+                        if step_of(path) > step:
+                            self._delete(path)
+                except OSError as error:
+                    raise storage_error(error, self.directory) from error
+
+    def _delete(self, path: Path) -> None:
+        """Delete a checkpoint such that a kill leaves it whole or hidden."""
+        deleted = hidden(path, "deleted")
+        self._files.remove_tree(deleted)
+        self._files.rename(path, deleted)
+        self._files.sync_directory(self.directory)
+        self._files.remove_tree(deleted)
 
     def _retain(self, step: int) -> None:
         """Delete checkpoints older than the newest `keep`.
@@ -125,14 +153,9 @@ class CheckpointManager:
         deleted, and are replaced when the run gets there again.
         """
         try:
-            named = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in find_checkpoints(self.directory)]
-            earlier = [path for match, path in named if match and int(match[1]) <= step]
-            for path in earlier[self.keep :]:
-                deleted = hidden(path, "deleted")
-                self._files.remove_tree(deleted)
-                self._files.rename(path, deleted)
-                self._files.sync_directory(self.directory)
-                self._files.remove_tree(deleted)
+            named = [path for path in find_checkpoints(self.directory) if CHECKPOINT_NAME.fullmatch(path.name)]
+            for path in [path for path in named if step_of(path) <= step][self.keep :]:
+                self._delete(path)
         except OSError as error:
             logger.warning("%s: cannot delete an old checkpoint: %s", error.filename or self.directory, error.strerror)
 

@@ -38,7 +38,7 @@ from megalm.checkpoint.tensor_file import DTYPE_NAMES, FileRecord, write_tensor_
 from megalm.distributed.exchange import Group, gather_json, rank_of, together
 from megalm.distributed.progress import progress
 from megalm.distributed.sharding import Fragment
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class _NamedErrors:
             raise storage_error(error, self._path) from error
 
 
-def storage_error(error: OSError, path: Path) -> CheckpointError:
+def storage_error(error: OSError, path: Path) -> StorageError:
     """Return the one-line error for a disk that refused a write below `path`."""
     remedy = "check the file system"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -228,7 +228,7 @@ def storage_error(error: OSError, path: Path) -> CheckpointError:
         remedy = "make it writable, or set run.dir to another place"
     words = os.strerror(error.errno) if error.errno else str(error)
     where = error.filename or path
-    return CheckpointError(f"{where}: cannot save the checkpoint: {words}; earlier ones are kept; {remedy}")
+    return StorageError(f"{where}: cannot save the checkpoint: {words}; earlier ones are kept; {remedy}")
 
 
 def encode_state(state: Mapping[str, Any]) -> bytes:

@@ -6,9 +6,11 @@ Messages give the values and the legal ones; the last key named is the one to wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from megalm.config.idle_keys import USES, idle_keys
 from megalm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ class Rule(NamedTuple):
 RULES: list[Rule] = []
 
 
-def _rule(*keys: str) -> Callable[[Check], Check]:
+def rule(*keys: str) -> Callable[[Check], Check]:
     """Return a decorator that adds a check, which reads `keys`, to RULES."""
 
     def add(check: Check) -> Check:
@@ -75,51 +77,113 @@ def _feed_forward_name(config: RunConfig) -> str:
     return "model.ffn" if config.model.ffn is not None else "the derived model.ffn"
 
 
-@_rule("model.hidden", "model.heads")
+@rule("model.hidden", "model.heads", "model.head_dim")
 def _heads_divide_hidden(config: RunConfig) -> Iterator[str]:
-    if config.model.hidden % config.model.heads:
+    if config.model.head_dim is None and config.model.hidden % config.model.heads:
         yield not_divisible("model.hidden", config.model.hidden, "model.heads", config.model.heads)
 
 
-@_rule("model.heads", "model.kv_heads")
+@rule("model.heads", "model.kv_heads")
 def _kv_heads_divide_heads(config: RunConfig) -> Iterator[str]:
     if config.model.heads % config.model.key_value_heads:
         yield not_divisible("model.heads", config.model.heads, "model.kv_heads", config.model.key_value_heads)
 
 
-@_rule("model.heads", "parallel.tensor")
+@rule("model.heads", "parallel.tensor")
 def _tensor_divides_heads(config: RunConfig) -> Iterator[str]:
     if config.model.heads % config.parallel.tensor:
         yield not_divisible("model.heads", config.model.heads, "parallel.tensor", config.parallel.tensor)
 
 
-@_rule("model.kv_heads", "parallel.tensor")
+@rule("model.kv_heads", "parallel.tensor")
 def _tensor_divides_kv_heads(config: RunConfig) -> Iterator[str]:
-    if config.model.kv_heads is not None and config.model.kv_heads % config.parallel.tensor:
+    if config.model.key_value_heads > 1 and config.model.kv_heads and config.model.kv_heads % config.parallel.tensor:
         heads, tensor = config.model.kv_heads, config.parallel.tensor
         yield not_divisible("model.kv_heads", heads, "parallel.tensor", tensor)
 
 
-@_rule("model.ffn", "model.hidden", "model.activation", "parallel.tensor")
+@rule("model.ffn", "model.hidden", "model.activation", "parallel.tensor")
 def _tensor_divides_feed_forward(config: RunConfig) -> Iterator[str]:
     width = config.model.feed_forward
     if width % config.parallel.tensor:
         yield not_divisible(_feed_forward_name(config), width, "parallel.tensor", config.parallel.tensor)
 
 
-@_rule("model.position", "model.hidden", "model.heads")
+@rule("model.position", "model.hidden", "model.heads", "model.head_dim", "model.rotary_share")
 def _rotary_needs_pairs(config: RunConfig) -> Iterator[str]:
     model = config.model
-    if model.position == "rotary" and model.hidden % model.heads == 0 and model.head_size % 2:
+    if model.position != "rotary" or (model.head_dim is None and model.hidden % model.heads):
+        return
+    if model.rotary_size == 0:
+        yield f"model.rotary_share={model.rotary_share} turns no pair of a head's {model.head_size} features; raise it"
+    elif model.rotary_share == 1.0 and model.head_size % 2:
         even = [heads for heads in divisors(model.hidden) if model.hidden // heads % 2 == 0]
         remedy = f"use {list_values(even)}" if even else "make model.hidden even"
+        if model.head_dim is not None:
+            remedy = "make model.head_dim even"
         yield (
             f"model.position=rotary turns pairs of features, but a head has model.hidden/model.heads="
             f"{model.head_size} of them with model.heads={model.heads}; {remedy}"
         )
 
 
-@_rule("model.layers", "parallel.pipeline", "parallel.partition")
+@rule(*USES)
+def _no_key_is_idle(config: RunConfig) -> Iterator[str]:
+    yield from idle_keys(config)
+
+
+@rule("model.rotary_scaling", "model.rotary_factor", "model.rotary_original")
+def _scaled_rotations_know_by_how_much(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.rotary_scaling != "none" and model.rotary_factor == 1.0:
+        yield f"model.rotary_scaling={model.rotary_scaling} needs model.rotary_factor above 1: the growth of texts"
+    if model.rotary_scaling in ("yarn", "llama3") and model.rotary_original is None:
+        yield (
+            f"model.rotary_scaling={model.rotary_scaling} needs model.rotary_original: the length of the texts "
+            "on which the model was trained before"
+        )
+
+
+@rule("model.layers", "model.nope_every")
+def _some_layers_know_positions(config: RunConfig) -> Iterator[str]:
+    every, layers = config.model.nope_every, config.model.layers
+    if every is not None and not 2 <= every <= layers:
+        which = "every" if every == 1 else "no"
+        yield f"model.nope_every={every} leaves positions out of {which} layer; use 2 to {layers}, or none at all"
+
+
+@rule("model.relative_buckets", "model.relative_distance", "model.position")
+def _relative_buckets_are_enough(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.position == "t5" and model.relative_distance <= model.relative_buckets // 2:
+        yield (
+            f"model.relative_distance={model.relative_distance} is not above half of model.relative_buckets="
+            f"{model.relative_buckets}, where each distance has a bucket; use more than {model.relative_buckets // 2}"
+        )
+
+
+@rule("model.norm_place", "model.parallel_residual")
+def _parallel_halves_have_a_place(config: RunConfig) -> Iterator[str]:
+    if config.model.parallel_residual and config.model.norm_place == "post":
+        yield "model.parallel_residual=true needs model.norm_place pre or sandwich: one sum has one norm behind it"
+
+
+@rule("model.document_mask", "model.dropout", "model.attention_dropout")
+def _documents_exclude_dropped_probabilities(config: RunConfig) -> Iterator[str]:
+    if config.model.document_mask and config.model.probability_dropout:
+        yield (
+            "model.document_mask=true excludes dropping attention probabilities, as packed rows have no mask of their "
+            f"own; use model.attention_dropout=0.0 instead of {config.model.probability_dropout}"
+        )
+
+
+@rule("model.logit_softcap", "loss.fused_head")
+def _fused_head_has_no_cap(config: RunConfig) -> Iterator[str]:
+    if config.model.logit_softcap is not None and config.loss.fused_head:
+        yield "model.logit_softcap acts on logits, which loss.fused_head=true never has; use loss.fused_head=false"
+
+
+@rule("model.layers", "parallel.pipeline", "parallel.partition")
 def _stages_have_layers(config: RunConfig) -> Iterator[str]:
     layers, stages, partition = config.model.layers, config.parallel.pipeline, config.parallel.partition
     if stages > layers:
@@ -136,7 +200,7 @@ def _stages_have_layers(config: RunConfig) -> Iterator[str]:
         )
 
 
-@_rule("parallel.sequence", "model.sequence", "parallel.tensor")
+@rule("parallel.sequence", "model.sequence", "parallel.tensor")
 def _tensor_divides_sequence(config: RunConfig) -> Iterator[str]:
     if config.parallel.sequence and config.model.sequence % config.parallel.tensor:
         length, tensor = config.model.sequence, config.parallel.tensor
@@ -144,14 +208,21 @@ def _tensor_divides_sequence(config: RunConfig) -> Iterator[str]:
         yield f"{line}, or parallel.sequence=false"
 
 
-@_rule("train.global_batch", "train.micro_batch")
+@rule("train.global_batch", "train.micro_batch", "batch_ramp.start", "batch_ramp.increment")
 def _micro_batch_divides(config: RunConfig) -> Iterator[str]:
-    whole, part = config.train.global_batch, config.train.micro_batch
-    if whole % part:
-        yield not_divisible("train.global_batch", whole, "train.micro_batch", part)
+    part = config.train.micro_batch
+    for name, whole in _batches(config).items():
+        if whole % part:
+            yield not_divisible(name, whole, "train.micro_batch", part)
 
 
-@_rule("zero.stage", "parallel.pipeline")
+def _batches(config: RunConfig) -> dict[str, int]:
+    """Return by key what every step's global batch is made of."""
+    ramp = {"batch_ramp.start": config.batch_ramp.start, "batch_ramp.increment": config.batch_ramp.increment}
+    return {"train.global_batch": config.train.global_batch, **{key: n for key, n in ramp.items() if n is not None}}
+
+
+@rule("zero.stage", "parallel.pipeline")
 def _no_zero3_pipeline(config: RunConfig) -> Iterator[str]:
     if config.zero.stage == 3 and config.parallel.pipeline > 1:
         yield (
@@ -161,34 +232,48 @@ def _no_zero3_pipeline(config: RunConfig) -> Iterator[str]:
         )
 
 
-@_rule("lr_schedule.warmup_steps", "train.steps")
-def _warmup_ends(config: RunConfig) -> Iterator[str]:
-    warmup, steps = config.lr_schedule.warmup_steps, config.train.steps
-    if warmup > steps:
-        yield f"lr_schedule.warmup_steps={warmup} is more than train.steps={steps}; use at most {steps}"
+@rule("train.recompute_every", "model.layers")
+def _recomputed_blocks_exist(config: RunConfig) -> Iterator[str]:
+    every, layers = config.train.recompute_every, config.model.layers
+    if every > layers:
+        yield f"train.recompute_every={every} is more than model.layers={layers}; use at most {layers}"
 
 
-@_rule("train.stop_at", "train.steps")
-def _stop_is_within(config: RunConfig) -> Iterator[str]:
-    stop_at, steps = config.train.stop_at, config.train.steps
-    if stop_at is not None and stop_at > steps:
-        yield f"train.stop_at={stop_at} is more than train.steps={steps}; use at most {steps}"
+@rule("loss_scale.initial", "loss_scale.minimum")
+def _loss_scale_starts_above_its_minimum(config: RunConfig) -> Iterator[str]:
+    scale = config.loss_scale
+    if scale.initial < scale.minimum:
+        least = f"{scale.minimum:g}"
+        yield f"loss_scale.initial={scale.initial:g} is below loss_scale.minimum={least}; use {least} or more"
 
 
-@_rule("optim.kind", "optim.momentum")
-def _momentum_is_used(config: RunConfig) -> Iterator[str]:
-    if config.optim.momentum and config.optim.kind != "sgd":
+@rule("train.reduce_dtype", "precision")
+def _doubles_are_reduced_as_they_are(config: RunConfig) -> Iterator[str]:
+    if config.precision == "fp64" and config.train.reduce_dtype is not None:
+        yield f"train.reduce_dtype={config.train.reduce_dtype} would round what precision=fp64 checks; leave it out"
+
+
+@rule("model.mup_base", "optim.kind")
+def _widths_transfer_under_some_optimizers(config: RunConfig) -> Iterator[str]:
+    if config.model.mup_base is not None and config.optim.kind == "sgd":
         yield (
-            f"optim.momentum={config.optim.momentum} has no effect with optim.kind={config.optim.kind}; "
-            "use optim.kind=sgd, or set optim.betas instead"
+            "model.mup_base says how rates of optimizers that divide by the gradient's size change with the width; "
+            "optim.kind=sgd does not; use adamw, fused_adamw, adam, lion, rmsprop or adagrad"
         )
+
+
+@rule("optim.rules")
+def _frozen_parameters_have_no_rate(config: RunConfig) -> Iterator[str]:
+    for each in config.optim.rules:
+        if each.freeze and (each.lr != 1.0 or each.weight_decay is not None):
+            yield f"optim.rules: {each.match!r} has freeze=true, where lr and weight_decay mean nothing; leave them out"
 
 
 def check_world(config: RunConfig, world_size: int) -> int:
     """Return world_size / (tensor x pipeline), the size of the data axis.
 
-    Raises ConfigError when the ranks do not make whole copies of the model, or the batch does not divide over
-    the copies.
+    Raises ConfigError when the ranks do not make whole copies of the model, the batch does not divide over the
+    copies, or a rank that is to be profiled is none of them.
     """
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     ranks, copies = tensor * pipeline, world_size // (tensor * pipeline)
@@ -203,15 +288,21 @@ def check_world(config: RunConfig, world_size: int) -> int:
             f"{world_size} ranks are not divisible by {layout}, {ranks} ranks a copy of the model; "
             f"start {copies * ranks} or {(copies + 1) * ranks}"
         )
-    whole, part = config.train.global_batch, config.train.micro_batch
+    part = config.train.micro_batch
     each = part * copies
-    if whole % each:
-        lower, upper = whole // each * each, (whole // each + 1) * each
-        batches = f"{lower} or {upper}" if lower else f"{upper}"
-        worlds = list_values([ranks * size for size in divisors(whole // part)])
+    for key, whole in _batches(config).items():
+        if whole % each:
+            lower, upper = whole // each * each, (whole // each + 1) * each
+            batches = f"{lower} or {upper}" if lower else f"{upper}"
+            worlds = list_values([ranks * size for size in divisors(math.gcd(*_batches(config).values()) // part)])
+            raise ConfigError(
+                f"{key}={whole} is not divisible by train.micro_batch={part} x {copies} "
+                f"data-parallel ranks ({world_size} ranks / {ranks}); use {batches} for {key}, or {worlds} ranks"
+            )
+    absent = [rank for rank in config.profile.ranks or () if rank >= world_size]
+    if absent and (config.profile.start or config.profile.memory_at):
+        last = "0" if world_size == 1 else f"0 to {world_size - 1}"
         raise ConfigError(
-            f"train.global_batch={whole} is not divisible by train.micro_batch={part} x {copies} "
-            f"data-parallel ranks ({world_size} ranks / {ranks}); use {batches} "
-            f"for train.global_batch, or {worlds} ranks"
+            f"profile.ranks={list(config.profile.ranks or ())}: no rank {absent[0]} is started; use {last}"
         )
     return copies

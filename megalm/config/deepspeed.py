@@ -8,68 +8,29 @@ DeepSpeed's "auto" is accepted. Imports neither torch nor deepspeed, so a login 
 from __future__ import annotations
 
 import json
-from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from megalm.config.checks import report
+from megalm.config.checks import divisors, list_values, report
+from megalm.config.deepspeed_files import find_config, read_config
+from megalm.config.deepspeed_keys import (
+    CHECKED,
+    COUNTS,
+    FLAGS,
+    LOW_MEMORY_BF16,
+    NOT_GATED,
+    NVME,
+    OFFLOAD_KEYS,
+    PASSED_ON,
+    REFUSED,
+    REFUSED_OFFLOAD,
+    ZERO_KEYS,
+)
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
-from megalm.files import require_regular
-from megalm.registry import nearest, unknown_name
+from megalm.registry import nearest
 
 NEVER = 10**9
 AUTO = "auto"
-# fmt: off
-# DeepSpeed 0.19.8, runtime/zero/config.py; a test holds these equal to the installed package's.
-ZERO_KEYS = frozenset({
-    "allgather_bucket_size", "allgather_partitions", "compute_grad_norm", "contiguous_gradients",
-    "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint",
-    "enable_sanity_checks", "ignore_unused_parameters", "leaf_module", "legacy_stage1",
-    "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear",
-    "offload_optimizer", "offload_param", "overlap_comm", "override_module_apply",
-    "parameter_alignment", "pipeline_loading_checkpoint", "reduce_bucket_size", "reduce_scatter",
-    "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage",
-    "stage3_allgather_sequential", "stage3_gather_16bit_weights_on_model_save",
-    "stage3_gather_fp16_weights_on_model_save", "stage3_max_live_parameters",
-    "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
-    "stage3_module_granularity_threshold", "stage3_param_persistence_threshold",
-    "stage3_prefetch_bucket_size", "stage3_use_all_reduce_for_fetch_params", "sub_group_size",
-    "use_multi_rank_bucket_allreduce", "zenflow", "zero_hpz_partition_size", "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights", "zero_quantized_weights",
-})
-# What would change the arithmetic, or break it, and no layout of the parity gate has is refused.
-NOT_GATED = frozenset({
-    "cpu_offload", "cpu_offload_param", "leaf_module", "offload_param", "parameter_alignment",
-    "stage3_module_granularity_threshold", "zenflow", "zero_hpz_partition_size",
-    "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
-})
-FLAGS = frozenset({
-    "allgather_partitions", "compute_grad_norm", "contiguous_gradients", "cpu_offload_use_pin_memory",
-    "elastic_checkpoint", "enable_sanity_checks", "ignore_unused_parameters", "legacy_stage1",
-    "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear", "overlap_comm",
-    "override_module_apply", "pipeline_loading_checkpoint", "reduce_scatter", "round_robin_gradients",
-    "save_muon_momentum_buffer_in_memory", "stage3_allgather_sequential",
-    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
-    "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce",
-})
-COUNTS = frozenset({
-    "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-    "stage3_model_persistence_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
-    "sub_group_size",
-})
-OFFLOAD_KEYS = frozenset({"device", "pin_memory"})
-PASSED_ON = frozenset({
-    "comms_logger", "disable_allgather", "disable_python_gc",
-    "dump_state", "log_level", "memory_breakdown", "steps_per_print", "wall_clock_breakdown",
-    "zero_optimization",
-})
-CHECKED = frozenset({
-    "amp", "bf16", "bfloat16", "communication_data_type", "data_types", "fp16", "gradient_accumulation_steps",
-    "gradient_clipping", "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-})
-# fmt: on
 
 
 class _Json(NamedTuple):
@@ -81,6 +42,9 @@ class _Json(NamedTuple):
 
     def contradiction(self, key: str, value: Any, recipe: str, remedy: str) -> None:
         self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]} contradicts the recipe's {recipe}; {remedy}")
+
+    def refuse(self, key: str, value: Any, reason: str) -> None:
+        self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]}: {reason}; take it out")
 
     def compare(self, key: str, value: Any, recipe_key: str, recipe_value: Any) -> None:
         """Note a contradiction unless the JSON's value is absent, "auto", or equal to the recipe's."""
@@ -109,58 +73,6 @@ def _equal(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Return the file of each DeepSpeed JSON that comes with megalm, by name."""
-    folder = Path(str(resources.files("megalm.ds_configs").joinpath("zero0.json"))).parent
-    return {path.stem: path for path in sorted(folder.glob("*.json"), key=lambda path: path.stem)}
-
-
-def _find(name_or_path: str) -> Path:
-    shipped = shipped_configs()
-    if name_or_path in shipped:
-        return shipped[name_or_path]
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    if "/" in name_or_path or name_or_path.endswith(".json"):
-        raise ConfigError(f"zero.config={name_or_path}: no such file; give a JSON file or one of {', '.join(shipped)}")
-    raise ConfigError(f"zero.config={name_or_path}: no shipped DeepSpeed JSON; {unknown_name(name_or_path, shipped)}")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its pairs. Raises ValueError for a key that is given twice."""
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"key {key} is given twice; keep one of them")
-        values[key] = value
-    return values
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON; write a number")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the object that the file holds. Raises ConfigError with the line where it is not JSON."""
-    try:
-        require_regular(path)
-        text = path.read_bytes().decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a readable JSON file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8 (byte {error.start}); give a JSON file") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; check commas and quotes") from error
-    except (ValueError, RecursionError) as error:
-        reason = "values are nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ConfigError(f"{path}: {reason}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not an object; write {{...}} with keys such as zero_optimization")
-    return value
-
-
 def deepspeed_config(config: RunConfig, data_size: int | None = None) -> dict[str, Any]:
     """Return the dict for `deepspeed.initialize`: the JSON that `zero.config` names, joined with the recipe.
 
@@ -168,13 +80,14 @@ def deepspeed_config(config: RunConfig, data_size: int | None = None) -> dict[st
     scales the loss itself. With `data_size` (ranks on the data axis) an accumulation in the JSON is compared
     exactly. Raises one ConfigError with every contradiction.
     """
-    path = _find(config.zero.config or f"zero{config.zero.stage}")
-    given = _Json(path.name, _read(path), [])
+    path = find_config(config.zero.config or f"zero{config.zero.stage}")
+    given = _Json(path.name, read_config(path), [])
     _check_keys(given)
     _check_batches(given, config, data_size)
     _check_precision(given, config)
+    _check_low_memory(given, config)
     _check_optimizer(given, config)
-    _check_zero(given, config)
+    _check_zero(given, config, data_size)
     if given.problems:
         raise ConfigError(report(given.problems, given.name))
     joined: dict[str, Any] = {"steps_per_print": NEVER, "wall_clock_breakdown": False}
@@ -187,8 +100,12 @@ def deepspeed_config(config: RunConfig, data_size: int | None = None) -> dict[st
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    if config.train.reduce_dtype is not None:
+        joined["communication_data_type"] = config.train.reduce_dtype
     if config.precision == "bf16":
-        joined |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        joined |= {"bf16": {"enabled": True, **_low_memory(given)}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if config.precision == "fp16":  # the scale is the trainer's; "enabled" would only refuse processors without fp16
+        joined |= {"fp16": {"enabled": False, "loss_scale": 1.0}, "data_types": {"grad_accum_dtype": "fp32"}}
     return joined
 
 
@@ -233,19 +150,43 @@ def _check_precision(given: _Json, config: RunConfig) -> None:
         if enabled != AUTO and enabled is not wanted:
             remedy = f"take {key} out of the JSON and set precision"
             given.contradiction(f"{key}.enabled", enabled, recipe, remedy)
-        for extra in section.keys() - {"enabled"}:
+        for extra in section.keys() - {"enabled"} - (LOW_MEMORY_BF16 if key == "bf16" else set()):
             if wanted:
                 remedy = "take it out; precision in the recipe decides the whole of it"
                 given.contradiction(f"{key}.{extra}", section[extra], recipe, remedy)
     accumulate = "fp64" if config.precision == "fp64" else "fp32"
-    travels = given.values.get("communication_data_type")
-    if travels not in (AUTO, None, accumulate):
-        remedy = f"take it out; gradients travel in {accumulate}"
-        given.contradiction("communication_data_type", travels, recipe, remedy)
+    travels = config.train.reduce_dtype or accumulate
+    given.compare("communication_data_type", given.values.get("communication_data_type"), "train.reduce_dtype", travels)
     for key, value in given.section("data_types").items():
         if value not in (AUTO, None) and (key, value) != ("grad_accum_dtype", accumulate):
             remedy = f"take it out; gradients accumulate in {accumulate}"
             given.contradiction(f"data_types.{key}", value, recipe, remedy)
+
+
+def _low_memory(given: _Json) -> dict[str, bool]:
+    """Return those flags that are set of the two that keep master weights and the optimizer's state in bf16."""
+    section = given.section("bf16")
+    return {key: section[key] for key in sorted(LOW_MEMORY_BF16 & section.keys()) if section[key] not in (False, AUTO)}
+
+
+def _check_low_memory(given: _Json, config: RunConfig) -> None:
+    """Note states in bf16 where they have no effect, or where DeepSpeed keeps them by its own Adam alone."""
+    chosen = _low_memory(given)
+    for key, value in chosen.items():
+        where, stage = f"bf16.{key}", config.zero.stage
+        if value is not True:
+            given.problems.append(f"{given.name}:{where}={json.dumps(value)[:60]} is no flag; write true or false")
+        elif config.precision != "bf16":
+            given.contradiction(where, value, f"precision={config.precision}", "set precision=bf16")
+        elif stage < 1:
+            given.contradiction(where, value, f"zero.stage={stage}", "set zero.stage to 1, 2 or 3")
+        elif len(chosen) < len(LOW_MEMORY_BF16):
+            (other,) = LOW_MEMORY_BF16 - chosen.keys()
+            given.problems.append(f"{given.name}:{where}=true needs bf16.{other}=true beside it; set both or neither")
+        elif given.section("zero_optimization").get("offload_optimizer") not in (None, {"device": "none"}):
+            given.refuse(where, value, "DeepSpeed's own Adam alone keeps bf16 states in the host's memory")
+        elif config.optim.ema_decay is not None:
+            given.refuse(where, value, "optim.ema_decay moves an average by less than bf16 can hold")
 
 
 def _check_optimizer(given: _Json, config: RunConfig) -> None:
@@ -274,7 +215,7 @@ def _check_optimizer(given: _Json, config: RunConfig) -> None:
             given.contradiction(key, value, f"optim.kind={config.optim.kind}", remedy)
 
 
-def _check_zero(given: _Json, config: RunConfig) -> None:
+def _check_zero(given: _Json, config: RunConfig, data_size: int | None) -> None:
     zero, stage = given.section("zero_optimization"), config.zero.stage
     given_stage = zero.get("stage")
     if given_stage not in (None, AUTO) and not _equal(given_stage, stage):
@@ -287,14 +228,14 @@ def _check_zero(given: _Json, config: RunConfig) -> None:
         recipe = f"parallel.pipeline={config.parallel.pipeline}"
         remedy = "set overlap_comm to false; a pipeline reduces its gradients after its last microbatch"
         given.contradiction("zero_optimization.overlap_comm", True, recipe, remedy)
-    for key in sorted(NOT_GATED & zero.keys()):
-        if zero[key] is True or zero[key] not in (None, False, AUTO, 1, {"device": "none"}):
-            remedy = "take it out; no layout with it is held to the one-process reference"
-            given.contradiction(f"zero_optimization.{key}", zero[key], f"zero.stage={stage}", remedy)
+    for key in sorted(REFUSED.keys() & zero.keys()):
+        if zero[key] not in (None, False, AUTO, {"device": "none"}):
+            given.refuse(f"zero_optimization.{key}", zero[key], REFUSED[key])
     if zero.get("compute_grad_norm") is False:
         remedy = "take it out; the norm is logged and clipped by"
         given.contradiction("zero_optimization.compute_grad_norm", False, f"zero.stage={stage}", remedy)
     _check_values(given, zero)
+    _check_plus_plus(given, zero, config, data_size)
     _check_offload(given, zero.get("offload_optimizer"), stage)
 
 
@@ -309,18 +250,33 @@ def _check_values(given: _Json, zero: dict[str, Any]) -> None:
             given.problems.append(f"{where}={json.dumps(value)[:60]} is no size; write a whole number from 1 on")
 
 
+def _check_plus_plus(given: _Json, zero: dict[str, Any], config: RunConfig, data_size: int | None) -> None:
+    """Note parts of ZeRO++ where they have no effect or cannot work."""
+    size, quantized = zero.get("zero_hpz_partition_size", 1), zero.get("zero_quantized_weights", False)
+    for key, value, off in (("zero_hpz_partition_size", size, 1), ("zero_quantized_weights", quantized, False)):
+        if value != off and config.zero.stage < 3:
+            remedy = "set zero.stage=3; other stages have whole weights, here it would have no effect"
+            given.contradiction(f"zero_optimization.{key}", value, f"zero.stage={config.zero.stage}", remedy)
+    if data_size is not None and isinstance(size, int | float) and size >= 1 and data_size % size:
+        given.problems.append(
+            f"{given.name}:zero_optimization.zero_hpz_partition_size={size} does not divide the {data_size} "
+            f"data-parallel ranks; use {list_values(divisors(data_size))}"
+        )
+    if quantized is True and config.run.device == "cpu":
+        remedy = "take it out; its kernel runs on CUDA"
+        given.contradiction("zero_optimization.zero_quantized_weights", True, "run.device=cpu", remedy)
+
+
 def _check_offload(given: _Json, value: Any, stage: int) -> None:
     key = "zero_optimization.offload_optimizer"
     if value is not None and not isinstance(value, dict):
         given.problems.append(f"{given.name}:{key}={json.dumps(value)[:60]} is not an object; write {{...}}")
         return
     for name in sorted((value or {}).keys() - OFFLOAD_KEYS):
-        given.contradiction(
-            f"{key}.{name}", (value or {})[name], f"zero.stage={stage}", "take it out; no layout with it is gated"
-        )
+        given.refuse(f"{key}.{name}", (value or {})[name], REFUSED_OFFLOAD.get(name, NOT_GATED))
     device = (value or {}).get("device", "none")
     if device not in ("none", "cpu"):
-        remedy = "use cpu; no other device is held to the one-process reference"
+        remedy = f"use cpu; {NVME}"
         given.contradiction(f"{key}.device", device, f"zero.stage={stage}", remedy)
     elif device != "none" and stage < 1:
         remedy = "offload needs zero.stage 1 or more, here it would have no effect"

@@ -142,6 +142,7 @@ class _Draft:
         parts: dict[str, Any] = {
             name: section.model_validate(nested.get(name, {})) for name, section in sections.items()
         }
+        parts |= {name: value for name, value in nested.items() if name not in sections}
         config = RunConfig.model_construct(_fields_set=None, **parts)
         self.problems += [f"{self.source}: {line}" for line in checks.broken_rules(config, frozenset(filled))]
 

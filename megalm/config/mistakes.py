@@ -40,6 +40,13 @@ def describe(error: ErrorDetails, key: str, value: Any, declared: Any) -> str:
     `declared` is the key's type.
     """
     kind, context = error["type"], error.get("ctx", {})
+    inside = error["loc"][-2:]
+    if len(inside) == 2 and isinstance(inside[0], int):  # a key of one of several sections
+        key, value = f"{key}[{inside[0]}].{inside[1]}", error["input"]
+        if kind == "extra_forbidden":
+            return f"{key}: unknown key; see `megalm config show RECIPE` and the README for those of a rule"
+        if kind == "missing":
+            return f"{key}: missing, and it has no default; set it"
     if kind == "missing" and not isinstance(value, (list, tuple)):
         return f"{key}: missing, and it has no default; set it"
     shown = f"{key}={show_value(value)}"
@@ -77,6 +84,8 @@ def _wrong_type(kind: str, value: Any) -> str:
         return "is not text; put it in quotes"
     if kind == "string_too_short":
         return "is empty text; write a name"
+    if kind == "string_pattern_mismatch":
+        return "has other letters than S and L; write one for each layer, such as SSL"
     if kind in ("tuple_type", "list_type"):
         return "is not a list; write one such as [1, 2]"
     return f"is not allowed ({kind})"

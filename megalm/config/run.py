@@ -1,59 +1,38 @@
 """The frozen schema of a run: every key of a recipe, its type, its range and its default.
 
-Owns the sections and the values derived from them. It leaves rules between keys to `checks`, reading and
-joining files to `load`, and the DeepSpeed JSON to `deepspeed`. Imports no torch.
+Owns the sections, but the model's, which is `model`'s. It leaves rules between keys to `checks`, reading and joining
+files to `load`, and the DeepSpeed JSON to `deepspeed`. Imports no torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
-from megalm.config import checks
+from megalm.config import checks, ramps
+from megalm.config import loop_checks as loop_checks  # its rules add themselves
+from megalm.config import pattern_checks as pattern_checks
 from megalm.config.checks import check_world as check_world
-from megalm.config.choices import CHOICES
+from megalm.config.fields import (
+    LARGEST_ENUMERATED,
+    AboveZero,
+    Count,
+    Few,
+    Fraction,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    Text,
+    as_tuple,
+    one_of,
+)
+from megalm.config.model import ModelSection
 from megalm.errors import ConfigError
-from megalm.registry import unknown_name
-
-LARGEST_COUNT = 2**40
-LARGEST_ENUMERATED = 2**17  # layers, heads, ranks of an axis: what is gone through one by one
-LARGEST_SEED = 2**63 - 1
-
-
-def _one_of(kind: str) -> AfterValidator:
-    """Return a validator that accepts the names of `CHOICES[kind]` and suggests one for any other."""
-
-    def check(value: str) -> str:
-        if value not in CHOICES[kind]:
-            hint = unknown_name(value, CHOICES[kind])
-            raise PydanticCustomError("unknown_choice", "unknown {kind}; {hint}", {"kind": kind, "hint": hint})
-        return value
-
-    return AfterValidator(check)
-
-
-def _as_tuple(value: Any) -> Any:
-    """Turn YAML's list into the tuple that a frozen section holds; leave the rest for the type check."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
-Positive = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
-Few = Annotated[int, Field(ge=1, le=LARGEST_ENUMERATED)]
-Text = Annotated[str, Field(min_length=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A frozen part of a recipe: strict types, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class RunSection(Section):
@@ -61,63 +40,19 @@ class RunSection(Section):
 
     A rank that does not go on for `hang_timeout_s` (0: none watches) ends the run, which names it and shows its stacks;
     `collective_timeout_s` bounds the wait for it where nobody watches. One that dies is noticed at once. Each
-    `compare_replicas_every` steps (0: never) the weights that data ranks hold alike are compared bit for bit.
-    `preflight` looks at versions, disk, clocks and memory of all nodes before the first step.
+    `compare_replicas_every` steps and before each checkpoint (0: never) what data ranks hold alike is compared bit for
+    bit, and each `compare_speed_every` steps (0: never) the times that ranks took for four times as many: who is a
+    tenth slower is named. `preflight` looks at versions, disk, clocks and memory of all nodes before the first step.
     """
 
     dir: Text = "runs/default"
-    device: Annotated[str, _one_of("device")] = "auto"
+    device: Annotated[str, one_of("device")] = "auto"
     preflight: bool = True
     start_timeout_s: Positive = 60
     collective_timeout_s: Positive = 600
     hang_timeout_s: Count = 480
     compare_replicas_every: Count = 1000
-
-
-class ModelSection(Section):
-    """The Transformer's shape. None stands for the value that the property of the same meaning derives.
-
-    `kernels` says what computes it: fused Triton kernels or plain torch (auto: fused on CUDA); `flash_attention` false
-    stores the whole matrix of attention scores. The model is the same.
-    """
-
-    layers: Few
-    hidden: Positive
-    heads: Few
-    kv_heads: Positive | None = None
-    ffn: Positive | None = None
-    vocab: Positive | None = None
-    sequence: Positive
-    norm: Annotated[str, _one_of("norm")] = "layernorm"
-    norm_eps: AboveZero = 1e-5
-    activation: Annotated[str, _one_of("activation")] = "gelu"
-    position: Annotated[str, _one_of("position")] = "learned"
-    rotary_base: AboveZero = 10000.0
-    dropout: Fraction = 0.0
-    bias: bool = True
-    tie_embeddings: bool = True
-    init_std: AboveZero = 0.02
-    kernels: Annotated[str, _one_of("kernels")] = "auto"
-    flash_attention: bool = True
-
-    @property
-    def head_size(self) -> int:
-        """Features of one attention head."""
-        return self.hidden // self.heads
-
-    @property
-    def key_value_heads(self) -> int:
-        """Heads of keys and values; fewer than `heads` under grouped-query attention."""
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def feed_forward(self) -> int:
-        """Features inside the MLP: `ffn`, else 4 x hidden; for swiglu 8/3 x hidden up to a multiple of 64."""
-        if self.ffn is not None:
-            return self.ffn
-        if self.activation == "swiglu":
-            return -(-8 * self.hidden // (3 * 64)) * 64
-        return 4 * self.hidden
+    compare_speed_every: Annotated[int, Field(ge=0, le=1000)] = 5
 
 
 class ParallelSection(Section):
@@ -126,8 +61,8 @@ class ParallelSection(Section):
     tensor: Few = 1
     pipeline: Few = 1
     sequence: bool = False
-    schedule: Annotated[str, _one_of("schedule")] = "1f1b"
-    partition: Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)] | None = None
+    schedule: Annotated[str, one_of("schedule")] = "1f1b"
+    partition: Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)] | None = None
 
 
 class ZeroSection(Section):
@@ -138,40 +73,127 @@ class ZeroSection(Section):
 
 
 class TrainSection(Section):
-    """Steps and batches, which count sequences. `stop_at` ends the run early, its schedule unchanged."""
+    """Steps and batches, which count sequences. `stop_at` ends the run early, its schedule unchanged.
 
-    steps: Positive
+    How long the run is, is said by one of `steps`, `tokens`, and `epochs` of the training text; whole steps are made.
+
+    Gradients are cut to `clip_grad_value` each, then scaled to a norm, over the whole model, of `clip_grad_norm` at
+    most. Between data ranks they travel in `reduce_dtype`: bf16 halves the traffic and rounds each rank's sum; None: as
+    they are summed over microbatches, fp32 for weights of 16 bits.
+
+    `recompute` says what the backward pass computes again instead of keeping it: whole blocks (full), or what lies
+    between the projections of their attention (selective); in each `recompute_every`-th block. `compile` has
+    torch.compile make one program of each block.
+    """
+
+    steps: Positive | None = None
+    tokens: Positive | None = None
+    epochs: AboveZero | None = None
     stop_at: Positive | None = None
     global_batch: Positive
     micro_batch: Positive
     clip_grad_norm: AboveZero | None = 1.0
-    recompute: Annotated[str, _one_of("recompute")] = "none"
+    clip_grad_value: AboveZero | None = None
+    reduce_dtype: Annotated[str, one_of("reduce_dtype")] | None = None
+    recompute: Annotated[str, one_of("recompute")] = "none"
+    recompute_every: Few = 1
+    compile: bool = False
+
+
+class BatchRampSection(Section):
+    """A global batch of `start` sequences at first (None: the whole batch), `increment` more each `every` steps.
+
+    `increment` None is `start`; the batch ends at `train.global_batch`.
+    """
+
+    start: Positive | None = None
+    increment: Positive | None = None
+    every: Positive | None = None
+
+
+class SequenceWarmupSection(Section):
+    """Sequences of `start` tokens at first (None: whole ones), twice as long each `every` steps, to `model.sequence`.
+
+    A sequence is cut into shorter ones, so a step has the same tokens and none is left out.
+    """
+
+    start: Positive | None = None
+    every: Positive | None = None
+
+
+class OptimRule(Section):
+    """What differs for parameters whose names match a pattern such as `*.qkv.*`; the first rule that matches counts.
+
+    `lr` is a factor of the schedule's rate; `weight_decay` None is what it would be. `freeze` leaves a parameter as it
+    is, with neither gradient nor optimizer state.
+    """
+
+    match: Text
+    lr: NotNegative = 1.0
+    weight_decay: NotNegative | None = None
+    freeze: bool = False
 
 
 class OptimSection(Section):
-    """The optimizer; `betas` and `eps` are adamw's, `momentum` is sgd's."""
+    """The optimizer; `betas` are those of the Adams and Lion, `momentum` of sgd and rmsprop, `alpha` is rmsprop's.
 
-    kind: Annotated[str, _one_of("optimizer")] = "adamw"
+    `centralize` takes from each row of a matrix's gradient its mean. `ema_decay` keeps an average of the weights,
+    a = decay a + (1 - decay) w after each update, which is evaluated and saved beside them.
+    """
+
+    kind: Annotated[str, one_of("optimizer")] = "adamw"
     lr: AboveZero
     weight_decay: NotNegative = 0.1
-    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)] = (0.9, 0.95)
+    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(as_tuple)] = (0.9, 0.95)
     eps: AboveZero = 1e-8
     momentum: Fraction = 0.0
+    nesterov: bool = False
+    alpha: Fraction = 0.99
+    centralize: bool = False
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    rules: Annotated[tuple[OptimRule, ...], BeforeValidator(as_tuple)] = ()
 
 
 class LrScheduleSection(Section):
-    """The learning rate over time: linear warm-up, then constant or a cosine down to `min_lr_ratio` x lr."""
+    """The learning rate over time: linear warm-up, then a shape, then a cool-down.
 
-    kind: Annotated[str, _one_of("lr_schedule")] = "cosine"
+    The shapes: constant; linear, cosine and exponential down to `min_lr_ratio` x lr; cosine in `cycles`, each from the
+    peak; step, which multiplies by `factor` at each of the `milestones`, shares of the steps after the warm-up;
+    inverse_sqrt. The last `cooldown_steps` go from where the shape is then to 0, by `cooldown_shape`: after constant
+    that is warm-up-stable-decay.
+    """
+
+    kind: Annotated[str, one_of("lr_schedule")] = "cosine"
     warmup_steps: Count = 0
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = 0.1
+    cycles: Few = 1
+    milestones: Annotated[tuple[Fraction, ...], BeforeValidator(as_tuple)] = (0.8, 0.9)
+    factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.316
+    cooldown_steps: Count = 0
+    cooldown_shape: Annotated[str, one_of("cooldown_shape")] = "linear"
 
 
 class LossSection(Section):
-    """The training loss. `fused_head` joins it with the output head: logits are never stored, at one more product."""
+    """The training loss. `fused_head` joins it with the output head: logits are never stored, at one more product.
+
+    `z_loss` times the squared log of the softmax's denominator keeps logits small.
+    """
 
     label_smoothing: Fraction = 0.0
+    z_loss: NotNegative = 0.0
     fused_head: bool = False
+
+
+class LossScaleSection(Section):
+    """The factor of the loss under precision fp16, taken out of the gradients again before anything is done with them.
+
+    It starts at `initial`, is halved after a step whose gradients overflow, which makes no update, and doubled after
+    `window` steps in a row without. An overflow at the `minimum` is a step that went wrong.
+    """
+
+    initial: AboveZero = 65536.0
+    window: Positive = 1000
+    minimum: AboveZero = 1.0
 
 
 class DataSection(Section):
@@ -181,10 +203,40 @@ class DataSection(Section):
     seed: Seed | None = None
 
 
+class StabilitySection(Section):
+    """What happens to a step that goes wrong: its batch makes no update.
+
+    Wrong is a loss or gradient that is not finite, and a loss more than `spike_sigma` standard deviations (0: never)
+    above the mean of the last `spike_window` steps. After `patience` such steps within ten the run goes back to the
+    last checkpoint from before them and on with the data behind them, `rollbacks` times at most; then it stops.
+    """
+
+    spike_sigma: NotNegative = 6.0
+    spike_window: Annotated[int, Field(ge=8, le=LARGEST_ENUMERATED)] = 128
+    patience: Annotated[int, Field(ge=1, le=10)] = 3
+    rollbacks: Count = 3
+
+
+class EarlyStopSection(Section):
+    """Ends a run once a metric (None: never) has not become better, by `min_delta` at least, for `patience` values.
+
+    Better is smaller. The metrics of `evaluate` have a value at each evaluation, the others one a step. The run is
+    saved as at its end.
+    """
+
+    metric: Annotated[str, one_of("stop_metric")] | None = None
+    patience: Positive = 5
+    min_delta: NotNegative = 0.0
+
+
 class CheckpointSection(Section):
-    """A checkpoint each `every` steps and at the end (0: only there), of which the last `keep` stay."""
+    """A checkpoint each `every` steps (0: none) and at the end, of which the last `keep` stay.
+
+    `at_end` false, for benchmarks, leaves out the one at the end. A run that is asked to stop saves in any case.
+    """
 
     every: Count = 1000
+    at_end: bool = True
     keep: Positive = 2
 
 
@@ -196,28 +248,81 @@ class EvaluateSection(Section):
 
 
 class LogSection(Section):
-    """A line of metrics each `every` steps."""
+    """A line of metrics each `every` steps, to `metrics.jsonl` and to the sinks."""
 
     every: Positive = 1
+    sinks: Annotated[tuple[Annotated[str, one_of("sink")], ...], BeforeValidator(as_tuple)] = ()
+
+
+class ProfileSection(Section):
+    """Traces of the steps from `start` on (None: none), `steps` of them, on the `ranks` (None: all) that write one.
+
+    `memory` adds what each operation allocates. At the step `memory_at` they write what their memory holds.
+    """
+
+    start: Positive | None = None
+    steps: Positive = 3
+    ranks: Annotated[tuple[Count, ...], BeforeValidator(as_tuple)] | None = (0,)
+    memory: bool = False
+    memory_at: Positive | None = None
+
+
+class InspectSection(Section):
+    """Statistics by layer (norms, updates, activations, attention) each `every` steps (0: never)."""
+
+    every: Count = 0
 
 
 class RunConfig(Section):
     """A whole run. Building one checks the rules between keys too: ConfigError where they are broken."""
 
     seed: Seed = 1234
-    precision: Annotated[str, _one_of("precision")] = "fp32"
+    precision: Annotated[str, one_of("precision")] = "fp32"
     run: RunSection = RunSection()
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
     zero: ZeroSection = ZeroSection()
     train: TrainSection
+    batch_ramp: BatchRampSection = BatchRampSection()
+    sequence_warmup: SequenceWarmupSection = SequenceWarmupSection()
     optim: OptimSection
     lr_schedule: LrScheduleSection = LrScheduleSection()
     loss: LossSection = LossSection()
+    loss_scale: LossScaleSection = LossScaleSection()
     data: DataSection = DataSection()
+    stability: StabilitySection = StabilitySection()
+    early_stop: EarlyStopSection = EarlyStopSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
     log: LogSection = LogSection()
+    profile: ProfileSection = ProfileSection()
+    inspect: InspectSection = InspectSection()
+
+    @property
+    def known_steps(self) -> int | None:
+        """The steps of the whole run; None where it is counted in epochs, of which only the data knows the size."""
+        train = self.train
+        if train.steps is None and train.tokens is not None:
+            return ramps.steps_for(self, -(-train.tokens // self.model.sequence))
+        return train.steps
+
+    @property
+    def steps(self) -> int:
+        """The steps of the whole run, whose epochs `with_windows` has made tokens."""
+        assert self.known_steps is not None, "epochs are counted in windows of the data"
+        return self.known_steps
+
+    def with_windows(self, windows: int) -> RunConfig:
+        """Return the same run over a training text of so many windows, its epochs made tokens.
+
+        Raises ConfigError where the length, known now, breaks a rule.
+        """
+        if self.train.epochs is None:
+            return self
+        epochs = Decimal(str(self.train.epochs))  # as it is written: 8.3 epochs of 30 windows are 249, not 250
+        tokens = math.ceil(epochs * windows) * self.model.sequence
+        train = {**self.train.model_dump(), "epochs": None, "tokens": tokens}
+        return RunConfig.model_validate({**self.model_dump(), "train": train})
 
     @model_validator(mode="after")
     def _check_rules(self) -> RunConfig:

@@ -6,6 +6,7 @@ one, the line.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -117,3 +118,19 @@ def _plain_words(error: yaml.MarkedYAMLError) -> str:
     if "given twice" in problem:
         return problem
     return f"not valid YAML: {problem}; check indentation, colons and quotes"
+
+
+def section_lines(text: str) -> list[tuple[str, str]]:
+    """Return a resolved recipe as one (section, "key=value key=value") a section; unset keys are left out."""
+    rows: list[tuple[str, str]] = []
+    for name, section in yaml.safe_load(text).items():
+        if isinstance(section, dict):
+            line = " ".join(f"{key}={_plain(value)}" for key, value in section.items() if value is not None)
+        else:
+            line = _plain(section)
+        rows.append((name, line))
+    return rows
+
+
+def _plain(value: object) -> str:
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool) else str(value)

@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megalm.data.corpus import Corpus
+from megalm.data.sampler import training_windows
 from megalm.data.token_file import REMEDY, TokenFile, TokenFileWriter
 from megalm.data.tokenizer import FILE_NAME, Tokenizer, fingerprint_of, read_tokenizer_file, train_bpe
 from megalm.errors import DataError
@@ -101,6 +102,10 @@ class PreparedData:
     def end_of_text(self) -> int:
         """Id of the token that each document begins with."""
         return self.description.tokenizer.end_of_text
+
+    def windows(self, sequence: int) -> int:
+        """Return the number of training samples of that many tokens. Raises DataError if there is none."""
+        return training_windows(len(self.train), sequence)
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that made the tokens."""

@@ -24,6 +24,11 @@ class Batch:
     labels_BT: torch.Tensor
     loss_mask_BT: torch.Tensor
 
+    def cut(self, pieces: int) -> Batch:
+        """Return the same tokens as B * pieces samples of T / pieces tokens; a sample's pieces follow each other."""
+        parts = (self.tokens_BT, self.labels_BT, self.loss_mask_BT)
+        return Batch(*(part.reshape(len(part) * pieces, -1) for part in parts))
+
 
 class Loader:
     """The training batches of one data rank. The text is one stream of documents; a sample may span several.

@@ -34,6 +34,7 @@ class ParallelMesh:
     groups: dict[Axis, dist.ProcessGroup] = field(repr=False)
     forward_group: dist.ProcessGroup = field(repr=False)
     backward_group: dist.ProcessGroup = field(repr=False)
+    collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S
 
     @classmethod
     def create(
@@ -61,13 +62,25 @@ class ParallelMesh:
             # Axes with the same ranks, and the world, share one group and its connections. Not so the embedding of a
             # longer pipeline: every rank must form equally many groups, and only some ranks could share there.
             if ranks not in made or (axis == "embedding" and layout.pipeline > 2):
-                made[ranks] = _world() if len(ranks) == world_size else _new_group(ranks, timeout, axis)
+                made[ranks] = world_group() if len(ranks) == world_size else _new_group(ranks, timeout, axis)
             groups[axis] = made[ranks]
         stages = tuple(layout.group_of("pipeline", rank) or ())
-        if len(stages) == 1:
-            return cls(layout, rank, device, groups, groups["pipeline"], groups["pipeline"])
-        forward, backward = (_new_group(stages, timeout, name) for name in ("forward", "backward"))
-        return cls(layout, rank, device, groups, forward, backward)
+        forward = backward = groups["pipeline"]
+        if len(stages) > 1:
+            forward, backward = (_new_group(stages, timeout, name) for name in ("forward", "backward"))
+        return cls(layout, rank, device, groups, forward, backward, collective_timeout_s)
+
+    @classmethod
+    def on_meta(cls, layout: RankLayout, rank: int) -> ParallelMesh:
+        """Return the mesh of a rank that does not run, in no world: what it holds can be built, but not computed with.
+
+        A model lies on the meta device, with shapes and without memory; groups know their size and cannot communicate.
+        """
+        groups: dict[Axis, dist.ProcessGroup] = {}
+        for axis in AXES:
+            ranks = layout.group_of(axis, rank) or [rank]
+            groups[axis] = dist.ProcessGroup(dist.HashStore(), ranks.index(rank), len(ranks))
+        return cls(layout, rank, torch.device("meta"), groups, groups["pipeline"], groups["pipeline"])
 
     @property
     def coordinates(self) -> Coordinates:
@@ -85,6 +98,13 @@ class ParallelMesh:
     def index(self, axis: Axis) -> int:
         """Return this rank's index in the group along `axis`, from 0."""
         return self.groups[axis].rank()
+
+    def data_block(self, size: int) -> dist.ProcessGroup:
+        """Form the group of the `size` neighbouring data ranks among which this one is; every rank must call."""
+        ranks = self.layout.group_of("data", self.rank) or []
+        assert size > 0 and len(ranks) % size == 0, f"blocks of {size} of {len(ranks)} data ranks"
+        first = self.coordinates.data // size * size
+        return _new_group(tuple(ranks[first : first + size]), timedelta(seconds=self.collective_timeout_s), "block")
 
     @property
     def is_first_stage(self) -> bool:
@@ -110,7 +130,8 @@ class ParallelMesh:
         return f"rank {self.rank} ({self.coordinates})"
 
 
-def _world() -> dist.ProcessGroup:
+def world_group() -> dist.ProcessGroup:
+    """Return the group of all ranks."""
     world = dist.group.WORLD
     assert world is not None, "no process group: call megalm.distributed.launch.start first"
     return world

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 PHASES = ("starting", "data", "forward and backward", "gradient reduction", "update", "after the step")
+
+_UNSEEN = nullcontext()
+
+
+class Observer(Protocol):
+    """Looks at the work while it is done, as the profiler does."""
+
+    def phase(self, name: str) -> None:
+        """See a phase of a step begin."""
+
+    def work(self, kind: str, what: object) -> AbstractContextManager[Any]:
+        """Return what a piece of work is done in."""
 
 
 @dataclass
@@ -24,6 +37,8 @@ class Progress:
 
     mirror: Callable[[int, int], None] | None = None
     """Is told step and phase at once; the rest is read now and then."""
+    observer: Observer | None = None
+    """Is told of phases and pieces of work, by their names."""
 
     def enter(self, step: int, phase: str) -> None:
         """Note the beginning of a phase of a step."""
@@ -31,6 +46,12 @@ class Progress:
         self.acts += 1
         if self.mirror is not None:
             self.mirror(self.step, self.phase)
+        if self.observer is not None:
+            self.observer.phase(phase)
+
+    def doing(self, kind: str, what: object) -> AbstractContextManager[Any]:
+        """Return what a piece of work is done in: a microbatch's `forward`, a call of `communication`."""
+        return _UNSEEN if self.observer is None else self.observer.work(kind, what)
 
     @contextmanager
     def waiting(self, rank: int) -> Iterator[None]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from megalm.distributed.sharding import ShardSpec
 
 _MASK = 0xFFFFFFFF
+_WITHIN = math.erf(3.0 / math.sqrt(2.0))  # the share of a normal distribution within three deviations
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
@@ -90,8 +91,17 @@ def normal_slice(
     lengths: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
+    truncated: bool = False,
 ) -> Tensor:
-    """Return normal numbers of mean 0, made in float64 (Box and Muller 1958) and cast to `dtype`."""
+    """Return normal numbers of mean 0, made in float64 (Box and Muller 1958) and cast to `dtype`.
+
+    `truncated` ones lie within 3 `std`: the inverse of their distribution at a uniform number.
+    """
+
+    def emit_truncated(words: Words, numbers: Tensor) -> None:
+        for index, word in enumerate(words):
+            place = _open_uniform(word).mul_(2.0 * _WITHIN).sub_(_WITHIN)
+            numbers[..., index].copy_(place.erfinv_().mul_(std * math.sqrt(2.0)))
 
     def emit(words: Words, numbers: Tensor) -> None:
         for pair in (0, 2):
@@ -102,16 +112,18 @@ def normal_slice(
             numbers[..., pair + 1].copy_(angle.sin_().mul_(radius))
 
     result = torch.empty(tuple(lengths), dtype=dtype, device=device)
-    _fill(result, stream_key, global_shape, starts, emit)
+    _fill(result, stream_key, global_shape, starts, emit_truncated if truncated else emit)
     return result
 
 
-def normal_shard(spec: ShardSpec, stream_key: int, std: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def normal_shard(
+    spec: ShardSpec, stream_key: int, std: float, dtype: torch.dtype, device: torch.device, truncated: bool = False
+) -> Tensor:
     """Return a rank's part of a normal logical tensor, shape `spec.local_shape`; padding is zero."""
     starts, lengths = [0] * len(spec.global_shape), list(spec.global_shape)
     if spec.dim is not None:
         starts[spec.dim], lengths[spec.dim] = spec.start, spec.length
-    held = normal_slice(stream_key, std, spec.global_shape, starts, lengths, dtype, device)
+    held = normal_slice(stream_key, std, spec.global_shape, starts, lengths, dtype, device, truncated)
     if held.shape == spec.local_shape:
         return held
     assert spec.dim is not None, f"{spec.name}: global {spec.global_shape}, local {spec.local_shape}, yet not split"
@@ -132,8 +144,8 @@ def _open_uniform(word: Tensor) -> Tensor:
 
 
 def _fill(result: Tensor, stream_key: int, global_shape: Sequence[int], starts: Sequence[int], emit: Emit) -> None:
-    """Fill `result` with the numbers of global[starts : starts + result.shape]."""
-    if result.numel() == 0:
+    """Fill `result` with the numbers of global[starts : starts + result.shape]; on the meta device there are none."""
+    if result.numel() == 0 or result.is_meta:
         return
     first, length = _runs(global_shape, starts, result.shape)
     runs = result.view(len(first), length)

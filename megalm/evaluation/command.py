@@ -19,10 +19,14 @@ from megalm.evaluation.perplexity import held_out_loss
 from megalm.models.trained import load_trained, require_checkpoint
 
 
-def evaluate(run: str, overrides: Sequence[str] = (), split: str = VALIDATION) -> dict[str, Any] | None:
+def evaluate(
+    run: str, overrides: Sequence[str] = (), split: str = VALIDATION, averaged: bool = False
+) -> dict[str, Any] | None:
     """Return how well the run's model predicts `split` ("validation" or "train"); None on all ranks but 0.
 
-    Keys: run, step, data, split, tokens, loss (nats per token), perplexity, bits_per_byte. Without overrides
+    `averaged`: with the average of its weights.
+
+    Keys: run, step, data, split, weights, tokens, loss (nats per token), perplexity, bits_per_byte. Without overrides
     of the layout one process does it, whatever layout trained the model; under a launcher its ranks form the
     layout, and those beyond tensor x pipeline share the text. Raises ConfigError, DataError, CheckpointError.
     """
@@ -39,7 +43,7 @@ def evaluate(run: str, overrides: Sequence[str] = (), split: str = VALIDATION) -
     )
     with joined_mesh(config) as mesh:
         vocab = config.model.vocab or tokenizer.vocabulary
-        trained = load_trained(directory, config, vocab, mesh)
+        trained = load_trained(directory, config, vocab, mesh, tokenizer.end_of_text, averaged)
         result = held_out_loss(
             trained.executor, trained.model, held_out, tokenizer.byte_lengths, mesh, config.train.micro_batch
         )
@@ -50,6 +54,7 @@ def evaluate(run: str, overrides: Sequence[str] = (), split: str = VALIDATION) -
         "step": trained.step,
         "data": config.data.path,
         "split": split,
+        "weights": "averaged" if averaged else "last",
         "tokens": result.tokens,
         "loss": result.loss,
         "perplexity": result.perplexity,

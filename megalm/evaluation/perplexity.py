@@ -53,12 +53,12 @@ class HeldOutLoss:
         """
         return self.total_nats / math.log(2.0) / self.text_bytes if self.text_bytes else math.nan
 
-    def record(self) -> dict[str, float]:
+    def record(self, prefix: str = "evaluate/") -> dict[str, float]:
         """Return the entries of a line of metrics."""
         return {
-            "evaluate/loss": self.loss,
-            "evaluate/perplexity": self.perplexity,
-            "evaluate/bits_per_byte": self.bits_per_byte,
+            f"{prefix}loss": self.loss,
+            f"{prefix}perplexity": self.perplexity,
+            f"{prefix}bits_per_byte": self.bits_per_byte,
         }
 
 
@@ -72,12 +72,12 @@ def held_out_loss(
 ) -> HeldOutLoss:
     """Return the loss on all windows of `held_out`, the same on every rank. Every rank of the mesh must call.
 
-    `model` is the executor's module; no dropout and no label smoothing take part. `token_bytes_V` holds how
+    `model` is the executor's module; no dropout, no label smoothing and no z-loss take part. `token_bytes_V` holds how
     many bytes of text each token stands for. Gradients are neither made nor touched.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     batches = held_out_batches(held_out, micro_batch, mesh.index("data"), mesh.size("data"))
-    with _without_smoothing(model):
+    with _plain_likelihood(model):
         while chunk := list(islice(batches, _MICROBATCHES_AT_ONCE)):
             outputs = executor.forward_only([_microbatch(batch, mesh.device) for batch in chunk])
             if outputs:
@@ -105,10 +105,11 @@ def _over_mesh(sums: torch.Tensor, mesh: ParallelMesh) -> torch.Tensor:
 
 
 @contextmanager
-def _without_smoothing(model: Transformer) -> Iterator[None]:
+def _plain_likelihood(model: Transformer) -> Iterator[None]:
     """Make the model's loss the plain negative log-likelihood inside."""
-    smoothing, model.label_smoothing = model.label_smoothing, 0.0
+    before = model.label_smoothing, model.z_loss
+    model.label_smoothing = model.z_loss = 0.0
     try:
         yield
     finally:
-        model.label_smoothing = smoothing
+        model.label_smoothing, model.z_loss = before

@@ -34,9 +34,11 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     echo: bool = True,
+    averaged: bool = False,
 ) -> str | None:
     """Return `prompt` (without `echo`: not) and up to `tokens` new tokens; None on all ranks but 0.
 
+    `averaged`: with the average of the run's weights.
     Temperature 0 is greedy. The same seed gives the same text in every layout. An empty prompt begins a
     document; one longer than the model's window is seen from its end only, with a warning. The layout is one
     process unless `overrides` say else. Raises ConfigError, DataError, CheckpointError, and LaunchError for
@@ -57,7 +59,8 @@ def generate(
             raise LaunchError(f"{mesh.layout.world_size} processes for a model that takes {needed}; start {needed}")
         if len(start) > window and mesh.rank == 0:
             logger.warning("the prompt has %d tokens, the model sees the last %d of them", len(start), window)
-        trained = load_trained(directory, config, config.model.vocab or tokenizer.vocabulary, mesh)
+        vocab = config.model.vocab or tokenizer.vocabulary
+        trained = load_trained(directory, config, vocab, mesh, tokenizer.end_of_text, averaged)
         model = WindowModel(trained.executor, mesh, window=window, vocab=tokenizer.vocabulary)
         new = list(generate_tokens(model, mesh, start, tokens, sampling, tokenizer.end_of_text))
         if mesh.rank != 0:

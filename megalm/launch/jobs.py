@@ -5,6 +5,7 @@ No torch.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +16,9 @@ from megalm.launch import records
 from megalm.launch.requeue import first_error, newest_step, rank_logs, read_attempts
 from megalm.launch.slurm import require_program
 
-_ENDED = (
+logger = logging.getLogger(__name__)
+
+ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT", "UNKNOWN"),
 )
@@ -26,21 +29,38 @@ def status(run: str) -> dict[str, Any]:
     """Return the run's newest step and the state of each of its jobs. Raises ConfigError for a run without jobs."""
     run_dir, directories = _find(run)
     jobs = []
-    states = _states()
+    states = job_states()
     for directory in directories:
         attempts = read_attempts(directory / records.LOGS)
-        for job_id in records.read_record(directory).job_ids:
-            state = states.get(job_id) or _accounted(job_id)
+        try:
+            job_ids = records.read_record(directory).all_ids()
+        except ConfigError as error:  # of a submission that was cut off; the others' jobs are there all the same
+            logger.warning("%s", error)
+            continue
+        for job_id in job_ids:
+            state = states.get(job_id) or accounted(job_id)
             failures = attempts.failures if attempts else 0
             jobs.append({"job_id": job_id, **state, "failures": failures, "record": str(directory)})
     return {"run_dir": str(run_dir), "step": newest_step(run_dir), "jobs": jobs}
+
+
+def refuse_living(run_dir: Path) -> None:
+    """Raise ConfigError if a submitted job of this run is not over: it holds the run's directory."""
+    if not records.job_directories(run_dir) or shutil.which("squeue") is None:
+        return
+    living = [job["job_id"] for job in status(str(run_dir))["jobs"] if job["state"] not in ENDED]
+    if living:
+        raise ConfigError(
+            f"run.dir={run_dir}: job {', '.join(living)} trains it or is to; wait, use --chain next time, or: "
+            f"megalm launch cancel {run_dir}"
+        )
 
 
 def cancel(run: str) -> dict[str, Any]:
     """Cancel all jobs of the run that have not ended, the last of a chain first, so that none starts meanwhile."""
     require_program("scancel", _REMEDY)
     found = status(run)
-    living = [job["job_id"] for job in reversed(found["jobs"]) if job["state"] not in _ENDED]
+    living = [job["job_id"] for job in reversed(found["jobs"]) if job["state"] not in ENDED]
     if living:
         answer = subprocess.run(["scancel", *living], capture_output=True, text=True, check=False)
         if answer.returncode:
@@ -72,8 +92,11 @@ def _find(run: str) -> tuple[Path, list[Path]]:
     return run_dir, directories
 
 
-def _states() -> dict[str, dict[str, Any]]:
-    """Return what squeue still knows of this user's jobs, ended ones too for some minutes, by job id."""
+def job_states() -> dict[str, dict[str, Any]]:
+    """Return what squeue still knows of this user's jobs, ended ones too for some minutes, by job id.
+
+    Raises LaunchError where squeue is missing or does not answer.
+    """
     require_program("squeue", _REMEDY)
     command = ["squeue", "--noheader", "--me", "--states=all", "--format=%i|%T|%r|%M|%N"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -86,7 +109,7 @@ def _states() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _accounted(job_id: str) -> dict[str, Any]:
+def accounted(job_id: str) -> dict[str, Any]:
     """Return what the accounting knows of a job that has left the queue; UNKNOWN on a cluster without accounting."""
     unknown = {"state": "UNKNOWN", "reason": "ended, and no accounting tells how", "elapsed": "", "nodes": ""}
     if shutil.which("sacct") is None:

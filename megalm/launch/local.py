@@ -93,7 +93,7 @@ class _Worker:
             stderr=subprocess.PIPE,
             env=_environment(rank, nproc, port),
             start_new_session=True,  # a group of its own: ended with its children; Ctrl-C comes through the launcher
-            preexec_fn=_before_start(os.getpid(), held),
+            preexec_fn=before_start(os.getpid(), held),
         )
         assert self.process.stdout is not None and self.process.stderr is not None
         lock = threading.Lock()  # standard output and error share the log
@@ -249,7 +249,7 @@ def _watcher(workers: list[_Worker]) -> Iterator[None]:
             process.kill()
 
 
-def _before_start(parent: int, held: Sequence[signal.Signals]) -> Callable[[], None]:
+def before_start(parent: int, held: Sequence[signal.Signals]) -> Callable[[], None]:
     """Return what a new worker runs first: it holds signals back, and on Linux is ended together with the launcher."""
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 

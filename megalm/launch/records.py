@@ -48,13 +48,21 @@ class JobRecord:
     command: list[str]
     """The argument list of the first sbatch."""
     job_ids: list[str]
+    preflight_job: str | None = None
+    """The job that examines nodes before the first of these."""
+    excluded: str | None = None
+    """The nodes that the jobs stay away from, as Slurm writes them."""
     format: str = FORMAT
+
+    def all_ids(self) -> list[str]:
+        """Return the ids of all jobs, in the order in which they run."""
+        return [*([self.preflight_job] if self.preflight_job else []), *self.job_ids]
 
 
 def job_directories(run_dir: Path) -> list[Path]:
     """Return the directories of a run's submissions, the oldest first."""
     jobs = run_dir / JOBS
-    found = [path for path in jobs.iterdir() if path.name.isdecimal()] if jobs.is_dir() else []
+    found = [path for path in jobs.iterdir() if path.name.isdecimal() and path.is_dir()] if jobs.is_dir() else []
     return sorted(found, key=lambda path: int(path.name))
 
 
@@ -106,6 +114,15 @@ def snapshot(directory: Path, config: RunConfig, scripts: Path) -> None:
             (directory / DIFF_FILE).write_bytes(diff)
     except OSError as error:
         raise ConfigError(f"{directory}: cannot be made ({error.strerror}); choose another run.dir") from error
+
+
+def remove(directory: Path) -> None:
+    """Remove a submission's directory, and those around it that were made for it: what is empty then."""
+    shutil.rmtree(directory)
+    for path in (directory.parent, directory.parent.parent):
+        if any(path.iterdir()):
+            return
+        path.rmdir()
 
 
 def code_identity() -> tuple[dict[str, Any], bytes]:

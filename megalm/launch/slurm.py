@@ -1,4 +1,4 @@
-"""`megalm launch slurm`: a recipe and a request become argument lists of sbatch, which are recorded and submitted.
+"""Requests to Slurm become argument lists of sbatch, which are submitted; `megalm launch slurm` records them too.
 
 Names reach Slurm as arguments of their own, never through a shell; what sbatch itself would take for something else
 (a leading dash, a % in a path, a line's end) is refused. The record is `records`', the rules of requeueing are
@@ -23,7 +23,9 @@ from megalm.distributed.rendezvous import expand_node_list
 from megalm.errors import LaunchError
 from megalm.launch import records
 
-SCRIPT = "pretrain.sbatch"
+SCRIPT, PREFLIGHT_SCRIPT = "pretrain.sbatch", "preflight.sbatch"
+PREFLIGHT = "preflight"
+"""Where in a submission's directory the logs of its preflight lie."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@-]{0,127}")
 _TIME = re.compile(r"[0-9]+(:[0-9]{2}){0,2}|[0-9]+-[0-9]+(:[0-9]{2}){0,2}")
 _NOTICE = re.compile(r"^#SBATCH --signal=USR1@(\d+)\s*$", re.MULTILINE)
@@ -49,6 +51,8 @@ class JobRequest:
     chain: int = 1
     notice_s: int | None = None
     """How long before the limit the ranks are asked to save; None: as the script says."""
+    preflight: bool = False
+    """Examine the nodes by a job of their own, and keep the others away from those that fail."""
 
     def check(self) -> None:
         """Raise LaunchError for a name, a time or a node list that Slurm could misunderstand."""
@@ -82,15 +86,17 @@ def with_defaults(request: JobRequest, script: Path) -> JobRequest:
     values = dict(re.findall(r"^#SBATCH --(nodes|ntasks-per-node)=(\d+)\s*$", text, re.MULTILINE))
     notice = [int(seconds) for seconds in _NOTICE.findall(text)]
     # A notice that is longer than the job would stop it as soon as it has begun.
-    too_long = request.time is not None and notice and notice[-1] > seconds_of(request.time) // 5
-    missing = [name for name in ("nodes", "ntasks-per-node") if name not in values]
-    if missing and (request.nodes is None or request.gpus_per_node is None):
+    limit_s = seconds_of(request.time) if request.time is not None else 0  # 0 is no limit to Slurm
+    too_long = limit_s > 0 and notice and notice[-1] > limit_s // 5
+    asked = {"nodes": request.nodes, "ntasks-per-node": request.gpus_per_node}
+    missing = [name for name, count in asked.items() if count is None and name not in values]
+    if missing:
         raise LaunchError(f"{script}: no line #SBATCH --{missing[0]}=N; give --nodes and --gpus-per-node")
     return replace(
         request,
         nodes=request.nodes or int(values["nodes"]),
         gpus_per_node=request.gpus_per_node or int(values["ntasks-per-node"]),
-        notice_s=seconds_of(request.time) // 5 if request.time is not None and too_long else None,
+        notice_s=limit_s // 5 if too_long else None,
     )
 
 
@@ -113,21 +119,25 @@ def world_size(request: JobRequest) -> int:
     return request.nodes * request.gpus_per_node
 
 
-def run_directory(config: RunConfig) -> Path:
-    """Return the absolute run.dir. Raises LaunchError for one that sbatch's --output would change."""
-    path = Path(config.run.dir).absolute()
-    if _odd(str(path)) or "%" in str(path) or "\\" in str(path):
+def log_folder(name: str, path: str | Path) -> Path:
+    """Return the absolute path of the option `name`. Raises LaunchError for one that sbatch's --output would change."""
+    folder = Path(path).absolute()
+    if _odd(str(folder)) or "%" in str(folder) or "\\" in str(folder):
         raise LaunchError(
-            f"run.dir={str(path)!r} holds a control character, % or \\, which sbatch would replace; choose another"
+            f"{name}={str(folder)!r} holds a control character, % or \\, which sbatch would replace; choose another"
         )
-    return path
+    return folder
 
 
-def sbatch_arguments(request: JobRequest, directory: Path, after: str | None = None) -> list[str]:
-    """Return sbatch's argument list for one job of a complete request, whose record lies in `directory`."""
-    run_name = re.sub(r"[^A-Za-z0-9_.-]+", "_", directory.parents[1].name)[:64]
+def sbatch_arguments(
+    request: JobRequest, name: str, logs: Path, command: Sequence[str | Path], after: str | None = None
+) -> list[str]:
+    """Return sbatch's argument list for one job: `command`, a script and its arguments, with its log in `logs`.
+
+    `name` may be any text; `after` is the job that must have ended, however it did.
+    """
     options = {
-        "job-name": f"megalm-{run_name}",
+        "job-name": f"megalm-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:64]}",
         "nodes": request.nodes,
         "ntasks-per-node": request.gpus_per_node,
         "gpus-per-node": request.gpus_per_node,
@@ -139,17 +149,21 @@ def sbatch_arguments(request: JobRequest, directory: Path, after: str | None = N
         "qos": request.qos,
         "exclude": request.exclude,
         "dependency": None if after is None else f"afterany:{after}",
-        "output": directory / "job-%j.log",
+        "output": logs / "job-%j.log",
     }
-    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    script, recipe = directory / SCRIPT, directory / records.RECIPE_FILE
-    return ["sbatch", "--parsable", "--export=ALL", *given, str(script), str(recipe)]
+    given = [f"--{option}={value}" for option, value in options.items() if value is not None]
+    return ["sbatch", "--parsable", "--export=ALL", *given, *map(str, command)]
 
 
-def job_environment(environ: Mapping[str, str], request: JobRequest, directory: Path) -> dict[str, str]:
-    """Return the environment of sbatch, which the job inherits: without what an allocation around it has left."""
+def job_environment(
+    environ: Mapping[str, str], request: JobRequest, scripts: Path, logs: Path, record: Path | None = None
+) -> dict[str, str]:
+    """Return the environment of sbatch, which the job inherits: without what an allocation around it has left.
+
+    `scripts` holds common.sh, `logs` gets a log a rank, `record` is the record of a chain (None: the job stands alone).
+    """
     kept = {name: value for name, value in environ.items() if not _LAUNCHER.fullmatch(name)}
-    kept |= {"MEGALM_SLURM": str(directory), "MEGALM_LOGS": str(directory / records.LOGS), "MEGALM_JOB": str(directory)}
+    kept |= {"MEGALM_SLURM": str(scripts), "MEGALM_LOGS": str(logs), "MEGALM_JOB": str(record or "")}
     if request.container is not None:
         kept["MEGALM_CONTAINER"] = request.container
     if sys.prefix != sys.base_prefix:
@@ -166,54 +180,107 @@ def require_program(name: str, remedy: str) -> str:
 
 
 def launch(config: RunConfig, request: JobRequest, dry_run: bool = False) -> dict[str, Any]:
-    """Record and submit a checked recipe; return `job_id`, `job_ids`, `run_dir`, `logs` and `command`.
+    """Record and submit a checked recipe; return `job_id`, `job_ids`, `run_dir`, `logs`, `commands` and `script`.
 
-    `request` must be complete (`with_defaults`). With `dry_run` nothing is written or submitted and the ids are empty.
-    Raises LaunchError if sbatch is missing or refuses; what of the chain had been submitted is cancelled then.
+    `commands` holds sbatch's arguments for each job, `script` the path of what the jobs run. `request` must be complete
+    (`with_defaults`). With `dry_run` nothing is written or submitted, there are no ids, and in the commands JOB1 stands
+    for the first job's id. Raises LaunchError if sbatch is missing or refuses; what of the chain had been submitted is
+    cancelled then.
     """
-    run_dir = run_directory(config)
+    run_dir = log_folder("run.dir", config.run.dir)
     directory = records.next_directory(run_dir)
-    command = sbatch_arguments(request, directory)
-    job_ids: list[str] = []
+    environ = {**_mounts(request, [Path.cwd(), run_dir, Path(config.data.path).absolute()]), **os.environ}
+    record: records.JobRecord | None = None
     if not dry_run:
-        require_program("sbatch", "run this on a login node of the cluster, or use megalm train")
+        for program in ("sbatch", *(["scontrol"] if request.preflight else [])):
+            require_program(program, "run this on a login node of the cluster, or use megalm train")
         records.snapshot(directory, config, records.script_folder())
-        job_ids = _submit(request, directory, command)
+        record = _submit(request, directory, environ)
+    ids = record.all_ids() if record else [f"JOB{number + 1}" for number in range(request.chain + request.preflight)]
     return {
-        "job_id": job_ids[0] if job_ids else None,
-        "job_ids": job_ids,
+        "job_id": record.job_ids[0] if record else None,
+        "job_ids": record.job_ids if record else [],
         "run_dir": str(run_dir),
         "logs": str(directory / records.LOGS),
-        "command": command,
+        "commands": [_arguments(request, directory, ids[:number]) for number in range(len(ids))],
+        "script": str((directory if record else records.script_folder()) / SCRIPT),
     }
 
 
-def _submit(request: JobRequest, directory: Path, command: list[str]) -> list[str]:
-    """Submit the chain, noting each id at once; without a single one the record is removed again."""
+def _arguments(request: JobRequest, directory: Path, before: Sequence[str]) -> list[str]:
+    """Return sbatch's argument list for the job of a submission that comes after those of the ids `before`."""
+    after = before[-1] if before else None
+    if request.preflight and not before:
+        command = [directory / PREFLIGHT_SCRIPT, directory / records.RECIPE_FILE]
+        short = replace(request, time=None, notice_s=None)
+        arguments = sbatch_arguments(short, f"preflight-{directory.parents[1].name}", directory, command)
+        return [*arguments[:2], "--hold", *arguments[2:]]  # until all that it may have to change is there
+    command = [directory / SCRIPT, directory / records.RECIPE_FILE]
+    return sbatch_arguments(request, directory.parents[1].name, directory, command, after)
+
+
+def _mounts(request: JobRequest, wanted: Sequence[Path]) -> dict[str, str]:
+    """Return what tells a container to see the directories, and this program's; nothing without a container.
+
+    Raises LaunchError for a path that the option of pyxis would cut.
+    """
+    if request.container is None:
+        return {}
+    paths = dict.fromkeys(str(path) for path in (*wanted, Path(sys.prefix), records.script_folder()))
+    for path in paths:
+        if "," in path or ":" in path:
+            raise LaunchError(f"--container: {path} holds a comma or colon, which divide mounts; choose another path")
+    return {"MEGALM_MOUNTS": ",".join(f"{path}:{path}" for path in paths)}
+
+
+def _submit(request: JobRequest, directory: Path, environ: Mapping[str, str]) -> records.JobRecord:
+    """Submit all jobs, noting each id at once; without a single one of the chain the record is removed again."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    record = records.JobRecord(str(directory.parents[1]), os.getcwd(), now, command, [])
+    command = _arguments(replace(request, preflight=False), directory, [])
+    record = records.JobRecord(str(directory.parents[1]), os.getcwd(), now, command, [], excluded=request.exclude)
     records.write_record(directory, record)
-    environ = job_environment(os.environ, request, directory)
-    for _ in range(request.chain):
-        after = record.job_ids[-1] if record.job_ids else None
-        arguments = sbatch_arguments(request, directory, after)
-        answer = _answer(arguments, environ)
-        match = _JOB_ID.fullmatch(answer.stdout.strip())
-        if answer.returncode or not match:
-            if record.job_ids:
-                subprocess.run(["scancel", *reversed(record.job_ids)], check=False)
-            else:
-                shutil.rmtree(directory)
-            raise LaunchError(f"sbatch refused the job: {' '.join((answer.stderr or answer.stdout).split())}")
-        record.job_ids.append(match[1])
-        records.write_record(directory, record)
-    return record.job_ids
-
-
-def _answer(arguments: Sequence[str], environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    own = job_environment(environ, request, directory, directory / records.LOGS, directory)
     try:
-        return subprocess.run(
+        if request.preflight:
+            to_preflight = job_environment(environ, request, directory, directory / PREFLIGHT)
+            to_preflight["MEGALM_EXCLUDE"] = str(directory)
+            record.preflight_job = submit(_arguments(request, directory, []), to_preflight)
+            records.write_record(directory, record)
+        for _ in range(request.chain):
+            record.job_ids.append(submit(_arguments(request, directory, record.all_ids()), own))
+            records.write_record(directory, record)
+        if record.preflight_job:
+            _release(record.preflight_job)
+    except LaunchError:
+        if record.all_ids():
+            withdraw(record.all_ids())
+        if not record.job_ids:
+            records.remove(directory)
+        raise
+    return record
+
+
+def _release(job: str) -> None:
+    """Let a held job start. Raises LaunchError where Slurm refuses."""
+    asked = subprocess.run(["scontrol", "release", job], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise LaunchError(f"scontrol release {job} refused: {' '.join(asked.stderr.split())}; nothing is submitted")
+
+
+def submit(arguments: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Run sbatch and return the job's id. Raises LaunchError if it is missing or refuses."""
+    try:
+        answer = subprocess.run(
             arguments, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
     except (OSError, ValueError) as error:
         raise LaunchError(f"sbatch could not be started: {error}") from error
+    match = _JOB_ID.fullmatch(answer.stdout.strip())
+    if answer.returncode or not match:
+        raise LaunchError(f"sbatch refused the job: {' '.join((answer.stderr or answer.stdout).split())}")
+    return match[1]
+
+
+def withdraw(job_ids: Sequence[str]) -> None:
+    """Cancel jobs just submitted, the last one first, so that none starts meanwhile."""
+    subprocess.run(["scancel", *reversed(job_ids)], check=False)

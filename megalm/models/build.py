@@ -15,7 +15,7 @@ from megalm.pipeline_parallel.partition import partition_layers
 from megalm.pipeline_parallel.schedules import SCHEDULES
 from megalm.tensor_parallel.initialize import Initializer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def stage_plan(config: RunConfig, stage: int) -> StagePlan:
@@ -26,32 +26,38 @@ def stage_plan(config: RunConfig, stage: int) -> StagePlan:
 
 
 def build_stage(
-    config: RunConfig, vocab: int, mesh: ParallelMesh, on_built: Callable[[nn.Module], None] | None = None
+    config: RunConfig,
+    vocab: int,
+    mesh: ParallelMesh,
+    on_built: Callable[[nn.Module], None] | None = None,
+    document_start: int | None = None,
 ) -> Transformer:
     """Return this rank's part of the model with its initial weights, in the recipe's precision on the mesh's device.
 
-    `vocab` is the tokenizer's size, unpadded. `on_built` is called with each part once it is there; without it no
-    collective runs.
+    `vocab` is the tokenizer's size, unpadded, and `document_start` the token that begins a document. `on_built` is
+    called with each part once it is there; without it no collective runs.
     """
     return Transformer(
         config.model,
         vocab=vocab,
         plan=stage_plan(config, mesh.coordinates.pipeline),
         group=mesh.group("tensor"),
-        init=Initializer(config.seed, DTYPES[config.precision], mesh.device),
+        init=Initializer(config.seed, DTYPES[config.precision], mesh.device, config.model.init),
         sequence=config.parallel.sequence,
         label_smoothing=config.loss.label_smoothing,
+        z_loss=config.loss.z_loss,
         fused_head=config.loss.fused_head,
-        recompute=config.train.recompute == "full",
+        recompute=config.train.recompute,
+        recompute_every=config.train.recompute_every,
+        document_start=document_start,
         on_built=on_built,
     )
 
 
 def build_executor(config: RunConfig, module: nn.Module, mesh: ParallelMesh) -> PipelineExecutor:
-    """Return the executor of this rank's stage for the recipe's schedule and number of microbatches."""
-    train, ranks = config.train, mesh.size("tensor") if config.parallel.sequence else 1
-    microbatches = train.global_batch // (train.micro_batch * mesh.size("data"))
-    schedule = SCHEDULES.get(config.parallel.schedule)(mesh.size("pipeline"), microbatches)
+    """Return the executor of this rank's stage for the recipe's schedule."""
+    ranks = mesh.size("tensor") if config.parallel.sequence else 1
+    schedule = SCHEDULES.get(config.parallel.schedule)
 
     def hidden_shape(rows: int, tokens: int) -> tuple[int, int, int]:
         return rows, tokens // ranks, config.model.hidden

@@ -17,6 +17,7 @@ def token_loss_sum(
     vocab: int,
     group: dist.ProcessGroup,
     label_smoothing: float,
+    z_loss: float = 0.0,
     operations: Operations,
 ) -> Tensor:
     """Return the sum of the losses of the tokens whose mask is true: a scalar in fp32 (fp64 for fp64 logits).
@@ -30,6 +31,7 @@ def token_loss_sum(
         vocab=vocab,
         group=group,
         label_smoothing=label_smoothing,
+        z_loss=z_loss,
         operations=operations,
     )
     return valid_sum(losses_N, loss_mask_BT)

@@ -20,6 +20,7 @@ from megalm.errors import CheckpointError
 from megalm.models.build import build_executor, build_stage
 from megalm.models.transformer import Transformer
 from megalm.pipeline_parallel.executor import PipelineExecutor
+from megalm.zero.engine import shard_of
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,40 @@ def _no_checkpoint(run: Path) -> CheckpointError:
     return CheckpointError(f"{run / CHECKPOINTS}: no checkpoint yet; train the run until it has saved one")
 
 
-def load_trained(run: Path, config: RunConfig, vocab: int, mesh: ParallelMesh) -> TrainedModel:
-    """Return this rank's stage with the weights of the run's newest valid checkpoint. All ranks call.
+def load_trained(
+    run: Path,
+    config: RunConfig,
+    vocab: int,
+    mesh: ParallelMesh,
+    document_start: int | None = None,
+    averaged: bool = False,
+) -> TrainedModel:
+    """Return this rank's stage with the weights, or their average, of the run's newest valid checkpoint.
 
-    Raises CheckpointError where there is none, or where it is of another model.
+    All ranks call. Raises CheckpointError where there is none, where it has no average, or is of another model.
     """
     reader = latest_checkpoint(run, dist.group.WORLD)
     if reader is None:
         raise _no_checkpoint(run)
-    model = build_stage(config, vocab, mesh).eval()
+    model = build_stage(config, vocab, mesh, document_start=document_start).eval()
     try:
-        read_weights(model, reader)
+        read_weights(model, reader, averaged)
     finally:
         reader.close()
     return TrainedModel(model, build_executor(config, model, mesh), reader.step)
 
 
 @torch.no_grad()
-def read_weights(model: Transformer, reader: CheckpointReader) -> None:
-    """Fill every parameter with its part of the checkpoint's weights, cast to the parameter's dtype."""
+def read_weights(model: Transformer, reader: CheckpointReader, averaged: bool = False) -> None:
+    """Fill every parameter with its part of the checkpoint's weights, cast to the parameter's dtype.
+
+    `averaged`: of their average, which frozen ones have none of.
+    """
+    with_average = set(reader.names("ema")) if averaged else set()
+    if averaged and not with_average:
+        raise CheckpointError(
+            f"{reader.directory}: has no averaged weights; train with optim.ema_decay, or leave out --ema"
+        )
     for parameter in model.parameters():
-        parameter.copy_(reader.read_local(parameter.shard, "weight"))  # type: ignore[attr-defined]
+        spec = shard_of(parameter)
+        parameter.copy_(reader.read_local(spec, "ema" if spec.name in with_average else "weight"))

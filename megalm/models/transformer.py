@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megalm.config.run import ModelSection
+from megalm.config.model import ModelSection
 from megalm.models.losses import token_loss_sum, valid_sum
 from megalm.nn.block import TransformerBlock
-from megalm.nn.dropout import Dropout, DropoutKeys
-from megalm.nn.norms import NORMS
-from megalm.nn.ops import select_operations
+from megalm.nn.context import Context
+from megalm.nn.dropout import Dropout
+from megalm.nn.norms import build_norm
+from megalm.nn.ops import REFERENCE, Documents, DropoutKeys, document_starts, select_operations
 from megalm.nn.positions import POSITIONS
 from megalm.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_weight
 from megalm.tensor_parallel.initialize import Initializer
@@ -36,8 +38,9 @@ class Transformer(nn.Module):
 
     `group` is the tensor group; every rank of it must call. With `sequence` the residual stream is split over its
     ranks by tokens. Where embeddings are tied and the first stage is not the last, both hold a copy of
-    `embedding.weight`, `tied_weight`, and their gradients must be summed before the update. `on_built` is called
-    with each part as soon as it is there, so that a model larger than one device can be divided while it is built.
+    `embedding.weight`, `tied_weight`, and their gradients must be summed before the update. `document_start` is the
+    token that begins a document, which `model.document_mask` needs. `on_built` is called with each part as soon as it
+    is there, so that a model larger than one device can be divided while it is built.
     """
 
     def __init__(
@@ -50,8 +53,11 @@ class Transformer(nn.Module):
         init: Initializer,
         sequence: bool = False,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         fused_head: bool = False,
-        recompute: bool = False,
+        recompute: str = "none",
+        recompute_every: int = 1,
+        document_start: int | None = None,
         on_built: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
@@ -59,10 +65,14 @@ class Transformer(nn.Module):
         self.vocab = vocab
         self.group = group
         self.sequence = sequence
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.fused_head = fused_head
-        self.recompute = recompute
+        self.recompute, self.recompute_every = recompute, recompute_every
         self.tied = config.tie_embeddings
+        self.head_factor = 1.0 / config.width_factor
+        self.embedding_scale, self.logit_softcap = config.embedding_scale, config.logit_softcap
+        assert document_start is not None or not config.document_mask, "document_mask needs document_start"
+        self.document_start = document_start if config.document_mask else None
         self.operations = select_operations(config.kernels, init.device)
         token_group = group if sequence else None
         self.position = POSITIONS.get(config.position)(config, embeds=plan.first, group=token_group, init=init)
@@ -78,30 +88,29 @@ class Transformer(nn.Module):
                 sequence=sequence,
             )
         self.embedding_dropout = Dropout("embedding", config.dropout)
+
+        norm = partial(build_norm, config=config, group=token_group, init=init, operations=self.operations)
+        self.embedding_norm = norm("embedding_norm") if config.embedding_norm and plan.first else None
         self.blocks = nn.ModuleDict()
         for index in plan.layers:
             block = TransformerBlock(index, config, group=group, init=init, sequence=sequence)
+            block.attention.recompute = recompute == "selective" and index % recompute_every == 0
             if on_built is not None:
                 on_built(block)
             self.blocks[str(index)] = block
         if plan.last:
-            self.final_norm = NORMS.get(config.norm)(
-                "final_norm",
-                config.hidden,
-                eps=config.norm_eps,
-                bias=config.bias,
-                group=token_group,
-                init=init,
-                operations=self.operations,
-            )
-            if config.tie_embeddings and plan.first:
-                weight = self.embedding.weight
-            else:
-                name = "embedding" if config.tie_embeddings else "head"
-                weight = vocab_weight(name, vocab, config.hidden, group=group, init=init, std=config.init_std)
-            self.head = VocabParallelHead(weight, group=group, sequence=sequence)
+            # With the norms behind the sums the last block ends in one.
+            self.final_norm = norm("final_norm") if config.norm_place != "post" else nn.Identity()
+            self.head = VocabParallelHead(self._head_weight(config, init), group=group, sequence=sequence)
         if on_built is not None:
             on_built(self)
+
+    def _head_weight(self, config: ModelSection, init: Initializer) -> nn.Parameter:
+        """Return the embedding's own weight where the head is tied to it and both are here, else one for the head."""
+        if self.tied and self.plan.first:
+            return self.embedding.weight
+        name = "embedding" if self.tied else "head"
+        return vocab_weight(name, self.vocab, config.hidden, group=self.group, init=init, std=config.init_std)
 
     @property
     def tied_weight(self) -> nn.Parameter | None:
@@ -116,38 +125,62 @@ class Transformer(nn.Module):
         labels_BT: Tensor | None = None,
         loss_mask_BT: Tensor | None = None,
         dropout: DropoutKeys | None = None,
+        tokens_BT: Tensor | None = None,
     ) -> Tensor:
         """Run one microbatch through this stage.
 
-        The first stage takes tokens_BT (int64), later ones the hidden state x_BTD (x_BTtD with sequence
-        parallelism) of the stage before. The last stage returns the loss summed over valid tokens, or, without
-        labels, this tensor rank's logits_BTVt (padding columns included); earlier ones the hidden state.
+        The first stage takes tokens_BT (int64) as x, later ones the hidden state x_BTD (x_BTtD with sequence
+        parallelism) of the stage before; a model with document masks needs `tokens_BT` on these too. The last stage
+        returns the loss summed over valid tokens, or, without labels, this tensor rank's logits_BTVt (padding columns
+        included); earlier ones the hidden state.
         """
-        ranks = dist.get_world_size(self.group) if self.sequence else 1
-        tokens = x.shape[1] if self.plan.first else x.shape[1] * ranks
-        first_token = dist.get_rank(self.group) * (tokens // ranks) if self.sequence else 0
+        context = self._context(x, dropout, x if self.plan.first else tokens_BT)
         if self.plan.first:
-            x = self.position(self.embedding(x), first_token)
-            x = self.operations.dropout(x, self.embedding_dropout.at(dropout, first_token, tokens))
-        rotate = self.position.rotation(tokens)
-        for block in self.blocks.values():
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, rotate, dropout, first_token, tokens, use_reentrant=False, preserve_rng_state=False
-                )
+            x = self._embed(x, context)
+        for index, block in zip(self.plan.layers, self.blocks.values(), strict=True):
+            again = self.recompute == "full" and index % self.recompute_every == 0
+            if again and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rotate, dropout, first_token, tokens)
+                x = block(x, context)
         if not self.plan.last:
             return x
         x = self.final_norm(x)
+        x = x if self.head_factor == 1.0 else x * self.head_factor
         if labels_BT is None:
-            return self.head(x)
+            return self._logits(x)
         assert loss_mask_BT is not None, "labels come with a loss mask"
         loss: dict[str, Any] = {
             "vocab": self.vocab,
             "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
             "operations": self.operations,
         }
         if self.fused_head:
             return valid_sum(self.head(x, labels_BT.flatten(), **loss), loss_mask_BT)
-        return token_loss_sum(self.head(x), labels_BT, loss_mask_BT, group=self.group, **loss)
+        return token_loss_sum(self._logits(x), labels_BT, loss_mask_BT, group=self.group, **loss)
+
+    def _context(self, x: Tensor, dropout: DropoutKeys | None, tokens_BT: Tensor | None) -> Context:
+        ranks = self.group.size() if self.sequence else 1
+        tokens = x.shape[1] if self.plan.first else x.shape[1] * ranks
+        first_token = self.group.rank() * (tokens // ranks) if self.sequence else 0
+        documents = None
+        if self.document_start is not None:
+            assert tokens_BT is not None, "document masks are made of the tokens"
+            numbers_BT = (tokens_BT == self.document_start).cumsum(dim=1)
+            fused = self.operations is not REFERENCE
+            documents = Documents(numbers_BT, document_starts(numbers_BT) if fused else None)
+        return Context(tokens, first_token, self.position.rotation(tokens), dropout, documents)
+
+    def _embed(self, tokens_BT: Tensor, context: Context) -> Tensor:
+        x = self.embedding(tokens_BT)
+        x = x if self.embedding_scale == 1.0 else x * self.embedding_scale
+        x = self.position(x, context.first_token)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        drop = self.embedding_dropout.at(context.dropout, context.first_token, context.tokens)
+        return self.operations.dropout(x, drop)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits_BTVt: Tensor = self.head(x)
+        cap = self.logit_softcap
+        return logits_BTVt if cap is None else cap * torch.tanh(logits_BTVt / cap)

@@ -5,37 +5,36 @@ A mask is therefore the same under every layout, and a recomputed or resumed for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from torch import Tensor
 
-from megalm.distributed.random import key
-from megalm.nn.ops import Drop
-
-
-@dataclass(frozen=True)
-class DropoutKeys:
-    """What a forward pass must know to draw its masks.
-
-    `first_sample` is the index within the step's global batch of the first row of this microbatch.
-    """
-
-    seed: int
-    step: int
-    first_sample: int
+from megalm.nn.ops import Drop, DropoutKeys, Site, kept
 
 
-@dataclass(frozen=True)
 class Dropout:
     """Drop elements at one named site of the model with probability `rate`."""
 
-    site: str
-    rate: float
+    def __init__(self, site: str, rate: float) -> None:
+        self.site, self.rate = Site(site), rate
 
     def at(self, keys: DropoutKeys | None, first: int, whole: int) -> Drop | None:
         """Return this forward pass's dropout of a tensor; None where nothing is dropped (no keys: evaluation).
 
-        The tensor holds tokens (or heads) `first` ... of `whole` ones in dim 1 (see `Drop.origin`).
+        The tensor holds tokens (or heads) `first` ... of `whole` ones in dim 1 (see `Drop`).
         """
         if keys is None or self.rate == 0.0:
             return None
-        stream = key(keys.seed, "dropout", self.site, keys.step)
-        return Drop(self.rate, stream, (keys.first_sample, first, whole))
+        return Drop(self.rate, self.site, keys, first, whole)
+
+
+class StochasticDepth:
+    """Leave what a half of a block adds out for whole samples with probability `rate` (Huang et al. 2016)."""
+
+    def __init__(self, site: str, rate: float) -> None:
+        self.site, self.rate = Site(site), rate
+
+    def __call__(self, y_BTD: Tensor, keys: DropoutKeys | None) -> Tensor:
+        """Return y with some samples zeroed, the others scaled by 1 / (1 - rate); y itself in evaluation (no keys)."""
+        if keys is None or self.rate == 0.0:
+            return y_BTD
+        kept_B = kept(keys, self.site, self.rate, (), (), y_BTD)
+        return y_BTD * (kept_B.to(y_BTD.dtype) / (1.0 - self.rate))[:, None, None]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalm.config.run import ModelSection
+from megalm.config.model import ModelSection
 from megalm.nn.ops import Operations, select_operations
 from megalm.registry import Registry
 from megalm.tensor_parallel.initialize import Initializer
@@ -25,7 +25,12 @@ class Activation:
 
 
 ACTIVATIONS: Registry[Activation] = Registry("activation")
+ACTIVATIONS.register("relu")(Activation(1, lambda operations, x: F.relu(x)))
+ACTIVATIONS.register("relu2")(Activation(1, lambda operations, x: F.relu(x).square()))  # So et al. 2021 (Primer)
 ACTIVATIONS.register("gelu")(Activation(1, lambda operations, x: operations.gelu(x)))
+ACTIVATIONS.register("gelu_erf")(Activation(1, lambda operations, x: F.gelu(x)))
+ACTIVATIONS.register("silu")(Activation(1, lambda operations, x: F.silu(x)))
+ACTIVATIONS.register("geglu")(Activation(2, lambda operations, x: operations.geglu(x)))
 ACTIVATIONS.register("swiglu")(Activation(2, lambda operations, x: operations.swiglu(x)))
 
 
@@ -50,7 +55,7 @@ class MLP(nn.Module):
             config.feed_forward,
             group=group,
             init=init,
-            std=config.init_std,
+            std=config.matrix_std,
             bias=config.bias,
             sequence=sequence,
             parts=self.activation.parts,
@@ -61,7 +66,8 @@ class MLP(nn.Module):
             config.hidden,
             group=group,
             init=init,
-            std=config.init_std / math.sqrt(2 * config.layers),
+            std=config.matrix_std,
+            shrink=config.residual_shrink,
             bias=config.bias,
             sequence=sequence,
         )

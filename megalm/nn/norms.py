@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalm.config.model import ModelSection
 from megalm.distributed.collectives import sum_gradient
 from megalm.distributed.sharding import ShardSpec
 from megalm.nn.ops import Drop, Operations
@@ -82,3 +83,12 @@ class RMSNorm(Norm):
         """Normalise over D, after the residual addition where there is one."""
         weight = self.shared(self.weight)
         return self.operations.rms_norm(x_BTD, weight, eps=self.eps, residual=residual, drop=drop)
+
+
+def build_norm(
+    name: str, config: ModelSection, *, group: dist.ProcessGroup | None, init: Initializer, operations: Operations
+) -> Norm:
+    """Return the recipe's norm of the residual stream; `group` is the tensor group under sequence parallelism."""
+    return NORMS.get(config.norm)(
+        name, config.hidden, eps=config.norm_eps, bias=config.bias, group=group, init=init, operations=operations
+    )

@@ -10,48 +10,160 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalm.distributed.random import keep_slice
+from megalm.distributed.random import keep_slice, key
 from megalm.errors import ConfigError
 from megalm.kernels import reference
 from megalm.kernels.reference import cross_entropy_losses as cross_entropy_losses
+from megalm.kernels.reference import dropout_keep as dropout_keep
+from megalm.kernels.reference import flash_attention as plain_attention
+
+
+@dataclass(frozen=True)
+class DropoutKeys:
+    """What a forward pass must know to draw its masks.
+
+    `first_sample` is the index within the step's global batch of the first row of this microbatch. `words` holds the
+    same as a tensor: a compiled graph would take the numbers for constants.
+    """
+
+    seed: int
+    step: int
+    first_sample: int
+    words: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Put the numbers into a tensor."""
+        object.__setattr__(self, "words", torch.tensor((self.seed, self.step, self.first_sample)))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place of the model where elements are dropped, by its name; `letters` is for graphs that many blocks share."""
+
+    name: str
+    letters: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Put the name into a tensor."""
+        object.__setattr__(self, "letters", torch.tensor(tuple(self.name.encode()), dtype=torch.uint8))
 
 
 @dataclass(frozen=True)
 class Drop:
     """The dropout of one site in one forward pass: which elements fall is a function of these values alone.
 
-    `stream` is the Philox key of site, seed and step. `origin` places a tensor in the site's logical one: (first
-    sample, first token, tokens of a whole sample) for [B, T, D], (first sample, first head, heads of the whole model)
-    for attention probabilities [B, H, T, S].
+    The tensor holds tokens (heads) from `first` on, of `whole` ones in a sample (in the model).
     """
 
     rate: float
-    stream: int
-    origin: tuple[int, int, int]
+    site: Site
+    keys: DropoutKeys
+    first: int
+    whole: int
+
+    @property
+    def stream(self) -> int:
+        """The Philox key of seed, site and step."""
+        return key(self.keys.seed, "dropout", self.site.name, self.keys.step)
+
+    @property
+    def origin(self) -> tuple[int, int, int]:
+        """The place in the site's logical tensor.
+
+        (first sample, first token, tokens of a whole sample) for [B, T, D], (first sample, first head, heads of the
+        whole model) for attention probabilities [B, H, T, S].
+        """
+        return self.keys.first_sample, self.first, self.whole
+
+
+def kept(
+    keys: DropoutKeys, site: Site, rate: float, shape: Sequence[int], starts: Sequence[int], like: Tensor
+) -> Tensor:
+    """Return which elements of a slice of a site's logical tensor [samples, *shape] stay: bool.
+
+    The slice begins at sample `keys.first_sample` and at `starts`, has the shape of as many of `like`'s dims, and lies
+    on its device.
+    """
+    lengths = like.shape[: len(shape) + 1]
+    if torch.compiler.is_compiling():
+        return _kept(keys.words, site.letters, rate, shape, starts, lengths, like.device)
+    first, stream = keys.first_sample, key(keys.seed, "dropout", site.name, keys.step)
+    return keep_slice(stream, rate, (first + lengths[0], *shape), (first, *starts), lengths, like.device)
+
+
+@torch.library.custom_op("megalm::kept", mutates_args=())
+def _kept(
+    words: Tensor,
+    letters: Tensor,
+    rate: float,
+    shape: Sequence[int],
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Return the mask of `kept` by keys and site in tensors on the CPU; a graph keeps the call as it is."""
+    seed, step, first = words.tolist()
+    stream = key(seed, "dropout", bytes(letters.tolist()).decode(), step)
+    return keep_slice(stream, rate, (first + lengths[0], *shape), (first, *starts), lengths, device)
+
+
+_kept.register_fake(lambda *how: torch.empty(tuple(how[-2]), dtype=torch.bool, device=how[-1]))
+
+
+def document_starts(numbers_BT: Tensor) -> Tensor:
+    """Return where each document of all rows, laid end to end, begins, int32, and then B T up to length B T + 1.
+
+    The length does not depend on the documents, so that nothing waits for the device.
+    """
+    begins_BT = torch.ones_like(numbers_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = numbers_BT[:, 1:] != numbers_BT[:, :-1]
+    end = begins_BT.numel()
+    places_N = torch.arange(end, dtype=torch.int32, device=begins_BT.device)
+    return F.pad(places_N.masked_fill(~begins_BT.flatten(), end).sort().values, (0, 1), value=end)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts that are packed into rows: `numbers_BT` (integers) says which document of its row a token belongs to.
+
+    Those of a document stand side by side, the numbers of a row rise. `starts` are `document_starts` of the numbers,
+    for the kernels: made once for all layers.
+    """
+
+    numbers_BT: Tensor
+    starts: Tensor | None = None
+
+    @property
+    def visible_BTS(self) -> Tensor:
+        """Return which keys are of a query's own document: bool."""
+        return self.numbers_BT[:, :, None] == self.numbers_BT[:, None, :]
 
 
 @dataclass(frozen=True)
 class Operations:
     """What layers compute with. Shapes, dtypes and formulas are those of `megalm.kernels.reference`.
 
-    `drop` is a Drop or None (nothing is dropped). With `residual` a norm returns (normed, sum) of the sum residual +
-    dropped x; `dropout` adds it. `swiglu` takes gate and up side by side in the last dim.
+    Attention takes `window`, `softcap`, `slopes_H` (ALiBi), `bias_HTS` (added to the scores), `documents` and
+    `return_lse` beside q, k and v. `drop` is a Drop or None (nothing is dropped). With `residual` a norm returns
+    (normed, sum) of the sum residual + dropped x; `dropout` adds it. `swiglu` and `geglu` take gate and up side by side
+    in the last dim.
     """
 
-    flash_attention: Callable[..., Tensor]
-    unfused_attention: Callable[..., Tensor]
+    flash_attention: Callable[..., Any]
+    unfused_attention: Callable[..., Any]
     layer_norm: Callable[..., Any]
     rms_norm: Callable[..., Any]
     dropout: Callable[..., Tensor]
     apply_rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
+    geglu: Callable[[Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     embedding: Callable[[Tensor, Tensor], Tensor]
     cross_entropy_statistics: Callable[..., tuple[Tensor, ...]]
@@ -60,6 +172,8 @@ class Operations:
     linear_cross_entropy_gradients: Callable[..., tuple[Tensor, Tensor]]
     adamw_: Callable[..., None]
     grad_norm: Callable[..., Tensor]
+    widest_head: float = float("inf")
+    """Features of a head that flash attention takes at most."""
 
 
 def select_operations(kernels: str, device: torch.device) -> Operations:
@@ -74,46 +188,82 @@ def select_operations(kernels: str, device: torch.device) -> Operations:
     return fused_operations()
 
 
-def _multipliers(
-    drop: Drop, shape: Sequence[int], starts: Sequence[int], lengths: Sequence[int], like: Tensor
-) -> Tensor:
-    """Return 0 or 1 / (1 - rate) for a slice of the site's tensor, in fp32 or wider where `like` is."""
-    kept = keep_slice(drop.stream, drop.rate, shape, starts, lengths, like.device)
-    return kept.to(torch.promote_types(like.dtype, torch.float32)).mul_(1.0 / (1.0 - drop.rate))
+def _multipliers(drop: Drop, shape: Sequence[int], starts: Sequence[int], like: Tensor) -> Tensor:
+    """Return 0 or 1 / (1 - rate) for a slice of the site's tensor, in fp32 or wider where `like` is; see `kept`."""
+    stay = kept(drop.keys, drop.site, drop.rate, shape, starts, like)
+    return stay.to(torch.promote_types(like.dtype, torch.float32)).mul_(1.0 / (1.0 - drop.rate))
 
 
-def _attention(q_BTHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, *, causal: bool, drop: Drop | None = None) -> Tensor:
+def _attention(
+    q_BTHE: Tensor,
+    k_BSGE: Tensor,
+    v_BSGE: Tensor,
+    *,
+    drop: Drop | None = None,
+    slopes_H: Tensor | None = None,
+    documents: Documents | None = None,
+    **options: Any,
+) -> Any:
     scale_BHTS = None
     if drop is not None:
-        first_sample, first_head, all_heads = drop.origin
         rows, tokens, heads, _ = q_BTHE.shape
         keys = k_BSGE.shape[1]
-        whole, starts = (first_sample + rows, all_heads, tokens, keys), (first_sample, first_head, 0, 0)
-        scale_BHTS = _multipliers(drop, whole, starts, (rows, heads, tokens, keys), q_BTHE)
-    return reference.flash_attention(q_BTHE, k_BSGE, v_BSGE, causal=causal, dropout_scale_BHTS=scale_BHTS)
+        like_BHTS = q_BTHE.new_empty(()).expand(rows, heads, tokens, keys)
+        scale_BHTS = _multipliers(drop, (drop.whole, tokens, keys), (drop.first, 0, 0), like_BHTS)
+    return plain_attention(
+        q_BTHE,
+        k_BSGE,
+        v_BSGE,
+        alibi_slopes=slopes_H,
+        visible_BTS=None if documents is None else documents.visible_BTS,
+        dropout_scale_BHTS=scale_BHTS,
+        **options,
+    )
 
 
 def _dropout(x_BTD: Tensor, drop: Drop | None, residual: Tensor | None = None) -> Tensor:
     if drop is not None:
-        first_sample, first_token, tokens = drop.origin
-        rows, length, hidden = x_BTD.shape
-        whole, starts = (first_sample + rows, tokens, hidden), (first_sample, first_token, 0)
-        x_BTD = (x_BTD * _multipliers(drop, whole, starts, (rows, length, hidden), x_BTD)).to(x_BTD.dtype)
+        scale_BTD = _multipliers(drop, (drop.whole, x_BTD.shape[-1]), (drop.first, 0), x_BTD)
+        x_BTD = (x_BTD * scale_BTD).to(x_BTD.dtype)
     return x_BTD if residual is None else residual + x_BTD
 
 
-def _unfused_attention(softmax: Callable[..., Tensor], dropout: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _unfused_attention(softmax: Callable[..., Tensor], dropout: Callable[..., Tensor]) -> Callable[..., Any]:
     """Return attention that makes the whole matrix of scores, [B, H, T, S], around a softmax."""
 
-    def attend(q_BTHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, *, causal: bool, drop: Drop | None = None) -> Tensor:
+    def attend(
+        q_BTHE: Tensor,
+        k_BSGE: Tensor,
+        v_BSGE: Tensor,
+        *,
+        causal: bool,
+        drop: Drop | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        slopes_H: Tensor | None = None,
+        bias_HTS: Tensor | None = None,
+        documents: Documents | None = None,
+        return_lse: bool = False,
+    ) -> Any:
         q_BHTE, k_BGSE, v_BGSE = (x.transpose(1, 2) for x in (q_BTHE, k_BSGE, v_BSGE))
         repeats = q_BHTE.shape[1] // k_BGSE.shape[1]
         k_BHSE, v_BHSE = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k_BGSE, v_BGSE))
-        scores_BHTS = q_BHTE @ k_BHSE.transpose(-2, -1)
-        probabilities_BHTS = softmax(scores_BHTS, scale=q_BHTE.shape[-1] ** -0.5, causal=causal)
+        scores_BHTS, scale = q_BHTE @ k_BHSE.transpose(-2, -1), q_BHTE.shape[-1] ** -0.5
+        if softcap is not None or slopes_H is not None or bias_HTS is not None or return_lse:
+            wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
+            scores_BHTS, scale = reference.biased_scores(scores_BHTS.to(wide) * scale, softcap, slopes_H, bias_HTS), 1.0
+        visible_BTS = None if documents is None else documents.visible_BTS
+        sight = (*scores_BHTS.shape[-2:], q_BTHE.device)
+        hides = window is not None or documents is not None
+        mask = ~reference.hidden_keys(*sight, False, window, visible_BTS=visible_BTS) if hides else None
+        probabilities_BHTS = softmax(scores_BHTS, scale=scale, mask=mask, causal=causal).to(v_BHSE.dtype)
         if drop is not None:  # heads stand where tokens do, a head's T x S probabilities where features do
             probabilities_BHTS = dropout(probabilities_BHTS.flatten(2), drop).view_as(probabilities_BHTS)
-        return (probabilities_BHTS @ v_BHSE).transpose(1, 2)
+        out_BTHE = (probabilities_BHTS @ v_BHSE).transpose(1, 2)
+        if not return_lse:
+            return out_BTHE
+        hidden = reference.hidden_keys(*sight, causal, window, visible_BTS=visible_BTS)
+        return out_BTHE, torch.logsumexp(scores_BHTS.masked_fill(hidden, float("-inf")), dim=-1)
 
     return attend
 
@@ -157,6 +307,7 @@ REFERENCE = Operations(
     dropout=_dropout,
     apply_rotary=reference.apply_rotary,
     gelu=reference.gelu,
+    geglu=reference.geglu_packed,
     swiglu=reference.swiglu_packed,
     embedding=lambda tokens, weight_VD: F.embedding(tokens, weight_VD),
     cross_entropy_statistics=reference.cross_entropy_statistics,
@@ -166,6 +317,38 @@ REFERENCE = Operations(
     adamw_=reference.fused_adamw_,
     grad_norm=reference.grad_norm,
 )
+
+
+def _fused_attention(flash_attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Return attention by the kernels: documents as one row, and a learned bias in plain torch."""
+
+    def attend(
+        q_BTHE: Tensor,
+        k_BSGE: Tensor,
+        v_BSGE: Tensor,
+        *,
+        drop: Drop | None = None,
+        slopes_H: Tensor | None = None,
+        bias_HTS: Tensor | None = None,
+        documents: Documents | None = None,
+        **options: Any,
+    ) -> Any:
+        if bias_HTS is not None:  # it is a matrix of scores by itself
+            options |= {"slopes_H": slopes_H, "bias_HTS": bias_HTS, "documents": documents}
+            return _attention(q_BTHE, k_BSGE, v_BSGE, drop=drop, **options)
+        options |= {"alibi_slopes": slopes_H, **_drawing(drop)}
+        if documents is None:
+            return flash_attention(q_BTHE, k_BSGE, v_BSGE, **options)
+        assert documents.starts is not None, "the kernels need the starts of documents"
+        assert drop is None, "rows laid end to end have no dropout mask of their own"
+        q_1NHE, k_1NGE, v_1NGE = (x.flatten(0, 1)[None] for x in (q_BTHE, k_BSGE, v_BSGE))
+        result = flash_attention(q_1NHE, k_1NGE, v_1NGE, cu_seqlens=documents.starts, **options)
+        if not options.get("return_lse"):
+            return result.view_as(q_BTHE)
+        out_1NHE, lse_1HN = result
+        return out_1NHE.view_as(q_BTHE), lse_1HN[0].unflatten(1, q_BTHE.shape[:2]).transpose(0, 1)
+
+    return attend
 
 
 @functools.cache
@@ -192,9 +375,7 @@ def fused_operations() -> Operations:
         return dropout.dropout(x_BTD, residual=residual, **_drawing(drop))
 
     return Operations(
-        flash_attention=lambda q, k, v, *, causal, drop=None: attention.flash_attention(
-            q, k, v, causal=causal, **_drawing(drop)
-        ),
+        flash_attention=_fused_attention(attention.flash_attention),
         unfused_attention=_unfused_attention(softmax.scaled_masked_softmax, add_dropped),
         layer_norm=lambda x, weight, bias, *, eps, residual=None, drop=None: layernorm.layer_norm(
             x, weight, bias, eps=eps, residual=residual, **_drawing(drop)
@@ -205,6 +386,7 @@ def fused_operations() -> Operations:
         dropout=add_dropped,
         apply_rotary=rotary.apply_rotary,
         gelu=lambda x: activations.bias_gelu(x, None),
+        geglu=activations.geglu_packed,
         swiglu=activations.swiglu_packed,
         embedding=embedding.embedding,
         cross_entropy_statistics=cross_entropy.cross_entropy_statistics,
@@ -213,4 +395,5 @@ def fused_operations() -> Operations:
         linear_cross_entropy_gradients=linear_cross_entropy.linear_cross_entropy_gradients,
         adamw_=adamw.fused_adamw_,
         grad_norm=grad_norm.grad_norm,
+        widest_head=attention.WIDEST_HEAD,
     )

@@ -46,27 +46,26 @@ class Microbatch:
 class PipelineExecutor:
     """This rank's stage of the pipeline: the part of the model it holds and its stream of actions.
 
-    `module(x, labels_BT=, loss_mask_BT=, dropout=)` takes tokens on the first stage and the hidden state of
-    the stage before on later ones; it returns the loss sum (or logits, without labels) on the last stage,
-    else the hidden state. `activation_shape(rows, tokens)` is the hidden state's shape for a microbatch of
-    that size, `dtype` its dtype. After `run`, `peak_live` is the largest number of microbatches whose
-    activations were held at once.
+    `module(x, labels_BT=, loss_mask_BT=, dropout=, tokens_BT=)` takes tokens on the first stage and the hidden state
+    of the stage before on later ones, `tokens_BT` being the tokens on all of them; it returns the loss sum (or logits,
+    without labels) on the last stage, else the hidden state. `activation_shape(rows, tokens)` is the hidden state's
+    shape for a microbatch of that size, `dtype` its dtype. `schedule` is made anew where a step has another number of
+    microbatches. After `run`, `peak_live` is the largest number of microbatches whose activations were held at once.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        schedule: Schedule,
+        schedule: Callable[[int, int], Schedule],
         mesh: ParallelMesh,
         activation_shape: Callable[[int, int], tuple[int, ...]],
         dtype: torch.dtype,
     ) -> None:
-        assert schedule.stages == mesh.layout.pipeline, f"{schedule.stages} stages on {mesh.layout}"
         self.peak_live = 0
         self._module = module
-        self._microbatches = schedule.microbatches
+        self._schedule, self._stages = schedule, mesh.layout.pipeline
         self._stage = mesh.coordinates.pipeline
-        self._actions = tuple(schedule.actions(self._stage))
+        self._microbatches, self._actions = 0, tuple[Action, ...]()
         self._is_first, self._is_last = mesh.is_first_stage, mesh.is_last_stage
         self._links = StageLinks(mesh)
         self._activation_shape = activation_shape
@@ -87,12 +86,12 @@ class PipelineExecutor:
         (fp64 for a module of fp64), and zero on all stages but the last. Raises PipelineError when the module
         fails, DistributedError when a neighbouring stage is gone or silent until the collective time-out.
         """
-        assert len(microbatches) == self._microbatches, (
-            f"{len(microbatches)} microbatches for a schedule of {self._microbatches}"
-        )
+        if len(microbatches) != self._microbatches:
+            self._microbatches = len(microbatches)
+            self._actions = tuple(self._schedule(self._stages, self._microbatches).actions(self._stage))
         total = torch.zeros((), dtype=self._loss_dtype, device=self._device)
         scale = torch.as_tensor(loss_scale, dtype=self._loss_dtype, device=self._device)
-        live: dict[int, tuple[Tensor | None, GradientEdge]] = {}
+        live: dict[int, tuple[Tensor | None, GradientEdge | None]] = {}
         self.peak_live = 0
         for action, message in self._receive(self._actions, microbatches):
             if action.kind is ActionKind.FORWARD:
@@ -124,8 +123,10 @@ class PipelineExecutor:
 
     def _train_forward(
         self, action: Action, microbatches: Sequence[Microbatch], hidden: Tensor | None, total: Tensor
-    ) -> tuple[Tensor | None, GradientEdge]:
+    ) -> tuple[Tensor | None, GradientEdge | None]:
         """Run a forward; return what its backward needs: the received leaf, the output's place in the graph.
+
+        A first stage whose weights are all frozen has no graph, and nothing to do in its backward.
 
         The output itself is not kept: backward does not need its value, so on a sending stage its memory is
         free as soon as the message is through.
@@ -138,9 +139,13 @@ class PipelineExecutor:
             total += output.detach()
         else:
             self._send(action, microbatch, output)
-        return hidden, get_gradient_edge(output)
+        return hidden, get_gradient_edge(output) if output.requires_grad else None
 
-    def _train_backward(self, action: Action, hidden: Tensor | None, output: GradientEdge, gradient: Tensor) -> None:
+    def _train_backward(
+        self, action: Action, hidden: Tensor | None, output: GradientEdge | None, gradient: Tensor
+    ) -> None:
+        if output is None:
+            return
         with self._naming_failure(action):
             torch.autograd.backward(output, gradient)
         if hidden is not None:
@@ -155,6 +160,7 @@ class PipelineExecutor:
                 labels_BT=microbatch.labels_BT if self._is_last else None,
                 loss_mask_BT=microbatch.loss_mask_BT if self._is_last else None,
                 dropout=microbatch.dropout,
+                tokens_BT=microbatch.tokens_BT,
             )
         return output
 
@@ -201,7 +207,8 @@ class PipelineExecutor:
     @contextmanager
     def _naming_failure(self, action: Action) -> Iterator[None]:
         try:
-            yield
+            with progress.doing(action.kind.value, action.microbatch):
+                yield
         except Exception as error:
             if is_lost_peer(error):  # of the tensor or data axis: the module is not to blame
                 raise

@@ -15,6 +15,8 @@ from megalm.preflight.judge import NEAREST, majority, slower_than_peers
 
 # Positions of two nodes -> (latency in seconds, bytes a second).
 Links = Mapping[tuple[int, int], tuple[float, float]]
+# The same for each pair of ranks, the n-th ones of both nodes, that measured at the same time; a node's is their mean.
+RankLinks = Mapping[tuple[int, int], Sequence[tuple[float, float]]]
 # A node's position -> (seconds ahead of the first node, uncertainty in seconds).
 Skews = Mapping[int, tuple[float, float]]
 
@@ -88,19 +90,25 @@ def nodes_of(reports: Sequence[Mapping[str, Any]]) -> list[Node]:
 
 def judge(
     nodes: Sequence[Node],
-    links: Links,
+    rank_links: RankLinks,
     skews: Skews,
     all_reduce: Mapping[int, float] | None = None,
     device: str = "cpu",
     witness: Sequence[Finding] = (),
 ) -> Cluster:
-    """Return the nodes with all that comparing them adds. `links` and `skews` may be empty."""
+    """Return the nodes with all that comparing them adds. `rank_links` and `skews` may be empty."""
+    links = {
+        pair: (statistics.median_low([latency for latency, _ in some]), statistics.fmean(rate for _, rate in some))
+        for pair, some in rank_links.items()
+    }
     added: list[list[Finding]] = [[] for _ in nodes]
     _compare_versions(nodes, added)
     _compare_gpus(nodes, added)
+    _compare_mounts(nodes, added)
     _compare_speeds(nodes, device, added)
     _compare_clocks(skews, added)
     whole = _compare_links([node.name for node in nodes], links, device, added)
+    _compare_rank_links(nodes, rank_links, device, added)
     judged = []
     for position, node in enumerate(nodes):
         values = dict(node.values)
@@ -156,6 +164,16 @@ def _compare_gpus(nodes: Sequence[Node], added: list[list[Finding]]) -> None:
             )
 
 
+def _compare_mounts(nodes: Sequence[Node], added: list[list[Finding]]) -> None:
+    """Name the nodes that lack the mount on which the others have the run's directory."""
+    mounts = {p: str(node.values["disk_mount"]) for p, node in enumerate(nodes) if "disk_mount" in node.values}
+    usual = majority(mounts, min(mounts)) if mounts else ""
+    for position, mount in mounts.items():
+        if mount != usual:
+            text = f"the run directory lies on the mount {mount} where others have {usual}"
+            added[position].append(Finding("disk", "fail", text, f"mount {usual}; see findmnt and dmesg"))
+
+
 def _compare_speeds(nodes: Sequence[Node], device: str, added: list[list[Finding]]) -> None:
     rates = {(p, rank): rate for p, node in enumerate(nodes) for rank, rate in node.values.get("rates", {}).items()}
     for (position, rank), share in slower_than_peers(rates, _nearest(device)).items():
@@ -203,6 +221,24 @@ def _compare_links(names: Sequence[str], links: Links, device: str, added: list[
             text = f"{first} - {second}: {share:.0%} of the median bandwidth, while each is fast with the others"
             found.append(Finding("links", "warn", text, "the switches between the two"))
     return found
+
+
+def _compare_rank_links(nodes: Sequence[Node], rank_links: RankLinks, device: str, added: list[list[Finding]]) -> None:
+    """Name single ranks whose links are slow, where those of their whole node were not named: one bad network card.
+
+    A rank is held against those in its place on other nodes, as a card may be slower than the others by design.
+    """
+    if len(nodes) == 2:
+        return
+    for place in range(max((len(some) for some in rank_links.values()), default=0)):
+        rates = {pair: some[place][1] for pair, some in rank_links.items() if place < len(some)}
+        medians = {p: _median_of(p, rates) for p in range(len(nodes)) if any(p in pair for pair in rates)}
+        for position, share in slower_than_peers(medians, _nearest(device)).items():
+            if all(finding.check != "links" for finding in added[position]):
+                rank, rate = nodes[position].ranks[place], medians[position] / 1e9
+                text = f"slow links of rank {rank}: {rate:.3g} GB/s, {share:.0%} of the median of its place"
+                remedy = "the network card next to its GPU: nvidia-smi topo -m; ibstat"
+                added[position].append(Finding("links", "fail", text, remedy))
 
 
 def _nearest(device: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from megalm.preflight.finding import Place, worst
 from megalm.preflight.node import examine, node_name
 from megalm.preflight.witness import Witness
 
+_WORD_S = 5.0
 _COLLECTIVE_TIMEOUT_S = 600  # a node may take that long until all checks that hang there are given up
 
 
@@ -47,9 +49,12 @@ def examine_cluster(
     try:
         return _in_world(Place(run_dir, needed_bytes), rendezvous, said, exclude_file, start_timeout_s, as_json)
     except AbsentRanks as error:
+        if rank != 0:
+            time.sleep(_WORD_S)  # rank 0 has the word, and under srun the first to end takes the others with it
+            raise
         nodes = rank_nodes(os.environ)
         absent = list(dict.fromkeys(nodes[rank] for rank in error.ranks if rank < len(nodes)))
-        if rank == 0 and absent:
+        if absent:
             if exclude_file is not None:
                 _write_names(exclude_file, absent)
             if as_json:

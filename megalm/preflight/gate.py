@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megalm import errors
 from megalm.config.run import RunConfig
 from megalm.distributed.exchange import broadcast_json, gather_json
-from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.errors import ConfigError, DistributedError, LaunchError, MegalmError
 from megalm.preflight.cluster import SKEW_FAIL_S, odd_versions
 from megalm.preflight.finding import gib
@@ -66,8 +65,7 @@ def preflight(config: RunConfig, mesh: ParallelMesh, parameters: int, probes: Pr
     ConfigError for what does not heal by itself, DistributedError for a node that another one may replace.
     """
     probes = probes or Probes()
-    world = dist.group.WORLD
-    assert world is not None, "the mesh is formed"
+    world = world_group()
     reports = gather_json(_report(config, mesh, parameters, probes), world)
     names = [report["node"] for report in reports]
     players: list[int] = broadcast_json([names.index(name) for name in dict.fromkeys(names)], world)
@@ -95,7 +93,8 @@ def _report(config: RunConfig, mesh: ParallelMesh, parameters: int, probes: Prob
         run = Path(config.run.dir)
         try:
             kept = sum(path.is_dir() for path in run.glob("checkpoints/step-*"))
-            report["needed"] = max(1, _KEPT - kept) * checkpoint_bytes(config, parameters)
+            if config.checkpoint.every or config.checkpoint.at_end:
+                report["needed"] = max(1, _KEPT - kept) * checkpoint_bytes(config, parameters)
             report["free"] = space(run, probes.statvfs).free_bytes
             probes.write(run)
         except OSError as error:

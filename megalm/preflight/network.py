@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ Clock = Callable[[], float]
 _FIRST_BYTES = 2**18
 _MOST_BYTES = 2**25
 _PAIR_TIME_S = 0.25
+_MOST_ROUNDS = 31
 _PINGS, _CLOCK_ROUNDS = 12, 8
 ALL_REDUCE_BYTES = (2**12, 2**20, 2**24)
 _ALL_REDUCE_TIME_S = 1.0
@@ -116,25 +118,29 @@ def _round_trip(peer: Peer, message: torch.Tensor, leads: bool) -> float:
 
 
 def measure_links(
-    players: Sequence[int],
+    nodes: Sequence[Sequence[int]],
     names: Sequence[str],
     group: dist.ProcessGroup,
     device: torch.device,
     measure: Callable[[Peer, bool], Link] = measure_link,
 ) -> dict[tuple[int, int], Link]:
-    """Return the links between this rank and each other player by their positions in `players`, the leader's own ones.
+    """Return the links of this rank to those of other nodes by both nodes' positions in `nodes`, the led ones only.
 
-    `players` are ranks, one a node; `names` are how messages call them. Each round measures disjoint pairs at once,
-    and all ranks of the group wait for its end, so that no pair is disturbed by those of another round.
+    `nodes` holds the ranks of each node that take part, `names` how messages call the nodes. The n-th ranks of two
+    nodes measure with each other, all at the same time: what the two can do together, on every network card. Each round
+    joins disjoint pairs of nodes and all ranks of the group wait for its end, so that no pair is disturbed by those of
+    another round. Of more than 32 nodes each meets 31 others only.
     """
     me = dist.get_rank()
+    places = {rank: (position, rail) for position, ranks in enumerate(nodes) for rail, rank in enumerate(ranks)}
+    position, rail = places.get(me, (-1, -1))
     links = {}
-    for pairs in tournament(len(players)):
+    for pairs in islice(tournament(len(nodes)), _MOST_ROUNDS):
         for first, second in pairs:
-            if me in (players[first], players[second]):
-                leads = me == players[first]
+            if position in (first, second) and rail < min(len(nodes[first]), len(nodes[second])):
+                leads = position == first
                 other = second if leads else first
-                link = measure(Peer(players[other], group, device, names[other]), leads)
+                link = measure(Peer(nodes[other][rail], group, device, names[other]), leads)
                 if leads:
                     links[first, second] = link
         _meet(group)

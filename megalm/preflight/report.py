@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from megalm.answers import counted
 from megalm.preflight.cluster import Cluster, Node
 from megalm.preflight.finding import Finding, gib, worst
 
@@ -47,13 +48,14 @@ def cluster_table(cluster: Cluster) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if len(shown) < len(cluster.nodes):
-        lines.append(f"and {len(cluster.nodes) - len(shown)} nodes without findings")
+        lines.append(f"and {counted(len(cluster.nodes) - len(shown), 'node')} without findings")
     lines += ["", *_finding_lines(cluster)]
     if cluster.all_reduce:
         parts = [f"{_size(size)}: {rate / 1e9:.3g} GB/s" for size, rate in cluster.all_reduce.items()]
         lines.append(f"all-reduce over all ranks, bus bandwidth: {', '.join(parts)}")
     bad = len(cluster.failed)
-    lines.append(f"{len(cluster.nodes)} nodes, {sum(len(node.ranks) for node in cluster.nodes)} ranks, {bad} failed")
+    ranks = sum(len(node.ranks) for node in cluster.nodes)
+    lines.append(f"{counted(len(cluster.nodes), 'node')}, {counted(ranks, 'rank')}, {bad} failed")
     if bad:
         lines.append(exclude_line(cluster.failed))
     return "\n".join(lines)

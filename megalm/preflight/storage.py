@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.config.run import RunConfig
+from megalm.config.storage import BYTES, kept_dtypes, optimizer_states
 from megalm.preflight.finding import Finding, Place, gib
 
 WRITTEN_BYTES = 32 * 2**20
@@ -31,14 +32,19 @@ class Space:
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
     """Return the size of a checkpoint of so many parameters: master weights and the optimizer's state, 2% besides."""
-    states = 2 if "adam" in config.optim.kind else int(config.optim.momentum > 0)
-    return int(1.02 * parameters * (1 + states) * (8 if config.precision == "fp64" else 4))
+    masters, states = kept_dtypes(config)
+    return int(1.02 * parameters * (BYTES[masters] + len(optimizer_states(config)) * BYTES[states]))
 
 
 def existing_parent(path: Path) -> Path:
     """Return the path, or its nearest parent that exists."""
     path = path.absolute()
     return next((parent for parent in (path, *path.parents) if parent.is_dir()), Path("/"))
+
+
+def mount_point(directory: Path) -> Path:
+    """Return where the file system of an absolute directory is mounted."""
+    return next(parent for parent in (directory, *directory.parents) if parent.is_mount() or parent == parent.parent)
 
 
 def space(directory: Path, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs) -> Space:
@@ -84,7 +90,7 @@ def writes(directory: Path) -> None:
 def space_findings(directory: Path, found: Space, needed_bytes: int) -> list[Finding]:
     """Judge the space in the directory."""
     text = f"{gib(found.free_bytes)} of {gib(found.total_bytes)} free at {directory}"
-    values = {"disk_free_bytes": found.free_bytes}
+    values = {"disk_free_bytes": found.free_bytes, "disk_mount": str(mount_point(directory))}
     if found.free_bytes < needed_bytes:
         remedy = f"df -h {directory}; free space, or choose another run.dir"
         return [Finding("disk", "fail", f"{text}; {gib(needed_bytes)} are needed", remedy, values)]

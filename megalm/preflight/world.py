@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from megalm.preflight.finding import Check, Finding, Place
 from megalm.preflight.network import Link, Peer, measure_all_reduce, measure_clocks, measure_link, measure_links
 from megalm.preflight.witness import Witness, witness_findings
 
+_NCCL_TIMEOUT = timedelta(seconds=120)
+
 
 @dataclass(frozen=True)
 class Probes:
@@ -30,9 +34,12 @@ class Probes:
     link: Callable[[Peer, bool], Link] = measure_link
 
 
-def first_ranks(names: Sequence[str]) -> list[int]:
-    """Return the first rank of each node, in the order of ranks; `names` are the nodes of the ranks."""
-    return [names.index(name) for name in dict.fromkeys(names)]
+def ranks_by_node(names: Sequence[str]) -> dict[str, list[int]]:
+    """Return the ranks of each node, nodes in the order of their first ranks; `names` are the nodes of the ranks."""
+    nodes: dict[str, list[int]] = {}
+    for rank, name in enumerate(names):
+        nodes.setdefault(name, []).append(rank)
+    return nodes
 
 
 def examine_world(
@@ -41,16 +48,19 @@ def examine_world(
     """Examine this rank's node, called `name`, and the links; return the judged cluster on rank 0, None elsewhere.
 
     Every rank of `world` must call; the group needs a CPU back end. With CUDA on all ranks, links and collectives are
-    NCCL's. On the first rank of each node all checks run, on the others those of their own device.
+    NCCL's and all ranks of a node measure links at once, as each GPU may have a network card; else one of a node. On
+    the first rank of each node all checks run, on the others those of their own device.
     """
     probes = probes or Probes()
     names: list[str] = broadcast_json(gather_json(name, world), world)
-    rank, players = world.rank(), first_ranks(names)
+    rank, nodes = world.rank(), ranks_by_node(names)
+    players = [ranks[0] for ranks in nodes.values()]
     place = replace(place, local_ranks=names.count(name))
     findings = _examine(place, rank in players, world, probes.checks)
     skews = measure_clocks(players, world, probes.clock)
     group, device, trouble = _fastest_group(world, place)
-    links = measure_links(players, [names[player] for player in players], group, device, probes.link)
+    rails = list(nodes.values()) if device.type == "cuda" else [[player] for player in players]
+    links = measure_links(rails, list(nodes), group, device, probes.link)
     all_reduce = measure_all_reduce(group, device)
     report = {
         "node": name,
@@ -61,9 +71,13 @@ def examine_world(
     reports = gather_json(report, world)
     if rank != 0:
         return None
+    measured: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for each in reports:  # the leaders of a pair by rank, hence by their place in the node
+        for first, second, latency, rate in each["links"]:
+            measured.setdefault((first, second), []).append((latency, rate))
     return judge(
         nodes_of(reports),
-        {(first, second): (latency, rate) for each in reports for first, second, latency, rate in each["links"]},
+        measured,
         {position: (skew.offset_s, skew.error_s) for position, skew in skews.items()} if len(players) > 1 else {},
         all_reduce,
         device.type,
@@ -94,7 +108,8 @@ def _fastest_group(world: dist.ProcessGroup, place: Place) -> tuple[dist.Process
     device = torch.device("cuda", place.device)
     error = ""
     try:
-        group: Any = dist.new_group(backend="nccl")
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # a link that hangs is an error here, not the end of the process
+        group: Any = dist.new_group(backend="nccl", timeout=_NCCL_TIMEOUT)
         dist.all_reduce(torch.ones(1, device=device), group=group)
         torch.cuda.synchronize(device)
     except RuntimeError as caught:

@@ -1,7 +1,8 @@
 """Cross-entropy over a vocabulary that is split over the tensor axis: the whole row of logits exists on no rank.
 
-loss = lse - (1 - s) * logit[label] - s / V * sum(logits) with the row's log-sum-exp lse and label smoothing s
-(Szegedy et al. 2016, section 7), as torch.nn.functional.cross_entropy defines it. Three numbers a row are summed over
+loss = lse - (1 - s) * logit[label] - s / V * sum(logits) + z * lse^2 with the row's log-sum-exp lse, label smoothing s
+(Szegedy et al. 2016, section 7), as torch.nn.functional.cross_entropy defines it, and z-loss z (Chowdhery et al. 2022,
+section 5). Three numbers a row are summed over
 the group in one all-reduce, after its maximum (Shoeybi et al. 2019, section 3).
 """
 
@@ -27,6 +28,7 @@ def vocab_parallel_cross_entropy(
     group: dist.ProcessGroup,
     operations: Operations,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Return the loss of every row, losses_N, in fp32 (fp64 for fp64 logits); the same on every rank of `group`.
 
@@ -34,7 +36,8 @@ def vocab_parallel_cross_entropy(
     part. labels_N (int64) are indices of the whole vocabulary. Every rank of `group` must call. The backward pass
     overwrites the logits, the largest tensor of a step, by their gradient: torch refuses a second backward pass.
     """
-    return _VocabParallelCrossEntropy.apply(logits_NVt, labels_N, vocab, group, operations, label_smoothing)
+    extra = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    return _VocabParallelCrossEntropy.apply(logits_NVt, labels_N, vocab, group, operations, extra)
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -46,15 +49,15 @@ def vocab_parallel_linear_cross_entropy(
     group: dist.ProcessGroup,
     operations: Operations,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Return the losses of the logits hidden_ND weight_VtD^T, which exist in blocks of the vocabulary only.
 
     As `vocab_parallel_cross_entropy` otherwise. The gradient of hidden_ND is this rank's part: who made it for all
     ranks sums it over `group`.
     """
-    return _VocabParallelLinearCrossEntropy.apply(
-        hidden_ND, weight_VtD, labels_N, vocab, group, operations, label_smoothing
-    )
+    extra = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    return _VocabParallelLinearCrossEntropy.apply(hidden_ND, weight_VtD, labels_N, vocab, group, operations, extra)
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,20 @@ class _Shard:
 
     @classmethod
     def of(cls, labels_N: Tensor, columns: int, vocab: int, group: dist.ProcessGroup) -> _Shard:
-        first = dist.get_rank(group) * columns
+        first = group.rank() * columns
         real = max(0, min(columns, vocab - first))
         local_N = labels_N - first
         return cls(real, local_N.masked_fill((local_N < 0) | (local_N >= real), -1))
 
 
 def _merged_losses(
-    statistics: tuple[Tensor, ...], vocab: int, smoothing: float, group: dist.ProcessGroup
+    statistics: tuple[Tensor, ...], vocab: int, extra: dict[str, float], group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (losses_N, lse_N, lse_rest_N) of whole rows from each rank's statistics of its columns."""
     own_top_N, sum_N, *rest = statistics
     top_N = all_reduce_max(own_top_N, group)
     totals = all_reduce_sum(torch.stack([sum_N * (own_top_N - top_N).exp(), *rest]), group)
-    return cross_entropy_losses(top_N, *totals, vocab=vocab, label_smoothing=smoothing)
+    return cross_entropy_losses(top_N, *totals, vocab=vocab, **extra)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -91,13 +94,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         vocab: int,
         group: dist.ProcessGroup,
         operations: Operations,
-        smoothing: float,
+        extra: dict[str, float],
     ) -> Tensor:
         shard = _Shard.of(labels_N, logits_NVt.shape[1], vocab, group)
         statistics = operations.cross_entropy_statistics(logits_NVt, shard.labels_N, shard.columns)
-        loss_N, *lse_N = _merged_losses(statistics, vocab, smoothing, group)
+        loss_N, *lse_N = _merged_losses(statistics, vocab, extra, group)
         ctx.save_for_backward(logits_NVt, shard.labels_N, *lse_N)
-        ctx.operations, ctx.columns, ctx.vocab, ctx.smoothing = operations, shard.columns, vocab, smoothing
+        ctx.operations, ctx.columns, ctx.vocab, ctx.extra = operations, shard.columns, vocab, extra
         return loss_N
 
     @staticmethod
@@ -111,8 +114,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             grad_N,
             columns=ctx.columns,
             vocab=ctx.vocab,
-            label_smoothing=ctx.smoothing,
             lse_rest_N=lse_rest_N,
+            **ctx.extra,
         )
         return logits_NVt, None, None, None, None, None
 
@@ -127,13 +130,13 @@ class _VocabParallelLinearCrossEntropy(torch.autograd.Function):
         vocab: int,
         group: dist.ProcessGroup,
         operations: Operations,
-        smoothing: float,
+        extra: dict[str, float],
     ) -> Tensor:
         shard = _Shard.of(labels_N, weight_VtD.shape[0], vocab, group)
         statistics = operations.linear_cross_entropy_statistics(hidden_ND, weight_VtD, shard.labels_N, shard.columns)
-        loss_N, *lse_N = _merged_losses(statistics, vocab, smoothing, group)
+        loss_N, *lse_N = _merged_losses(statistics, vocab, extra, group)
         ctx.save_for_backward(hidden_ND, weight_VtD, shard.labels_N, *lse_N)
-        ctx.operations, ctx.columns, ctx.vocab, ctx.smoothing = operations, shard.columns, vocab, smoothing
+        ctx.operations, ctx.columns, ctx.vocab, ctx.extra = operations, shard.columns, vocab, extra
         return loss_N
 
     @staticmethod
@@ -149,9 +152,9 @@ class _VocabParallelLinearCrossEntropy(torch.autograd.Function):
             grad_N,
             columns=ctx.columns,
             vocab=ctx.vocab,
-            label_smoothing=ctx.smoothing,
             need_hidden=need_hidden,
             need_weight=need_weight,
             lse_rest_N=lse_rest_N,
+            **ctx.extra,
         )
         return d_hidden if need_hidden else None, d_weight if need_weight else None, None, None, None, None, None

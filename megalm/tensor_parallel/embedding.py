@@ -24,8 +24,8 @@ def vocab_weight(
     name: str, vocab: int, hidden: int, *, group: dist.ProcessGroup, init: Initializer, std: float
 ) -> nn.Parameter:
     """Return this rank's rows of the logical tensor `name`.weight [vocab, hidden], zero beyond the vocabulary."""
-    index, count = dist.get_rank(group), dist.get_world_size(group)
-    return init.normal(ShardSpec.split(f"{name}.weight", (vocab, hidden), 0, index, count), std)
+    index, count = group.rank(), group.size()
+    return init.table(ShardSpec.split(f"{name}.weight", (vocab, hidden), 0, index, count), std)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -54,11 +54,11 @@ class VocabParallelEmbedding(nn.Module):
         self.sequence = sequence
         self.weight = vocab_weight(name, vocab, hidden, group=group, init=init, std=std)
         self.rows = self.weight.shape[0]
-        self.first_row = dist.get_rank(group) * self.rows
+        self.first_row = group.rank() * self.rows
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return the rows of the tokens."""
-        if dist.get_world_size(self.group) == 1:
+        if self.group.size() == 1:
             return self.lookup(tokens_BT, self.weight)
         local_BT = tokens_BT - self.first_row
         foreign_BT = (local_BT < 0) | (local_BT >= self.rows)

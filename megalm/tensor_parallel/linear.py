@@ -49,10 +49,10 @@ class ColumnParallelLinear(nn.Module):
         self.group = group
         self.sequence = sequence
         leading = (parts,) if parts > 1 else ()
-        index, count = dist.get_rank(group), dist.get_world_size(group)
+        index, count = group.rank(), group.size()
         dim = len(leading)
         shape = (*leading, out_features, in_features)
-        self.weight = init.normal(ShardSpec.split(f"{name}.weight", shape, dim, index, count), std)
+        self.weight = init.matrix(ShardSpec.split(f"{name}.weight", shape, dim, index, count), std)
         self.bias = None
         if bias:
             spec = ShardSpec.split(f"{name}.bias", shape[:-1], dim, index, count)
@@ -69,7 +69,7 @@ class RowParallelLinear(nn.Module):
     """Split a linear layer's input features over the tensor axis: y = sum over ranks of x_t W_t^T, plus b.
 
     x_BTFt -> y_BTD (y_BTtD with `sequence`). The forward pass sums over `group`: every rank of it must call.
-    The bias is added once, after the sum.
+    The bias is added once, after the sum. `shrink` is a factor of the first values.
     """
 
     def __init__(
@@ -83,20 +83,21 @@ class RowParallelLinear(nn.Module):
         std: float,
         bias: bool,
         sequence: bool = False,
+        shrink: float = 1.0,
     ) -> None:
         super().__init__()
         self.group = group
         self.sequence = sequence
-        index, count = dist.get_rank(group), dist.get_world_size(group)
+        index, count = group.rank(), group.size()
         spec = ShardSpec.split(f"{name}.weight", (out_features, in_features), 1, index, count)
-        self.weight = init.normal(spec, std)
+        self.weight = init.matrix(spec, std, shrink)
         self.bias = None
         if bias:
             self.bias = init.constant(ShardSpec.whole(f"{name}.bias", (out_features,)), 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the whole output features, of all tokens or (with `sequence`) of this rank's tokens."""
-        if dist.get_world_size(self.group) == 1:
+        if self.group.size() == 1:
             return F.linear(x, self.weight, self.bias)
         partial = F.linear(x, self.weight)
         if not self.sequence:

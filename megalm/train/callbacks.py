@@ -5,7 +5,11 @@ The trainer calls them in the order in which `pretrain` lists them, on every ran
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import fields
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,12 +17,17 @@ import torch
 from numpy.typing import NDArray
 
 from megalm.checkpoint.manager import CheckpointManager
+from megalm.config.ramps import batch_at, sequence_at
+from megalm.config.run import EarlyStopSection, RunConfig
 from megalm.data.loader import HeldOut
-from megalm.evaluation.perplexity import held_out_loss
+from megalm.evaluation.perplexity import HeldOutLoss, held_out_loss
 from megalm.models.transformer import Transformer
 from megalm.train.monitor import Throughput, peak_memory_bytes
+from megalm.train.replicas import CompareReplicas
 from megalm.train.tracking import Tracker
-from megalm.train.trainer import StepResult, Trainer
+from megalm.train.trainer import StepResult, StepTimes, Trainer
+
+_PARTS = [field.name for field in fields(StepTimes)]
 
 
 class LogMetrics:
@@ -28,23 +37,28 @@ class LogMetrics:
         self.tracker = tracker
         self.meter = meter
         self.every = every
+        self._times: deque[StepTimes] = deque(maxlen=every)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Wait for the device and log, where the step is to be logged."""
+        """Log, where the step is to be logged; the parts of the step's time are this rank's, hence rank 0's."""
         step = trainer.state.step
+        self._times.append(result.times)
         if step % self.every and step != trainer.last_step and step != 1:
             return
-        loss = trainer.mean_loss(result)
         speed = self.meter.measure(step, trainer.last_step)
         record = {
             "step": step,
             "tokens": trainer.state.tokens,
-            "train/loss": loss,
+            **_sizes(trainer.config, step),
+            "train/loss": result.loss,
             "optim/lr": result.lr,
             "optim/grad_norm": result.grad_norm,
+            **({} if result.loss_scale is None else {"optim/loss_scale": result.loss_scale}),
             **speed.record(),
+            **{f"time/{name}": fmean(getattr(times, name) for times in self._times) for name in _PARTS},
             "memory/peak_bytes": _most_on_any_rank(peak_memory_bytes(trainer.mesh.device), trainer),
         }
+        self._times.clear()
         self.tracker.log_step(record, speed.time_left_s)
 
     def at_end(self, trainer: Trainer) -> None:
@@ -52,7 +66,7 @@ class LogMetrics:
 
 
 class Evaluate:
-    """Measure the loss on held-out text every `every` steps (0: only at the end)."""
+    """Measure the loss on held-out text every `every` steps (0: only at the end), of the averaged weights too."""
 
     def __init__(
         self,
@@ -70,6 +84,8 @@ class Evaluate:
         self.token_bytes_V = token_bytes_V
         self.every = every
         self._done_at = -1
+        self.record: dict[str, float] = {"step": -1}
+        """What was measured last."""
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Evaluate where the step is a multiple of `every`."""
@@ -82,49 +98,112 @@ class Evaluate:
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:
+        record: dict[str, float] = {"step": trainer.state.step}
         with self.meter.paused():
-            measured = held_out_loss(
-                trainer.executor,
-                self.model,
-                self.held_out,
-                self.token_bytes_V,
-                trainer.mesh,
-                trainer.config.train.micro_batch,
-            )
+            record |= self._measure(trainer).record()
+            if trainer.config.optim.ema_decay is not None and trainer.state.updates:
+                with trainer.engine.averaged_weights():
+                    record |= self._measure(trainer).record("evaluate/ema_")
         self._done_at = trainer.state.step
-        self.tracker.log_evaluation({"step": trainer.state.step, **measured.record()})
+        self.record = record
+        self.tracker.log_evaluation(record)
+
+    def _measure(self, trainer: Trainer) -> HeldOutLoss:
+        return held_out_loss(
+            trainer.executor,
+            self.model,
+            self.held_out,
+            self.token_bytes_V,
+            trainer.mesh,
+            trainer.config.train.micro_batch,
+        )
+
+
+class StopEarly:
+    """Tells the trainer's state of each new value of the metric that is watched; stands behind the evaluation."""
+
+    def __init__(self, tracker: Tracker, evaluate: Evaluate, section: EarlyStopSection) -> None:
+        self.tracker = tracker
+        self.evaluate = evaluate
+        self.section = section
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Look at the metric, if this step gave it a value; each rank sees the same."""
+        state, metric = trainer.state, self.section.metric
+        value = self._value(state.step, result)
+        if metric is None or value is None:
+            return
+        if state.watched != metric:
+            state.watched, state.best, state.not_better = metric, math.inf, 0
+        if value < state.best - self.section.min_delta or (math.isinf(state.best) and math.isfinite(value)):
+            state.best, state.not_better = value, 0
+            return
+        state.not_better += 1
+        if state.not_better == self.section.patience:
+            facts: dict[str, str | float] = {"metric": metric, "best": state.best, "values since": state.not_better}
+            self.tracker.event({"step": state.step, "event": "early stop", **facts})
+
+    def at_end(self, trainer: Trainer) -> None:
+        """Nothing is left over."""
+
+    def _value(self, step: int, result: StepResult) -> float | None:
+        own = {"train/loss": result.loss, "optim/grad_norm": result.grad_norm}
+        measured = self.evaluate.record if self.evaluate.record["step"] == step else {}
+        return {**own, **measured}.get(self.section.metric or "")
 
 
 class SaveCheckpoints:
-    """Save the run every `every` steps (0: only at the end)."""
+    """Save the run every `every` steps (0: never) and after the last one, unless `last` is false."""
 
     def __init__(
-        self, tracker: Tracker, meter: Throughput, manager: CheckpointManager, facts: Mapping[str, Any], every: int
+        self,
+        tracker: Tracker,
+        meter: Throughput,
+        manager: CheckpointManager,
+        facts: Mapping[str, Any],
+        replicas: CompareReplicas,
+        every: int,
+        last: bool = True,
     ) -> None:
         self.tracker = tracker
         self.meter = meter
         self.manager = manager
         self.facts = facts
+        self.replicas = replicas
         self.every = every
+        self.last = last
         self.saved_step = -1
         """The step of the newest checkpoint, saved or resumed from."""
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Save where the step is a multiple of `every`."""
         if self.every and trainer.state.step % self.every == 0:
-            self._save(trainer)
+            self.save(trainer)
 
     def at_end(self, trainer: Trainer) -> None:
-        """Save the weights of the last step that was done, unless that was just done."""
-        if self.saved_step != trainer.state.step:
-            self._save(trainer)
+        """Save the weights of the last step that was done, unless that was just done; always after an interruption."""
+        wanted = self.last or trainer.state.step < trainer.last_step
+        if wanted and self.saved_step != trainer.state.step:
+            self.save(trainer)
 
-    def _save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
+        """Save the run as it stands, once the data ranks' replicas were found equal (`run.compare_replicas_every`)."""
+        self.replicas.ensure_equal(trainer)
         state = {**self.facts, "progress": vars(trainer.state).copy()}
         with self.meter.paused():
             path = self.manager.save(trainer.state.step, trainer.engine.state(), state)
         self.saved_step = trainer.state.step
         self.tracker.note(f"checkpoint {path}")
+
+
+def _sizes(config: RunConfig, step: int) -> dict[str, int]:
+    """Return the batch and the length of the sequences of step number `step`, from 1, where they grow."""
+    record = {}
+    if config.batch_ramp.start is not None:
+        record["train/global_batch"] = batch_at(config, step - 1)
+    if config.sequence_warmup.start is not None:
+        record["train/sequence"] = sequence_at(config, step - 1)
+    return record
 
 
 def _most_on_any_rank(count: int, trainer: Trainer) -> int:

@@ -6,6 +6,7 @@ none is lost. No torch at the top for that reason.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -23,8 +24,8 @@ class Interruption:
     """Catches the signals that ask to stop; `agreed` tells of them on all ranks after the same step.
 
     The ranks' requests are joined by one all-reduce of a number a step, which runs while the next step computes: a
-    request is acted on at most two steps after it came. A signal that comes again some seconds later ends the process
-    at once, as it does by default.
+    request is acted on at most two steps after it came. A SIGTERM that comes again some seconds later ends the process
+    at once, as it does by default; under Slurm, which kills by itself, nothing but that ends a save.
     """
 
     def __init__(self) -> None:
@@ -35,9 +36,11 @@ class Interruption:
         for number in STOPPING:
             signal.signal(number, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        atexit.register(_ignore)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received and time.monotonic() - self._since > _INSIST_S:
+        insists = number == self.received == signal.SIGTERM and "SLURM_JOB_ID" not in os.environ
+        if insists and time.monotonic() - self._since > _INSIST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if not self.received:
@@ -60,3 +63,9 @@ class Interruption:
         flag = torch.tensor(self.received, dtype=torch.int32, device=device)
         self._exchange = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
         return None
+
+
+def _ignore() -> None:
+    """Have a signal that comes after all work is done change nothing: the interpreter's end gives it its default."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

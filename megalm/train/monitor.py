@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from megalm.config.run import ModelSection
+from megalm.config.model import ModelSection
 
 if TYPE_CHECKING:
     import torch
@@ -41,37 +41,50 @@ class ParameterCount:
 def count_parameters(model: ModelSection, vocab: int) -> ParameterCount:
     """Return the exact parameter count of each part, from the recipe alone. `vocab` is unpadded."""
     heads_width = model.heads * model.head_size
-    qkv_width = (model.heads + 2 * model.key_value_heads) * model.head_size
-    up_width = model.feed_forward * (2 if model.activation == "swiglu" else 1)
+    qkv_width = _projected_width(model)
+    up_width = model.feed_forward * (2 if model.has_gated_activation else 1)
     norm = model.hidden * (2 if model.norm == "layernorm" and model.bias else 1)
-    attention_biases = (qkv_width + model.hidden) if model.bias else 0
-    mlp_biases = (up_width + model.hidden) if model.bias else 0
+    attention = model.hidden * (qkv_width + heads_width)
+    attention += qkv_width * model.has_qkv_bias + model.hidden * model.bias
+    attention += model.heads * model.attention_sinks
+    if model.position == "t5":
+        layers = sum(model.knows_positions(layer) for layer in range(model.layers))
+        positions = layers * model.heads * model.relative_buckets
+    else:
+        positions = model.sequence * model.hidden if model.position == "learned" else 0
+    norms = model.layers * {"pre": 2, "post": 2, "sandwich": 4}[model.norm_place]
+    norms += (model.norm_place != "post") + model.embedding_norm
     return ParameterCount(
         embedding=vocab * model.hidden,
-        position=model.sequence * model.hidden if model.position == "learned" else 0,
-        attention=model.layers * (model.hidden * (qkv_width + heads_width) + attention_biases),
-        mlp=model.layers * (model.hidden * (up_width + model.feed_forward) + mlp_biases),
-        norms=(2 * model.layers + 1) * norm,
+        position=positions,
+        attention=model.layers * attention,
+        mlp=model.layers * (model.hidden * (up_width + model.feed_forward) + (up_width + model.hidden) * model.bias),
+        norms=norms * norm + model.layers * 2 * model.head_size * model.qk_norm,
         head=0 if model.tie_embeddings else vocab * model.hidden,
     )
 
 
-def flops_per_token(model: ModelSection, vocab: int) -> float:
-    """Return the model FLOPs of one token's forward and backward pass at the recipe's full sequence length.
+def _projected_width(model: ModelSection) -> int:
+    """Return the features of queries, gates, keys and values together."""
+    queries = model.heads * (2 if model.attention_gate else 1)
+    return (queries + 2 * model.key_value_heads) * model.head_size
+
+
+def flops_per_token(model: ModelSection, vocab: int, sequence: int | None = None) -> float:
+    """Return the model FLOPs of one token's forward and backward pass in rows of `sequence` tokens (None: whole ones).
 
     6 per weight of a matrix product (2 forward, 4 backward), the head included (tied or not), the embedding
     look-up not; plus 12 * layers * heads * head_size * sequence for the scores and their product with the
-    values, counted as full squares: the half that a causal mask leaves out is *not* subtracted. Recomputed
+    values, counted as full squares: what masks and windows leave out is *not* subtracted. Recomputed
     activations, norms, biases and element-wise work do not count. This is the convention of PaLM (Chowdhery
     et al. 2022, appendix B) and of Megatron-LM (Narayanan et al. 2021, equation 2, without its
     recomputation), so figures compare with theirs.
     """
     heads_width = model.heads * model.head_size
-    qkv_width = (model.heads + 2 * model.key_value_heads) * model.head_size
-    up_width = model.feed_forward * (2 if model.activation == "swiglu" else 1)
-    block_weights = model.hidden * (qkv_width + heads_width + up_width + model.feed_forward)
+    up_width = model.feed_forward * (2 if model.has_gated_activation else 1)
+    block_weights = model.hidden * (_projected_width(model) + heads_width + up_width + model.feed_forward)
     matmul_weights = model.layers * block_weights + vocab * model.hidden
-    return 6.0 * matmul_weights + 12.0 * model.layers * heads_width * model.sequence
+    return 6.0 * matmul_weights + 12.0 * model.layers * heads_width * (sequence or model.sequence)
 
 
 @dataclass(frozen=True)
@@ -176,6 +189,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def used_memory_bytes(device: torch.device) -> int:
+    """Return what this rank uses now, in bytes: as `peak_memory_bytes` counts it."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 @dataclass(frozen=True)
 class Speed:
     """The mean over the steps since the last measurement."""
@@ -204,25 +228,26 @@ class Throughput:
     """A meter of steps: call `start` before the first one, and `measure` after those that are logged.
 
     Measure after the step's loss was read: on CUDA that is what waits for the device. Time under `paused`
-    (evaluation, checkpoints) does not count. The time left goes by a running mean, so that one slow step does
-    not move it much.
+    (evaluation, checkpoints) does not count. `tokens_before(step)` says how many tokens all steps before that one take,
+    from step 0, and `flops_per_token(step)` what each of its own costs. The time left goes by a running mean of a
+    token's time, so that one slow step does not move it much.
     """
 
     def __init__(
         self,
         *,
-        tokens_per_step: int,
-        flops_per_token: float,
+        tokens_before: Callable[[int], int],
+        flops_per_token: Callable[[int], float],
         world_size: int,
         peak: Peak,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._tokens_per_step = tokens_per_step
+        self._tokens_before = tokens_before
         self._flops_per_token = flops_per_token
         self._world_size = world_size
         self._peak = peak
         self._clock = clock
-        self._smooth_step_s = 0.0
+        self._smooth_token_s = 0.0
         self._measurements = 0
         self._step = 0
         self._mark = clock()
@@ -245,22 +270,25 @@ class Throughput:
         """Return the mean speed since the last call; `step` steps are done, the run ends at `last_step`."""
         now = self._clock()
         assert step > self._step, f"no step was done since the last measurement: {step} after {self._step}"
-        steps = step - self._step
-        step_s = max((now - self._mark) / steps, 1e-9)
+        steps = range(self._step, step)
+        seconds = max(now - self._mark, 1e-9 * len(steps))
+        taken = [self._tokens_before(each + 1) - self._tokens_before(each) for each in steps]
+        flops = sum(count * self._flops_per_token(each) for each, count in zip(steps, taken, strict=True))
+        token_s = seconds / sum(taken)
         self._step, self._mark = step, now
         self._measurements += 1
         if self._measurements <= 2:  # the first steps hold what is done once, so the second measurement replaces them
-            self._smooth_step_s = step_s
+            self._smooth_token_s = token_s
         else:
-            kept = 0.9**steps
-            self._smooth_step_s = kept * self._smooth_step_s + (1.0 - kept) * step_s
-        tokens_per_s = self._tokens_per_step / step_s
-        total = tokens_per_s * self._flops_per_token
+            kept = 0.9 ** len(steps)
+            self._smooth_token_s = kept * self._smooth_token_s + (1.0 - kept) * token_s
+        left = self._tokens_before(max(step, last_step)) - self._tokens_before(step)
+        total = flops / seconds
         return Speed(
-            step_s=step_s,
-            tokens_per_s=tokens_per_s,
+            step_s=seconds / len(steps),
+            tokens_per_s=sum(taken) / seconds,
             tflops=total / self._world_size / 1e12,
             tflops_total=total / 1e12,
             mfu=total / self._world_size / self._peak.flops,
-            time_left_s=self._smooth_step_s * max(0, last_step - step),
+            time_left_s=self._smooth_token_s * left,
         )

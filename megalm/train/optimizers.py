@@ -5,16 +5,18 @@ Which tensors are decayed depends on logical names and shapes alone, so it is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megalm.config.run import OptimSection
+from megalm.config.run import OptimRule, OptimSection
 from megalm.distributed.sharding import ShardSpec
 from megalm.nn.ops import select_operations
 from megalm.registry import Registry
+from megalm.zero.engine import shard_of
 
 Groups = list[dict[str, Any]]
 OPTIMIZERS: Registry[Callable[[Groups, OptimSection], torch.optim.Optimizer]] = Registry("optimizer")
@@ -72,22 +74,139 @@ class FusedAdamW(torch.optim.Optimizer):
         return state
 
 
+@OPTIMIZERS.register("adam")
+def adam(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
+    """Return Adam (Kingma and Ba 2015), whose weight decay is a part of the gradient."""
+    return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
 @OPTIMIZERS.register("sgd")
 def sgd(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
     """Return stochastic gradient descent, with momentum where the recipe has it."""
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
-def build_optimizer(config: OptimSection, tensors: Sequence[tuple[ShardSpec, Tensor]]) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer over the tensors, in two groups: decayed and not."""
-    decayed = [tensor for spec, tensor in tensors if is_decayed(spec)]
-    others = [tensor for spec, tensor in tensors if not is_decayed(spec)]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, config.weight_decay), (others, 0.0))
+@OPTIMIZERS.register("rmsprop")
+def rmsprop(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
+    """Return RMSprop (Hinton 2012)."""
+    return torch.optim.RMSprop(groups, lr=config.lr, alpha=config.alpha, eps=config.eps, momentum=config.momentum)
+
+
+@OPTIMIZERS.register("adagrad")
+def adagrad(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
+    """Return Adagrad (Duchi et al. 2011)."""
+    return Adagrad(groups, lr=config.lr, eps=config.eps)
+
+
+class Adagrad(torch.optim.Optimizer):
+    """g += decay w, v += g^2, w -= lr g / (sqrt(v) + eps). DeepSpeed makes torch's anew without its groups."""
+
+    def __init__(self, groups: Groups, *, lr: float, eps: float) -> None:
+        super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every tensor that has a gradient."""
+        assert closure is None, "a closure would change the gradients that were reduced and clipped"
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    gradient = weight.grad.add(weight, alpha=group["weight_decay"])
+                    if "sum" not in self.state[weight]:
+                        self.state[weight]["sum"] = torch.zeros_like(weight)
+                    total = self.state[weight]["sum"]
+                    total.addcmul_(gradient, gradient)
+                    weight.addcdiv_(gradient, total.sqrt().add_(group["eps"]), value=-group["lr"])
+
+
+@OPTIMIZERS.register("lion")
+def lion(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
+    """Return Lion; its rate should be a third to a tenth of AdamW's."""
+    return Lion(groups, lr=config.lr, betas=config.betas)
+
+
+class Lion(torch.optim.Optimizer):
+    """w -= lr (sign(b1 m + (1 - b1) g) + decay w), then m = b2 m + (1 - b2) g (Chen et al. 2023)."""
+
+    def __init__(self, groups: Groups, *, lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every tensor that has a gradient."""
+        assert closure is None, "a closure would change the gradients that were reduced and clipped"
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                if "exp_avg" not in self.state[weight]:
+                    self.state[weight]["exp_avg"] = torch.zeros_like(weight)
+                average = self.state[weight]["exp_avg"]
+                weight.mul_(1.0 - group["lr"] * group["weight_decay"])
+                weight.sub_(average.lerp(weight.grad, 1.0 - first).sign_(), alpha=group["lr"])
+                average.lerp_(weight.grad, 1.0 - second)
+
+
+def build_optimizer(
+    config: OptimSection, tensors: Sequence[tuple[ShardSpec, Tensor]], width_factor: float = 1.0
+) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer over the tensors, a group for each weight decay and factor of the rate.
+
+    `width_factor` is the model's, how many times as wide as muP's base it is.
+
+    A group's factor is its `lr_scale`. The groups are in the order decayed, not decayed, then those of rules. Without
+    tensors, as on a pipeline stage that is frozen, nothing is ever updated.
+    """
+    if not tensors:
+        return torch.optim.SGD([{"params": [], "lr_scale": 1.0}], lr=config.lr)
+    groups: dict[tuple[float, float], list[Tensor]] = {(config.weight_decay, 1.0): [], (0.0, 1.0): []}
+    for spec, tensor in tensors:
+        groups.setdefault(treatment(config, spec, width_factor), []).append(tensor)
+    made = [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), params in groups.items()
         if params
     ]
-    return OPTIMIZERS.get(config.kind)(groups, config)
+    return OPTIMIZERS.get(config.kind)(made, config)
+
+
+def treatment(config: OptimSection, spec: ShardSpec, width_factor: float = 1.0) -> tuple[float, float]:
+    """Return weight decay and factor of the learning rate of a parameter, by its logical name and whole shape.
+
+    Matrices of a model that is wider than muP's base learn slower by that, and lose no less in a step for it.
+    """
+    decay = config.weight_decay if is_decayed(spec) else 0.0
+    rule, factor = rule_of(config, spec.name), 1.0
+    if rule is not None:
+        decay, factor = decay if rule.weight_decay is None else rule.weight_decay, rule.lr
+    if width_factor != 1.0 and is_wide_matrix(spec):
+        decay, factor = decay * width_factor, factor / width_factor
+    return decay, factor
+
+
+def rule_of(config: OptimSection, name: str) -> OptimRule | None:
+    """Return the first rule that matches a logical name."""
+    return next((rule for rule in config.rules if fnmatchcase(name, rule.match)), None)
+
+
+def freeze(config: OptimSection, parameters: Iterable[nn.Parameter]) -> None:
+    """Make those parameters need no gradient that a rule freezes; before their engine is built."""
+    for parameter in parameters:
+        rule = rule_of(config, shard_of(parameter).name)
+        if rule is not None and rule.freeze:
+            parameter.requires_grad_(False)
+
+
+def rules_without_parameters(config: OptimSection, names: Sequence[str]) -> list[bool]:
+    """Return for each rule whether it matches none of the logical names."""
+    return [not any(fnmatchcase(name, rule.match) for name in names) for rule in config.rules]
+
+
+def is_wide_matrix(spec: ShardSpec) -> bool:
+    """Return whether both sides of a parameter grow with the model's width: the matrices of the blocks."""
+    matrix = spec.name.startswith("blocks.") and spec.name.endswith(".weight") and len(spec.global_shape) >= 2
+    return matrix and not spec.name.endswith(".relative.weight")
 
 
 def is_decayed(spec: ShardSpec) -> bool:

@@ -8,31 +8,42 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megalm.checkpoint.manager import CheckpointManager
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.load import dump_yaml
+from megalm.config.ramps import ramp_steps, samples_before, sequence_at, sequence_steps
 from megalm.config.run import RunConfig
 from megalm.data.datasets import PreparedData, open_prepared
 from megalm.data.loader import HeldOut, Loader
-from megalm.data.sampler import GlobalOrder, training_windows
-from megalm.distributed.collectives import agree
-from megalm.distributed.mesh import ParallelMesh
+from megalm.data.sampler import GlobalOrder
+from megalm.distributed.collectives import agree, all_reduce_max
+from megalm.distributed.communication_time import CommunicationClock
+from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.world import joined_mesh
-from megalm.errors import CheckpointError, Interrupted
+from megalm.errors import CheckpointError, ConfigError, Interrupted
 from megalm.models.build import DTYPES, build_executor, build_stage
 from megalm.preflight.gate import preflight
-from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints
+from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints, StopEarly
+from megalm.train.compilation import TellOfCompilation, compile_blocks
 from megalm.train.interruption import Interruption
+from megalm.train.layer_statistics import LayerStatistics
+from megalm.train.memory import Memory
 from megalm.train.monitor import Peak, Throughput, count_parameters, flops_per_token, peak_flops
-from megalm.train.optimizers import build_optimizer
+from megalm.train.optimizers import build_optimizer, freeze, rules_without_parameters
+from megalm.train.profiling import Profile
+from megalm.train.recovery import GoBack
 from megalm.train.replicas import CompareReplicas
 from megalm.train.run_directory import RunDirectory, open_run
+from megalm.train.sinks import Sinks
+from megalm.train.stragglers import NameStragglers
 from megalm.train.tracking import Tracker, format_count
 from megalm.train.trainer import Trainer, TrainState
 from megalm.watchdog.watch import watched
 from megalm.zero.build import build_engine, partitioner
+from megalm.zero.engine import shard_of
 
 _DEAD_LOCK_S = 180.0  # NFS gives a dead client's locks free after 90 s
 
@@ -48,13 +59,16 @@ def train(
     signal came before the end.
     """
     data = open_prepared(config.data.path)
+    config = config.with_windows(data.windows(config.model.sequence))
     with watched(config.run.hang_timeout_s) as join, joined_mesh(config) as mesh:
         join()
         directory = _open_directory(config, data, mesh, fresh, _DEAD_LOCK_S if restarted else 0.0)
         try:
             if config.run.preflight:
                 preflight(config, mesh, count_parameters(config.model, vocabulary(config, data)).total)
-            _train(config, data, mesh, directory, interruption)
+            memory = Memory(config, mesh)
+            with CommunicationClock(mesh.device) as clock, memory.explained():
+                _train(config, data, mesh, clock, memory, directory, interruption)
         finally:
             if directory is not None:
                 directory.close()
@@ -64,18 +78,27 @@ def _train(
     config: RunConfig,
     data: PreparedData,
     mesh: ParallelMesh,
+    clock: CommunicationClock,
+    memory: Memory,
     directory: RunDirectory | None,
     interruption: Interruption | None,
 ) -> None:
     run = Path(config.run.dir)
     vocab = vocabulary(config, data)
-    model = build_stage(config, vocab, mesh, partitioner(config, mesh))
-    engine = build_engine(config, model, mesh, partial(build_optimizer, config.optim), model.tied_weight)
+    model = build_stage(config, vocab, mesh, partitioner(config, mesh), data.end_of_text)
+    _refuse_idle_rules(config, [shard_of(parameter).name for parameter in model.parameters()])
+    freeze(config.optim, model.parameters())
+    _refuse_nothing_to_train(config, sum(parameter.requires_grad for parameter in model.parameters()))
+    make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor)
+    if config.train.compile:
+        compile_blocks(config, model, mesh.device)
+    engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)
     _claim(directory, data)
     manager = CheckpointManager(run, config.checkpoint.keep, dist.group.WORLD, _describe(config, mesh))
-    order = GlobalOrder(training_windows(len(data.train), config.model.sequence), order_seed(config))
+    order = GlobalOrder(data.windows(config.model.sequence), order_seed(config))
     loader = Loader(data.train, config.model.sequence, order, mesh.coordinates.data, mesh.size("data"))
-    trainer = Trainer(config, mesh, build_executor(config, engine.module, mesh), engine, loader, TrainState())
+    executor = build_executor(config, engine.module, mesh)
+    trainer = Trainer(config, mesh, executor, engine, loader, TrainState(), clock)
     facts = {
         "data_fingerprint": data.fingerprint,
         "tokenizer_fingerprint": data.tokenizer_fingerprint,
@@ -86,28 +109,72 @@ def _train(
         with closing(reader):
             _resume(trainer, reader, facts)
     peak = peak_flops(mesh.device, DTYPES[config.precision])
-    meter = Throughput(
-        tokens_per_step=config.train.global_batch * config.model.sequence,
-        flops_per_token=flops_per_token(config.model, vocab),
-        world_size=mesh.layout.world_size,
-        peak=peak,
-    )
-    tracker = Tracker(run, trainer.state.step, trainer.last_step, active=mesh.rank == 0)
+    meter = _meter(config, vocab, mesh, peak)
+    sinks = Sinks(config.log.sinks, run, trainer.state.step, config) if mesh.rank == 0 else None
+    tracker = Tracker(run, trainer.state.step, trainer.last_step, active=mesh.rank == 0, sinks=sinks)
     with closing(tracker):
         tracker.header(dump_yaml(config), _facts(config, data, vocab, mesh, peak))
         if reader is not None:
             tracker.note(f"resuming {reader.directory} at step {trainer.state.step}")
         held_out = HeldOut(data.validation, config.model.sequence, config.evaluate.sequences)
         evaluate = Evaluate(tracker, meter, model, held_out, data.tokenizer().byte_lengths, config.evaluate.every)
-        save = SaveCheckpoints(tracker, meter, manager, facts, config.checkpoint.every)
+        stop_early = StopEarly(tracker, evaluate, config.early_stop)
+        compare = CompareReplicas(config.run.compare_replicas_every)
+        every, last = config.checkpoint.every, config.checkpoint.at_end
+        save = SaveCheckpoints(tracker, meter, manager, facts, compare, every, last)
         save.saved_step = trainer.state.step if reader is not None else -1
         meter.start(trainer.state.step)
-        compare = CompareReplicas(config.run.compare_replicas_every)  # before what is saved
         log = LogMetrics(tracker, meter, config.log.every)
-        interrupted = trainer.fit([log, compare, evaluate, save], interruption)
+        recovery = GoBack(tracker, meter, manager, save, partial(_resume, facts=facts))
+        stragglers = NameStragglers(tracker, config.run.compare_speed_every, mesh, run)
+        memory.begin(engine, tracker)
+        compilation = TellOfCompilation(tracker, config.train.compile)
+        layers = LayerStatistics(config, mesh, model, trainer.state.step)
+        with closing(Profile(run, config.profile, mesh, tracker, meter)) as profile, compilation as tell:
+            trainer.before_step = [layers.before_step, memory.before_step, profile.before_step]
+            trainer.before_update = [layers.before_update, memory.before_update]
+            habits = (layers, profile, memory, log, tell, stragglers, compare, evaluate, stop_early, save)
+            interrupted = trainer.fit(habits, interruption, recovery)
     if interrupted is not None:
         raise Interrupted(
             f"{interrupted.name}: saved at step {trainer.state.step} of {trainer.last_step}; start again to go on"
+        )
+
+
+def _meter(config: RunConfig, vocab: int, mesh: ParallelMesh, peak: Peak) -> Throughput:
+    return Throughput(
+        tokens_before=lambda step: samples_before(config, step) * config.model.sequence,
+        flops_per_token=lambda step: flops_per_token(config.model, vocab, sequence_at(config, step)),
+        world_size=mesh.layout.world_size,
+        peak=peak,
+    )
+
+
+def _refuse_idle_rules(config: RunConfig, names: list[str]) -> None:
+    """Raise ConfigError on all ranks for a rule of the optimizer that matches no parameter of any stage."""
+    if not config.optim.rules:
+        return
+    idle = torch.tensor([float(flag) for flag in rules_without_parameters(config.optim, names)])
+    everywhere = -all_reduce_max(-idle, world_group())
+    for rule, is_idle in zip(config.optim.rules, everywhere.tolist(), strict=True):
+        if is_idle:
+            raise ConfigError(
+                f"optim.rules: no parameter is called {rule.match!r}; names are those of a checkpoint, such as "
+                f"{', '.join(sorted(names)[:3])}"
+            )
+
+
+def _refuse_nothing_to_train(config: RunConfig, trained: int) -> None:
+    """Raise ConfigError on all ranks where rules freeze all `trained` parameters, or a stage's that ZeRO divides."""
+    if not any(rule.freeze for rule in config.optim.rules):
+        return
+    least, most = all_reduce_max(torch.tensor([-float(trained), float(trained)]), world_group()).tolist()
+    if most == 0.0:
+        raise ConfigError("optim.rules freeze every parameter, so there is nothing to train; freeze fewer")
+    if least == 0.0 and config.zero.stage > 0:
+        raise ConfigError(
+            f"optim.rules freeze every parameter of a pipeline stage, where zero.stage={config.zero.stage} has nothing "
+            "to divide; use zero.stage=0, or a parallel.partition with a trained layer on each stage"
         )
 
 
@@ -140,7 +207,7 @@ def _open_directory(
         except Exception as caught:
             error = caught
     try:
-        agree(error, _world())
+        agree(error, world_group())
     except BaseException:
         if directory is not None:
             directory.close()
@@ -157,7 +224,7 @@ def _claim(directory: RunDirectory | None, data: PreparedData) -> None:
             data.tokenizer().save(directory.path)
         except Exception as caught:
             error = caught
-    agree(error, _world())
+    agree(error, world_group())
 
 
 def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:
@@ -169,8 +236,8 @@ def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]
                 f"{facts[name][:12]}; give the data it was trained with, or another run.dir"
             )
     kinds = [kind for kind in reader.kinds() if kind != "weight"]
-    trainer.engine.load(reader.read_flat, kinds, reader.step)
     trainer.state = TrainState(**reader.state["progress"])
+    trainer.engine.load(reader.read_flat, kinds, trainer.state.updates)
 
 
 def _facts(config: RunConfig, data: PreparedData, vocab: int, mesh: ParallelMesh, peak: Peak) -> list[tuple[str, str]]:
@@ -180,9 +247,24 @@ def _facts(config: RunConfig, data: PreparedData, vocab: int, mesh: ParallelMesh
     return [
         ("parameters", f"{parameters.total:,} (vocabulary {vocab})"),
         ("data", f"{data.path}: {format_count(len(data.train))} tokens, {format_count(len(data.validation))} held out"),
+        ("length", _length(config, len(data.train))),
+        *_ramps(config),
         ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, {mesh.device.type}"),
         ("MFU", f"of {peak.flops / 1e12:.3g} TFLOP/s a rank ({peak.source})"),
     ]
+
+
+def _length(config: RunConfig, text_tokens: int) -> str:
+    tokens = samples_before(config, config.steps) * config.model.sequence
+    return f"{config.steps:,} steps, {format_count(tokens)} tokens, {tokens / text_tokens:.3g} epochs"
+
+
+def _ramps(config: RunConfig) -> list[tuple[str, str]]:
+    """Return what the console says of batches and sequences that grow."""
+    start, first = config.batch_ramp.start, config.sequence_warmup.start
+    batch = f"{start} to {config.train.global_batch} sequences over {ramp_steps(config):,} steps"
+    sequence = f"{first} to {config.model.sequence} tokens over {sequence_steps(config):,} steps"
+    return [*([] if start is None else [("batch", batch)]), *([] if first is None else [("sequences", sequence)])]
 
 
 def _describe(config: RunConfig, mesh: ParallelMesh) -> dict[str, Any]:
@@ -195,9 +277,3 @@ def _describe(config: RunConfig, mesh: ParallelMesh) -> dict[str, Any]:
         "zero_stage": config.zero.stage,
         "precision": config.precision,
     }
-
-
-def _world() -> dist.ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None, "the mesh is formed"
-    return world

@@ -7,6 +7,7 @@ Sources: Dixit et al. 2021 (silent data corruption at scale); Megatron-LM compar
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalm.distributed.collectives import agree
+from megalm.distributed.exchange import broadcast_json, gather_json
+from megalm.distributed.mesh import world_group
 from megalm.errors import CorruptionError
 from megalm.train.trainer import StepResult, Trainer
 
@@ -26,16 +29,22 @@ class CompareReplicas:
 
     def __init__(self, every: int) -> None:
         self.every = every
+        self._equal_at = -1
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Compare where the step is a multiple of `every`."""
         if self.every and trainer.state.step % self.every == 0:
-            compare(trainer)
+            self.ensure_equal(trainer)
 
     def at_end(self, trainer: Trainer) -> None:
         """Compare what is saved and evaluated last."""
-        if self.every and trainer.state.step % self.every:
+        self.ensure_equal(trainer)
+
+    def ensure_equal(self, trainer: Trainer) -> None:
+        """Compare what this step has left, unless that was done: also before it is saved."""
+        if self.every and self._equal_at != trainer.state.step:
             compare(trainer)
+            self._equal_at = trainer.state.step
 
 
 def compare(trainer: Trainer) -> None:
@@ -51,15 +60,14 @@ def compare(trainer: Trainer) -> None:
         dist.all_gather(gathered, sums, group=group)
         found = odd_ones_out(torch.stack(gathered).tolist(), [name for name, _ in named])
         if found:
-            ranks = dist.get_process_group_ranks(group)
-            lines = [f"{' and '.join(f'rank {ranks[i]}' for i in members)} in {what}" for members, what in found[:4]]
+            hosts: list[str] = broadcast_json(gather_json(socket.gethostname(), group), group)
+            ranks = [f"rank {r} on {h}" for r, h in zip(dist.get_process_group_ranks(group), hosts, strict=True)]
+            lines = [f"{' and '.join(ranks[i] for i in members)} in {what}" for members, what in found[:4]]
             error = CorruptionError(
                 f"step {trainer.state.step}: replicas differ: {'; '.join(lines)}; memory or arithmetic of that GPU is "
                 "not to be trusted: exclude its node and start again from the last checkpoint"
             )
-    world = dist.group.WORLD
-    assert world is not None, "the mesh is formed"
-    agree(error, world)
+    agree(error, world_group())
 
 
 def checksum(tensor: Tensor) -> Tensor:

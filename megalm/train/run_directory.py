@@ -1,8 +1,9 @@
 """A run's directory: whose it is, and that one run at a time writes to it.
 
-Owns `config.yaml`, `run.json` (the identity) and `run.lock`. `metrics.jsonl` is
-`tracking`'s, `checkpoints/` is `megalm.checkpoint`'s, `logs/` the launcher's. Only rank 0 opens a run; anyone may
-check it, which writes nothing. No torch.
+Owns `config.yaml`, `run.json` (the identity) and `run.lock`. `metrics.jsonl` is `tracking`'s, `tensorboard/` and
+`wandb/` are `sinks`', `profile/` is `profiling`'s, `rank_times.tsv` `stragglers`', `checkpoints/`
+`megalm.checkpoint`'s, `logs/` the launcher's. Only rank 0 opens a run; anyone may check it, which writes nothing. No
+torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from megalm.config.load import dump_yaml
-from megalm.config.run import RunConfig
+from megalm.config.run import RunConfig, section_types
+from megalm.config.storage import kept_dtypes, wide_dtype
 from megalm.errors import ConfigError
 from megalm.files import require_regular, write_durably
 from megalm.version import __version__
@@ -31,17 +33,21 @@ CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
 FORMAT = "megalm-run-1"
 _POLL_S = 0.5
-_OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl")
-_CHECKPOINTS = "checkpoints"
+_OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl", "rank_times.tsv", "inspect.jsonl", "inspect.png")
+_OWNED_DIRECTORIES = ("checkpoints", "profile", "tensorboard", "wandb")
 
 # What may differ from one start of a run to the next: where and how it is computed, never what. The data's
 # path is free because its fingerprint is held instead, so prepared data may be moved.
-FREE_SECTIONS = frozenset({"run", "parallel", "zero", "log", "checkpoint", "evaluate"})
+FREE_SECTIONS = frozenset(
+    {"run", "parallel", "zero", "log", "checkpoint", "evaluate", "stability", "profile", "inspect", "early_stop"}
+)
 FREE_KEYS = frozenset(
     {
         "train.stop_at",
         "train.micro_batch",
         "train.recompute",
+        "train.recompute_every",
+        "train.compile",
         "data.path",
         "model.kernels",
         "model.flash_attention",
@@ -90,7 +96,7 @@ def check_run(
     if before is None:
         _refuse_unknown_files(path)
     elif fresh:
-        _refuse_linked_checkpoints(path)
+        _refuse_links(path)
     else:
         _refuse_other_run(path, before, _identity(config, data_fingerprint, tokenizer_fingerprint))
     return before
@@ -155,7 +161,9 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
             flat.update({f"{name}.{key}": value for key, value in section.items()})
         else:
             flat[name] = section
-    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
+    kept = {key: value for key, value in flat.items() if key not in FREE_KEYS}
+    masters, _ = kept_dtypes(config)
+    return kept if masters == wide_dtype(config) else {**kept, "master weights": masters}
 
 
 def read_identity(path: Path) -> dict[str, Any] | None:
@@ -208,8 +216,11 @@ def _try_lock(stream: IO[str], last: bool) -> bool:
 
 
 def _refuse_other_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ConfigError when the identities differ, naming each setting with both values."""
-    old, new = before["fixed"], now["fixed"]
+    """Raise ConfigError when the identities differ, naming each setting with both values.
+
+    A key that the run was started without, as it came later, had what is its default now.
+    """
+    old, new = {**defaults(), **before["fixed"]}, {**defaults(), **now["fixed"]}
     differences = [
         f"{key}={_show(old.get(key))} there, {_show(new.get(key))} here"
         for key in sorted({*old, *new})
@@ -228,13 +239,25 @@ def _refuse_other_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -
         )
 
 
+def defaults() -> dict[str, Any]:
+    """Return the default of every key of a section that has one, as JSON has it."""
+    found = {
+        f"{section}.{key}": field.get_default()
+        for section, kind in section_types().items()
+        for key, field in kind.model_fields.items()
+        if not field.is_required() and section not in FREE_SECTIONS and f"{section}.{key}" not in FREE_KEYS
+    }
+    values: dict[str, Any] = json.loads(json.dumps(found))
+    return values
+
+
 def _show(value: object) -> str:
     return json.dumps(value)
 
 
 def _refuse_unknown_files(path: Path) -> None:
     """Raise ConfigError when files that this run would overwrite lie in a directory without an identity."""
-    found = [name for name in (*_OWNED_FILES, _CHECKPOINTS) if (path / name).exists()]
+    found = [name for name in (*_OWNED_FILES, *_OWNED_DIRECTORIES) if (path / name).exists()]
     if found:
         raise ConfigError(
             f"run.dir={path} holds {', '.join(found)} but no {IDENTITY_FILE}, so whose they are is unknown; "
@@ -242,17 +265,17 @@ def _refuse_unknown_files(path: Path) -> None:
         )
 
 
-def _refuse_linked_checkpoints(path: Path) -> None:
-    """Raise ConfigError when removing the run would leave its checkpoints elsewhere."""
-    checkpoints = path / _CHECKPOINTS
-    if checkpoints.is_symlink():
-        raise ConfigError(f"{checkpoints} is a symbolic link, which --fresh does not follow; remove it yourself")
+def _refuse_links(path: Path) -> None:
+    """Raise ConfigError when removing the run would leave a part of it elsewhere."""
+    for name in _OWNED_DIRECTORIES:
+        if (path / name).is_symlink():
+            raise ConfigError(f"{path / name} is a symbolic link, which --fresh does not follow; remove it yourself")
 
 
 def _remove_run(path: Path) -> None:
     """Remove the checkpoints, metrics and recipe of the run that is here, its identity last; nothing else."""
-    checkpoints = path / _CHECKPOINTS
-    if checkpoints.exists():
-        shutil.rmtree(checkpoints)
+    for name in _OWNED_DIRECTORIES:
+        if (path / name).exists():
+            shutil.rmtree(path / name)
     for name in (*_OWNED_FILES, IDENTITY_FILE):
         (path / name).unlink(missing_ok=True)

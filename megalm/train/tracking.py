@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
@@ -21,19 +21,22 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from megalm.config.yaml_text import section_lines
 from megalm.files import write_durably
+from megalm.train.sinks import Record, Sinks
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-Record = Mapping[str, float | int]
+Event = Mapping[str, str | float | int]
+"""Something that happened at a step: "step", "event" (what), and what there is to say of it."""
 
 
 def _kind(record: Mapping[str, object]) -> str:
-    return "evaluate" if "evaluate/loss" in record else "train"
+    return "event" if "event" in record else "evaluate" if "evaluate/loss" in record else "train"
 
 
-def _encode(record: Record) -> str:
+def _encode(record: Record | Event) -> str:
     """Return one line of valid JSON; NaN and infinities become strings, which `float()` reads."""
     values = {
         key: str(float(value)).replace("inf", "Infinity").replace("nan", "NaN")
@@ -45,17 +48,23 @@ def _encode(record: Record) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a `metrics.jsonl`, non-finite values as floats; a torn last line is left out.
+    """Return the figures of a `metrics.jsonl`, non-finite values as floats; events and a torn last line are left out.
 
     Raises OSError when the file cannot be read.
     """
     return [
         {key: float(value) if isinstance(value, str) else value for key, value in record.items()}
         for _, record in _complete_lines(path)
+        if _kind(record) != "event"
     ]
 
 
-def _complete_lines(path: Path) -> list[tuple[str, dict[str, float]]]:
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a `metrics.jsonl`, by step. Raises OSError when the file cannot be read."""
+    return [record for _, record in _complete_lines(path) if _kind(record) == "event"]
+
+
+def _complete_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return each complete line with its object; what a crash left (torn, NUL-filled) is dropped aloud."""
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
@@ -74,34 +83,42 @@ class MetricsFile:
     """`metrics.jsonl` of a run: one JSON object a line, appended and flushed line by line.
 
     A line's `step` counts the steps done. Opening at `resume_step` first drops, atomically, the lines of
-    later steps, which are about to be done again, so each step stands there once (and once more where it was
-    evaluated).
+    later steps, which are about to be done again, so each step stands there once, and once more where it was
+    evaluated. Events stay: they did happen, and may happen again.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
-        self.path = run_dir / METRICS_FILE
+    def __init__(self, run_dir: Path, resume_step: int, name: str = METRICS_FILE) -> None:
+        self.path = run_dir / name
         self._last: dict[str, int] = {}
         if self.path.exists():
             self._drop_after(resume_step)
         self._stream: IO[str] = self.path.open("a", encoding="utf-8")
 
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps, which are about to be done again."""
+        self.close()
+        self._last.clear()
+        self._drop_after(step)
+        self._stream = self.path.open("a", encoding="utf-8")
+
     def _drop_after(self, step: int) -> None:
         lines = _complete_lines(self.path)
-        kept = [(line, record) for line, record in lines if record["step"] <= step]
+        kept = [(line, record) for line, record in lines if record["step"] <= step or _kind(record) == "event"]
         for _, record in kept:
-            self._last[_kind(record)] = int(record["step"])
+            self._last[_kind(record)] = int(record["step"])  # of events nobody asks
         text = "".join(f"{line}\n" for line, _ in kept)
         if text.encode() != self.path.read_bytes():
             write_durably(self.path, text.encode())
 
-    def write(self, record: Record) -> None:
-        """Append one line; a step that stands there (a finished run, evaluated again) is left as it is."""
+    def write(self, record: Record | Event) -> bool:
+        """Append one line and return True; False: its step stands there already (a finished run, evaluated again)."""
         kind, step = _kind(record), int(record["step"])
-        if step <= self._last.get(kind, -1):
-            return
+        if kind != "event" and step <= self._last.get(kind, -1):
+            return False
         self._last[kind] = step
         self._stream.write(_encode(record) + "\n")
         self._stream.flush()
+        return True
 
     def close(self) -> None:
         """Bring the lines to the disk and close the file."""
@@ -146,9 +163,10 @@ def describe_step(record: Record) -> str:
 
 def describe_evaluation(record: Record) -> str:
     """Return the part of an evaluation's record that a person reads along."""
+    averaged = f"  averaged weights {record['evaluate/ema_loss']:.4f}" if "evaluate/ema_loss" in record else ""
     return (
         f"held-out loss {record['evaluate/loss']:.4f}  perplexity {record['evaluate/perplexity']:.2f}  "
-        f"bits per byte {record['evaluate/bits_per_byte']:.4f}"
+        f"bits per byte {record['evaluate/bits_per_byte']:.4f}{averaged}"
     )
 
 
@@ -194,7 +212,7 @@ class Console:
 
     def header(self, config_yaml: str, facts: Sequence[tuple[str, str]]) -> None:
         """Show the resolved recipe, a line a section, and under it the facts of the run."""
-        sections = _compact(config_yaml)
+        sections = section_lines(config_yaml)
         width = max(len(name) for name, _ in (*sections, *facts))
         if not self._terminal:
             for name, text in (*sections, *facts):
@@ -223,6 +241,23 @@ class Console:
         """Show an evaluation on its own line, above the bar."""
         self.note(f"step {record['step']}  {describe_evaluation(record)}")
 
+    def event(self, record: Event) -> None:
+        """Show an event on its own line, in yellow on a terminal."""
+        what = {key: value for key, value in record.items() if key not in ("step", "event")}
+        facts = "  ".join(
+            f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in what.items()
+        )
+        text = f"step {record['step']}  {str(record['event']).upper()}  {facts}"
+        if self._terminal:
+            self._rich.print(f"[yellow]{_escape(text)}[/yellow]", soft_wrap=True)
+        else:
+            self.note(text)
+
+    def rewind(self, step: int) -> None:
+        """Show that the run is at an earlier step again."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, refresh=True)
+
     def note(self, message: str) -> None:
         """Print one line as it stands."""
         if self._terminal:
@@ -241,30 +276,22 @@ def _escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _compact(config_yaml: str) -> list[tuple[str, str]]:
-    """Return a resolved recipe as one (section, "key=value key=value") a section; unset keys are left out."""
-    import yaml
-
-    rows: list[tuple[str, str]] = []
-    for name, section in yaml.safe_load(config_yaml).items():
-        if isinstance(section, dict):
-            text = " ".join(f"{key}={_plain(value)}" for key, value in section.items() if value is not None)
-        else:
-            text = _plain(section)
-        rows.append((name, text))
-    return rows
-
-
-def _plain(value: object) -> str:
-    return json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool) else str(value)
-
-
 class Tracker:
-    """The metrics file and the console of a run as one; `active` False (all ranks but 0) does nothing."""
+    """The metrics file, the sinks and the console of a run as one; `active` False (all ranks but 0) does nothing."""
 
-    def __init__(self, run_dir: Path, resume_step: int, last_step: int, active: bool, stream: TextIO | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int,
+        last_step: int,
+        active: bool,
+        stream: TextIO | None = None,
+        sinks: Sinks | None = None,
+    ):
         self._metrics = MetricsFile(run_dir, resume_step) if active else None
         self._console = Console(resume_step, last_step, stream) if active else None
+        self._sinks = sinks
+        self._step = resume_step
 
     def header(self, config_yaml: str, facts: Sequence[tuple[str, str]]) -> None:
         """Show the resolved recipe and the facts: parameters, layout, where MFU's denominator comes from."""
@@ -273,15 +300,40 @@ class Tracker:
 
     def log_step(self, record: Record, time_left_s: float) -> None:
         """Write and show one logged step."""
-        if self._metrics is not None and self._console is not None:
-            self._metrics.write(record)
+        if self._console is not None:
+            self._write(record)
             self._console.step(record, time_left_s)
 
     def log_evaluation(self, record: Record) -> None:
         """Write and show one evaluation on held-out text."""
+        if self._console is not None:
+            self._write(record)
+            self._console.evaluation(record)
+
+    def _write(self, record: Record) -> None:
+        """Write figures to the metrics file, and to the sinks unless they stand there already."""
+        self._step = int(record["step"])
+        if self._metrics is not None and self._metrics.write(record) and self._sinks is not None:
+            self._sinks.write(record)
+            self._tell_failed_sinks()
+
+    def _tell_failed_sinks(self) -> None:
+        for name, reason in self._sinks.failed() if self._sinks is not None else ():
+            self.event({"step": self._step, "event": "sink failed", "sink": name, "reason": reason})
+
+    def event(self, record: Event) -> None:
+        """Write and show something that happened: a skipped step, a slow rank."""
         if self._metrics is not None and self._console is not None:
             self._metrics.write(record)
-            self._console.evaluation(record)
+            self._console.event(record)
+
+    def rewind(self, step: int) -> None:
+        """Take back what was written of later steps, which are about to be done again."""
+        if self._metrics is not None and self._console is not None:
+            self._metrics.rewind(step)
+            self._console.rewind(step)
+        if self._sinks is not None:
+            self._sinks.rewind(step)
 
     def note(self, message: str) -> None:
         """Show one line: a checkpoint written, a run resumed."""
@@ -289,7 +341,11 @@ class Tracker:
             self._console.note(message)
 
     def close(self) -> None:
-        """Close both; safe to call twice."""
+        """Close them all; safe to call twice."""
+        if self._sinks is not None:
+            self._sinks.close()
+            self._tell_failed_sinks()
+            self._sinks = None
         if self._metrics is not None and self._console is not None:
             self._metrics.close()
             self._console.close()

@@ -180,7 +180,12 @@ class Sentinel:
             print(json.dumps({"port": self._hub.port, "token": self._hub.token}), flush=True)
         elif command["command"] == "join":
             self._rank, self._timeout_s, self._token = command["rank"], command["timeout_s"], command["token"]
-            self._lines = Lines(socket.create_connection((command["host"], command["port"]), timeout=30))
+            place = command["host"], command["port"]
+            try:
+                self._lines = Lines(socket.create_connection(place, timeout=30))
+            except OSError as reason:  # or rank 0 has ended already, which has its own reason
+                print(f"watchdog: rank {self._rank} is not watched, {place[0]}:{place[1]}: {reason}", file=sys.stderr)
+                return
             self._report(leaving=False)
         elif command["command"] == "leave" and self._lines is not None:
             self._report(leaving=True)

@@ -5,23 +5,33 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from megalm.config.deepspeed import deepspeed_config
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
+from megalm.errors import ConfigError
 from megalm.nn.ops import select_operations
 from megalm.zero.engine import MakeOptimizer, ZeroEngine
 
 
 def partitioner(config: RunConfig, mesh: ParallelMesh) -> Callable[[nn.Module], None] | None:
-    """Return what is called with each part of a model once it is built: under ZeRO 3, the division of its weights."""
+    """Return what is called with each part of a model once it is built: under ZeRO 3, the division of its weights.
+
+    Raises ConfigError for weights that are to travel in 8 bits where there is no GPU.
+    """
     if config.zero.stage < 3:
         return None
     _tell_deepspeed_the_device(mesh)
     from megalm.zero.deepspeed_engine import partition_weights
 
     joined = deepspeed_config(config, mesh.size("data"))
+    if joined["zero_optimization"].get("zero_quantized_weights") and mesh.device.type != "cuda":
+        raise ConfigError(
+            f"zero.config={config.zero.config}: zero_quantized_weights=true needs DeepSpeed's CUDA kernel and this run "
+            f"computes on {mesh.device}; use zero3-hpz"
+        )
     return lambda module: partition_weights(module, mesh, joined)
 
 
@@ -46,6 +56,7 @@ def build_engine(
             make_optimizer,
             tied_weight=tied_weight,
             clip_norm=config.train.clip_grad_norm,
+            reduce_dtype={None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.train.reduce_dtype],
             grad_norm=select_operations(config.model.kernels, mesh.device).grad_norm,
         )
     _tell_deepspeed_the_device(mesh)
@@ -58,6 +69,7 @@ def build_engine(
         tied_weight=tied_weight,
         stage=config.zero.stage,
         deepspeed_config=deepspeed_config(config, mesh.size("data")),
+        grad_norm=select_operations(config.model.kernels, mesh.device).grad_norm,
     )
 
 

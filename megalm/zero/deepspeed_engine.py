@@ -17,16 +17,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
 from megalm.distributed.mesh import ParallelMesh
-from megalm.zero.engine import shard_of
+from megalm.errors import ConfigError
+from megalm.zero.engine import LARGEST_NORM, shard_of
 
 # The shared-memory collectives would be compiled at start-up (40 s); gloo and NCCL do without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+# DeepSpeed's stages sum the norm in different dtypes, so they differ on what is too large.
+stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = lambda norm: not float(norm) <= LARGEST_NORM
 
 _PLAIN_LINEAR = F.linear
 _ENGINES: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()  # of this world
@@ -56,18 +61,39 @@ def partition_weights(module: nn.Module, mesh: ParallelMesh, config: dict[str, A
     """Divide the module's parameters over the data axis (ZeRO 3), so that this rank keeps its part of each only.
 
     Called for each part of a model as soon as it is built: the whole of it never lies on one rank. The values stay
-    as they were made. Every rank of the data axis must call.
+    as they were made, fp64 too, of which DeepSpeed must not know. Every rank of the data axis must
+    call. Raises ConfigError where weights cannot travel in 8 bits.
     """
     _join(mesh)
+    zero = config["zero_optimization"]
+    if zero.get("zero_quantized_weights"):
+        _check_eighths(module, mesh.size("data"), zero.get("stage3_param_persistence_threshold", 100_000))
+    block = zero.get("zero_hpz_partition_size", 1)
+    if block > 1 and deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None:
+        # DeepSpeed would take neighbouring ranks of the world, which are tensor ranks.
+        deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = mesh.data_block(block)
     parameters = list(module.parameters())
     if parameters:
         deepspeed.zero.Init(
             module=module,
             data_parallel_group=mesh.group("data"),
+            zero_param_parallel_group=deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP,
             config_dict_or_path=config,
             mpu=_ModelParallelUnit(mesh),
-            dtype=parameters[0].dtype,
+            dtype=torch.float32 if parameters[0].dtype is torch.float64 else parameters[0].dtype,
         )
+
+
+def _check_eighths(module: nn.Module, data_size: int, smallest: int) -> None:
+    """Raise ConfigError unless DeepSpeed's kernel can quantize each data rank's part of the divided weights."""
+    for parameter in module.parameters():
+        size = math.prod(shard_of(parameter).local_shape)
+        part = -(-size // data_size)
+        if size >= smallest and part % 8:
+            raise ConfigError(
+                f"zero_quantized_weights=true takes multiples of 8 elements and {shard_of(parameter).name} has {part} "
+                f"on each of {data_size} data-parallel ranks; use zero3-hpz, or a power of two of ranks"
+            )
 
 
 def forget_world() -> None:
@@ -108,8 +134,9 @@ class _Engine(DeepSpeedEngine):  # type: ignore[misc]
 
     @property
     def communication_data_type(self) -> torch.dtype:
-        """Gradients travel in the dtype in which they are accumulated."""
-        return self.get_data_types()[1]
+        """Gradients travel in the recipe's dtype, or that in which they are accumulated."""
+        chosen: torch.dtype | None = self._config.communication_data_type
+        return self.get_data_types()[1] if chosen is None else chosen
 
     def zero_reduce_scatter(self) -> bool:
         """DeepSpeed's checks admit its reduce-scatter path for fp32 and narrower only."""

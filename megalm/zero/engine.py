@@ -1,12 +1,13 @@
 """The optimizer as the trainer sees it: gradients in, reduced and clipped update out, whatever the ZeRO stage.
 
-A step is: backward passes, `microbatch_done()` after each; then `reduce()`; then `update(lr)`.
+A step is: backward passes, `microbatch_done()` after each; then `reduce()`; then `update(lr)` or `discard()`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,10 @@ MakeOptimizer = Callable[[Sequence[tuple[ShardSpec, Tensor]]], torch.optim.Optim
 
 ReadFragment = Callable[[ShardSpec, str, int, int], Tensor]
 """(shard, kind, start, stop) -> 1-D values of that range of the flattened local tensor."""
+
+
+LARGEST_NORM = 1.8e19
+"""A larger gradient norm counts as infinite in every stage and precision: fp32 does not hold its square."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,21 @@ class ZeroEngine(ABC):
     def update(self, lr: float) -> float:
         """Clip, update the weights at learning rate `lr`, drop the gradients; return the norm before clipping.
 
-        The norm counts every logical parameter of the whole model once. Where it is not finite, nothing is
-        updated.
+        The norm counts every logical parameter of the whole model once. Where it is not finite, or beyond
+        `LARGEST_NORM`, nothing is updated and what is returned is not finite.
         """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Drop the reduced gradients of a step that is to make no update, in place of `update`."""
 
     @abstractmethod
     def gradients(self) -> Iterator[Fragment]:
         """Yield, between `reduce` and `update`, the reduced gradients that this rank holds."""
+
+    @abstractmethod
+    def counted_gradients(self) -> Iterator[Fragment]:
+        """Yield the part of `gradients` that this rank counts; together the ranks' are whole, each element once."""
 
     @abstractmethod
     def state(self) -> Iterator[Fragment]:
@@ -70,12 +83,49 @@ class ZeroEngine(ABC):
         """Set master weights, the optimizer state of `kinds`, and the weights; `steps` updates have been made."""
 
     @abstractmethod
+    def masters_and_states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield the master weights that this rank updates, each with its optimizer state."""
+
+    @abstractmethod
+    def spread_weights(self) -> None:
+        """Set the weights of all ranks from the master weights, rounded to their dtype."""
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Move the average of the weights, the state "ema", to the weights that `update` has made.
+
+        It starts as the weights that are there when it is first called; saved and loaded as every state is.
+        """
+        for master, state in self.masters_and_states():
+            if "ema" in state:
+                state["ema"].lerp_(master, 1.0 - decay)
+            else:
+                state["ema"] = master.detach().clone()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Compute with the average of the weights, inside. Every rank of the mesh must call."""
+        self._exchange_average()
+        try:
+            yield
+        finally:
+            self._exchange_average()
+
+    @torch.no_grad()
+    def _exchange_average(self) -> None:
+        for master, state in self.masters_and_states():
+            weights = master.detach().clone()
+            master.copy_(state["ema"])
+            state["ema"].copy_(weights)
+        self.spread_weights()
+
+    @abstractmethod
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """Yield, with their names and in the same order, the tensors that every data rank holds whole and alike."""
 
     @abstractmethod
     def held_bytes(self) -> HeldBytes:
-        """Return what this rank holds; call between `reduce` and `update`, when gradients are there."""
+        """Return what this rank holds now; gradients are whole between `reduce` and `update`."""
 
 
 def shard_of(parameter: Tensor) -> ShardSpec:
@@ -101,11 +151,12 @@ def restore_optimizer(
 
     The step counter has the dtype and place that torch's own first update would give it.
     """
+    counted = {"exp_avg", "square_avg"}  # torch counts the steps of Adam and RMSprop
     for group in optimizer.param_groups:
         on_device = bool(group.get("fused") or group.get("capturable"))
         for tensor in group["params"]:
             state: dict[str, Tensor] = {kind: torch.zeros_like(tensor, requires_grad=False) for kind in kinds}
-            if "exp_avg" in kinds:
+            if counted & set(kinds):
                 device = tensor.device if on_device else torch.device("cpu")
                 state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=device)
             optimizer.state[tensor] = state

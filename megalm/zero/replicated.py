@@ -13,6 +13,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment
 from megalm.zero.engine import (
+    LARGEST_NORM,
     HeldBytes,
     MakeOptimizer,
     ReadFragment,
@@ -23,6 +24,7 @@ from megalm.zero.engine import (
     storage_bytes,
     tensor_states,
 )
+from megalm.zero.frozen import FrozenWeights
 
 BUCKET_ELEMENTS = 2**25
 """Gradients are reduced in flat buffers of about this many elements: large enough for full bandwidth."""
@@ -31,7 +33,7 @@ BUCKET_ELEMENTS = 2**25
 class ReplicatedEngine(ZeroEngine):
     """Plain data parallelism around a torch optimizer.
 
-    Weights in bf16 get fp32 master weights, and their gradients are accumulated over microbatches in fp32.
+    Weights of 16 bits get fp32 master weights, and their gradients are accumulated over microbatches in fp32.
     """
 
     loss_factor = 1.0
@@ -44,21 +46,26 @@ class ReplicatedEngine(ZeroEngine):
         *,
         tied_weight: Tensor | None,
         clip_norm: float | None,
+        reduce_dtype: torch.dtype | None = None,
         grad_norm: Callable[..., Tensor],
     ) -> None:
         self.module = module
         self.mesh = mesh
         self.grad_norm = grad_norm
         self.clip_norm = clip_norm
-        self.weights: list[Tensor] = list(module.parameters())
-        self.mixed = self.weights[0].dtype == torch.bfloat16
+        self.reduce_dtype = reduce_dtype  # None: as they are
+        parameters = list(module.parameters())
+        self.frozen = FrozenWeights(parameters, mesh, tied_weight)
+        self.weights: list[Tensor] = [parameter for parameter in parameters if parameter.requires_grad]
+        self.mixed = parameters[0].dtype in (torch.bfloat16, torch.float16)
+        self.dtype = torch.promote_types(parameters[0].dtype, torch.float32)
         self.masters: list[Tensor] = [w.detach().float() for w in self.weights] if self.mixed else self.weights
         self.counted = [counted_here(w, mesh, tied_weight) for w in self.weights]
         self.tied_master = next((m for w, m in zip(self.weights, self.masters, strict=True) if w is tied_weight), None)
         self.optimizer = make_optimizer([(shard_of(w), m) for w, m in zip(self.weights, self.masters, strict=True)])
 
     def microbatch_done(self) -> None:
-        """Add bf16 gradients to the fp32 ones; other dtypes accumulate by themselves."""
+        """Add gradients of 16 bits to the fp32 ones; other dtypes accumulate by themselves."""
         if not self.mixed:
             return
         for weight, master in zip(self.weights, self.masters, strict=True):
@@ -80,31 +87,34 @@ class ReplicatedEngine(ZeroEngine):
         if self.mesh.size("data") == 1:
             return
         for bucket in _buckets([m.grad for m in self.masters if m.grad is not None]):
-            flat = _flatten_dense_tensors(bucket)
+            flat = _flatten_dense_tensors(bucket).to(self.reduce_dtype or self.dtype)
             dist.all_reduce(flat, group=self.mesh.group("data"))
             torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
 
     def update(self, lr: float) -> float:
         """Clip by the norm over the whole model, update, and round the masters to the weights' dtype."""
         norm = self._norm()
+        if norm > LARGEST_NORM:
+            norm = math.inf
         if math.isfinite(norm):
             factor = 1.0 if self.clip_norm is None else self.clip_norm / (norm + 1e-6)
-            if factor < 1.0:
+            if factor < 1.0 and self.masters:
                 torch._foreach_mul_([m.grad for m in self.masters if m.grad is not None], factor)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             self.optimizer.step()
-            if self.mixed:
-                with torch.no_grad():
-                    torch._foreach_copy_(self.weights, self.masters)
+            self.spread_weights()
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """Drop the gradients."""
         for master in self.masters:
             master.grad = None
-        return norm
 
     def _norm(self) -> float:
         counted = [m.grad for m, c in zip(self.masters, self.counted, strict=True) if c and m.grad is not None]
-        wide = torch.promote_types(self.masters[0].dtype, torch.float32)
-        square = torch.zeros((), dtype=wide, device=self.mesh.device)
+        square = torch.zeros((), dtype=self.dtype, device=self.mesh.device)
         if counted:
             square = self.grad_norm(counted, squared=True)
         if self.mesh.size("model") > 1:
@@ -120,16 +130,28 @@ class ReplicatedEngine(ZeroEngine):
             assert master.grad is not None, "gradients are there between reduce() and update()"
             yield Fragment(shard_of(weight), "gradient", 0, master.grad.flatten())
 
+    def counted_gradients(self) -> Iterator[Fragment]:
+        """Yield this data rank's share of every gradient, divided as `state` divides."""
+        for weight, master, counted in zip(self.weights, self.masters, self.counted, strict=True):
+            if counted and master.grad is not None:
+                start, stop = self._share(master)
+                yield Fragment(shard_of(weight), "gradient", start, master.grad.flatten()[start:stop])
+
+    def _share(self, master: Tensor) -> tuple[int, int]:
+        """Return which elements of a tensor this data rank counts and saves."""
+        index, count = self.mesh.coordinates.data, self.mesh.size("data")
+        return master.numel() * index // count, master.numel() * (index + 1) // count
+
     def state(self) -> Iterator[Fragment]:
         """Yield this data rank's share of every tensor, so that the ranks write equal parts of one copy."""
-        index, count = self.mesh.coordinates.data, self.mesh.size("data")
         for weight, master, counted in zip(self.weights, self.masters, self.counted, strict=True):
             if not counted:
                 continue
-            start, stop = (master.numel() * i // count for i in (index, index + 1))
+            start, stop = self._share(master)
             own = {"weight": master.detach(), **dict(tensor_states(self.optimizer.state[master], master.numel()))}
             for kind, values in own.items():
                 yield Fragment(shard_of(weight), kind, start, values.flatten()[start:stop])
+        yield from self.frozen.state()
 
     def load(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
         """Read whole local tensors."""
@@ -139,8 +161,19 @@ class ReplicatedEngine(ZeroEngine):
                 for kind in ("weight", *kinds):
                     target = master if kind == "weight" else states[master][kind]
                     target.view(-1).copy_(read(shard_of(weight), kind, 0, master.numel()))
-            if self.mixed:
-                torch._foreach_copy_(self.weights, self.masters)
+        self.frozen.load(read)
+        self.spread_weights()
+
+    def masters_and_states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield every master weight: stage 0 divides nothing."""
+        for master in self.masters:
+            yield master, self.optimizer.state[master]
+
+    @torch.no_grad()
+    def spread_weights(self) -> None:
+        """Round the masters to the weights' dtype, where they are two."""
+        if self.mixed and self.weights:
+            torch._foreach_copy_(self.weights, self.masters)
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """Yield weights, master weights and optimizer state: stage 0 divides nothing."""
@@ -151,12 +184,14 @@ class ReplicatedEngine(ZeroEngine):
                 yield f"the master weight {name}", master
             for kind, values in tensor_states(self.optimizer.state[master], master.numel()):
                 yield f"{kind} of {name}", values
+        for parameter in self.frozen.parameters:
+            yield f"the weight {shard_of(parameter).name}", parameter
 
     def held_bytes(self) -> HeldBytes:
         """Return whole tensors' bytes: stage 0 divides nothing."""
         states = [v for m in self.masters for _, v in tensor_states(self.optimizer.state[m], m.numel())]
         return HeldBytes(
-            weights=storage_bytes(self.weights),
+            weights=storage_bytes(self.weights + self.frozen.parameters),
             master_weights=storage_bytes(self.masters) if self.mixed else 0,
             gradients=storage_bytes([m.grad for m in self.masters if m.grad is not None]),
             optimizer=storage_bytes(states),

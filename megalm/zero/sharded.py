@@ -14,7 +14,7 @@ What is set differently from DeepSpeed's own habits, and why:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.zero.deepspeed_engine import make_engine
 from megalm.zero.engine import (
@@ -36,6 +36,7 @@ from megalm.zero.engine import (
     storage_bytes,
     tensor_states,
 )
+from megalm.zero.frozen import FrozenWeights
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,18 @@ class ShardedEngine(ZeroEngine):
         tied_weight: Tensor | None,
         stage: int,
         deepspeed_config: dict[str, Any],
+        grad_norm: Callable[..., Tensor],
     ) -> None:
         self.mesh = mesh
+        self.grad_norm = grad_norm
         self.stage = stage
-        self.tied_weight = tied_weight
+        self.tied_weight = tied_weight if tied_weight is not None and tied_weight.requires_grad else None
         self.loss_factor = float(mesh.size("data"))
         self.parameters = list(module.parameters())
+        self.frozen = FrozenWeights(self.parameters, mesh, tied_weight)
         for parameter in self.parameters:
             self._tag(parameter)
-        optimizer = make_optimizer([(shard_of(p), p) for p in self.parameters])
+        optimizer = make_optimizer([(shard_of(p), p) for p in self.parameters if p.requires_grad])
         self.engine = make_engine(module, optimizer, mesh, deepspeed_config)
         self.module = self.engine.module
         self.optimizer: Any = self.engine.optimizer
@@ -79,6 +83,9 @@ class ShardedEngine(ZeroEngine):
         )
         if stage < 3:
             self.optimizer._use_compact_grad_partition_buffer = lambda group: True
+            self.optimizer.scaled_global_norm = self._norm
+        else:
+            self.optimizer._get_norm_groups = lambda: [self._norm()]
         if self.parameters[0].dtype == torch.float64:
             self._widen_masters()
         self.flats: list[Tensor] = (
@@ -165,19 +172,36 @@ class ShardedEngine(ZeroEngine):
         dist.all_reduce(whole, group=self.mesh.group("embedding"))
         for fragment in own:
             fragment.values.copy_(whole[fragment.start : fragment.start + fragment.values.numel()])
-            if self.offloaded:  # then DeepSpeed has taken the norm already, while it copied the gradient
-                number = self.optimizer.get_param_id(self.tied_weight)
-                self.optimizer.norm_for_param_grads[number] = fragment.values.float().norm()
+
+    def _norm(self) -> Tensor:
+        """Return the gradient norm of the whole model, the same bits on every rank, from one sum over the world.
+
+        In place of DeepSpeed's. Of stages 1 and 2 that takes a sum for each group of parameters: stages of a pipeline
+        may have different groups, and would wait for each other for ever. It takes it in fp32, under fp64 too. With
+        offload under stage 3 it is taken before the gradients are whole and conditioned.
+        """
+        own = [fragment.values for fragment in self.counted_gradients()]
+        square = self.grad_norm(own, squared=True).to(self.mesh.device, self._gradient_flats()[0].dtype)
+        dist.all_reduce(square, group=world_group())
+        return square.sqrt()
 
     def update(self, lr: float) -> float:
         """Let DeepSpeed clip, update its partition and gather or re-partition the weights."""
         for group in self.optimizer.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.engine.step()
         if self.optimizer.overflow and self.stage < 3:
             # DeepSpeed 0.19.8 drops them here by itself, but not with offload: they would poison the next step.
             self.optimizer.averaged_gradients = dict.fromkeys(self.optimizer.averaged_gradients)
         return float("nan") if self.optimizer.overflow else float(self.engine.get_global_grad_norm())
+
+    def discard(self) -> None:
+        """Have DeepSpeed find the gradients not finite, which it then drops with all that it keeps beside them."""
+        for fragment in self.gradients():
+            fragment.values.fill_(float("nan"))
+        if self.stage == 3 and self.offloaded:  # then it has looked at them already, while it copied them
+            self.optimizer.local_overflow = True
+        self.update(0.0)
 
     def _gradient_flats(self) -> list[Tensor]:
         """Return this rank's reduced gradients, one flat tensor for each of `flats`."""
@@ -187,12 +211,27 @@ class ShardedEngine(ZeroEngine):
             return [self.optimizer.averaged_gradients[i].flat_partition for i in range(len(self.flats))]
         return [_joined(self.optimizer.averaged_gradients[i]) for i in range(len(self.flats))]
 
+    def _gradients_there(self) -> list[Tensor]:
+        """Return what there is of this rank's gradients, reduced and not, at any time of a step."""
+        parameters = [getattr(p, name, None) for p in self.parameters for name in ("grad", "grad_accum")]
+        own = [gradient for gradient in parameters if gradient is not None]
+        if self.offloaded:
+            return own + self._gradient_flats()
+        there = [kept for kept in self.optimizer.averaged_gradients.values() if kept is not None]
+        return own + ([k.flat_partition for k in there] if self.stage < 3 else [part for k in there for part in k])
+
     def gradients(self) -> Iterator[Fragment]:
         """Yield the pieces of this rank's partition."""
         flats = self._gradient_flats()
         for piece in self.pieces:
             values = flats[piece.flat].view(-1)[piece.offset : piece.offset + piece.length]
             yield Fragment(piece.shard, "gradient", piece.start, values)
+
+    def counted_gradients(self) -> Iterator[Fragment]:
+        """Yield those of the pieces that are no copies of another model rank's."""
+        for fragment, piece in zip(self.gradients(), self.pieces, strict=True):
+            if counted_here(piece.parameter, self.mesh, self.tied_weight):
+                yield fragment
 
     def state(self) -> Iterator[Fragment]:
         """Yield the pieces of the master weights and optimizer state in this rank's partition."""
@@ -204,6 +243,7 @@ class ShardedEngine(ZeroEngine):
             for kind, values in {"weight": flat.detach(), **states}.items():
                 at = slice(piece.offset, piece.offset + piece.length)
                 yield Fragment(piece.shard, kind, piece.start, values.view(-1)[at])
+        yield from self.frozen.state()
 
     def load(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
         """Fill this rank's partition and give every rank the weights that follow from it."""
@@ -218,7 +258,13 @@ class ShardedEngine(ZeroEngine):
                     target = flat if kind == "weight" else states[flat][kind]
                     stop = piece.start + piece.length
                     target.view(-1)[at].copy_(read(piece.shard, kind, piece.start, stop))
-            self._spread_weights()
+            self.frozen.load(read)
+            self.spread_weights()
+
+    def masters_and_states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield the flat tensors of this rank's partition."""
+        for flat in self.flats:
+            yield flat, self.optimizer.optimizer.state[flat]
 
     def _state_groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         """Yield the optimizer's groups with their flat tensors, where DeepSpeed leaves the groups empty (stage 3)."""
@@ -228,7 +274,8 @@ class ShardedEngine(ZeroEngine):
                 flats = [flat for i, flat in enumerate(self.flats) if owners[i] == group_index]
                 yield group, flats
 
-    def _spread_weights(self) -> None:
+    @torch.no_grad()
+    def spread_weights(self) -> None:
         """Set the weights from the master weights of all data ranks."""
         if self.stage < 3:
             self.optimizer.update_lp_params()
@@ -237,6 +284,7 @@ class ShardedEngine(ZeroEngine):
             group["params"] = []
         for i in range(len(self.flats)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        self.optimizer.invalidate_secondary_tensor()
         persistent = self.optimizer.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)  # drops the whole tensors, or all_gather would keep them as they are
@@ -250,13 +298,14 @@ class ShardedEngine(ZeroEngine):
     def held_bytes(self) -> HeldBytes:
         """Return this rank's bytes; weights that stage 3 keeps whole on every rank (small ones) are counted whole."""
         weights: list[Tensor] = [getattr(p, "ds_tensor", p) if self.stage == 3 else p for p in self.parameters]
+        copies = (getattr(p, "ds_secondary_tensor", None) for p in self.parameters)
+        weights += [copy for copy in copies if copy is not None]
         masters = [f for f in self.flats if not _same_storage(f, weights)]
         states = [v for f in self.flats for _, v in tensor_states(self.optimizer.optimizer.state.get(f, {}), f.numel())]
-        gradients = self._gradient_flats() + [p.grad for p in self.parameters if p.grad is not None]
         return HeldBytes(
             weights=storage_bytes(weights),
             master_weights=storage_bytes(masters),
-            gradients=storage_bytes(gradients),
+            gradients=storage_bytes(self._gradients_there()),
             optimizer=storage_bytes(states),
         )
 

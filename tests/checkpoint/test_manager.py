@@ -64,6 +64,19 @@ def test_retention_keeps_the_newest_and_never_what_was_just_saved(tmp_path: Path
         CheckpointManager(tmp_path, 0)
 
 
+def test_a_run_that_goes_back_finds_an_earlier_one_and_drops_the_later(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 3)
+    for step in (10, 20, 30):
+        save(manager, step)
+    earlier = [manager.latest(before=step) for step in (31, 30, 20, 10)]
+    assert [reader and reader.step for reader in earlier] == [30, 20, 10, None]
+    manager.drop_after(10)
+    assert names(tmp_path) == ["step-00000010"]
+    save(manager, 10, mark=1.0)
+    latest = manager.latest()
+    assert latest is not None and latest.state["mark"] == 1.0
+
+
 def test_damaged_ones_are_passed_over_loudly_and_do_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manager = CheckpointManager(tmp_path, 3)
     paths = [save(manager, step, step) for step in (1, 2, 3)]

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from megalm.config.deepspeed import COUNTS, FLAGS, NOT_GATED, ZERO_KEYS, deepspeed_config, shipped_configs
+from megalm.config.deepspeed import deepspeed_config
+from megalm.config.deepspeed_files import about_configs, shipped_configs
+from megalm.config.deepspeed_keys import COUNTS, FLAGS, REFUSED, ZERO_KEYS
 from megalm.config.load import load_recipe
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
@@ -30,17 +32,38 @@ def error_of(config: RunConfig, data_size: int | None = None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
+def joined_of(folder: Path, name: str) -> dict[str, Any]:
+    """Return a shipped file joined with a small recipe of its stage, 2 where it has any."""
+    stage = json.loads(shipped_configs()[name].read_text())["zero_optimization"]["stage"]
+    overrides = [f"zero.stage={2 if stage == 'auto' else stage}", f"zero.config={name}", "precision=bf16"]
+    return deepspeed_config(load_recipe(write_recipe(folder), overrides))
+
+
+@pytest.mark.parametrize("name", shipped_configs())
 def test_shipped_files_join_with_a_recipe_of_their_stage(tmp_path: Path, name: str) -> None:
-    stage = int(name[4])
-    joined = deepspeed_config(
-        load_recipe(write_recipe(tmp_path), [f"zero.stage={stage}", f"zero.config={name}", "precision=bf16"])
-    )
-    zero = joined["zero_optimization"]
-    assert zero["stage"] == stage
+    zero = joined_of(tmp_path, name)["zero_optimization"]
+    assert zero["stage"] == (int(name[4]) if name.startswith("zero") else 2)
     assert zero.get("overlap_comm", False) is False
     assert ("offload_optimizer" in zero) == name.endswith("offload")
-    assert name in shipped_configs()
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_deepspeeds_own_parser_takes_every_shipped_file(tmp_path: Path, name: str) -> None:
+    joined = joined_of(tmp_path, name)
+    parsed = pytest.importorskip("deepspeed.runtime.config").DeepSpeedConfig(joined)
+    assert parsed.bfloat16_config.enabled
+    assert parsed.bfloat16_config.bf16_master_weights_and_grads == (name == "low-memory-bf16")
+    understood = parsed.zero_config.model_dump(by_alias=True, mode="json")
+    for key, value in joined["zero_optimization"].items():
+        wanted = value.items() if isinstance(value, dict) else [(None, value)]
+        for inner, each in wanted:
+            assert (understood[key] if inner is None else understood[key][inner]) == each, (key, inner)
+
+
+def test_every_shipped_file_says_when_to_take_it() -> None:
+    abouts = about_configs()
+    assert abouts.keys() == shipped_configs().keys() and len(set(abouts.values())) == len(abouts)
+    assert all(about.endswith(".") and len(about) > 40 for about in abouts.values())
 
 
 def test_the_stage_names_the_file_by_default(tmp_path: Path) -> None:
@@ -104,13 +127,13 @@ def test_clipping_of_zero_is_no_clipping(tmp_path: Path) -> None:
         ({"fp16": {"enabled": "yes"}}, 'fp16.enabled="yes"', "precision=fp32"),
         ({"bf16": {"enabled": True}}, "bf16.enabled=true", "precision=fp32"),
         ({"amp": {"enabled": True}}, "amp.enabled=true", "precision=fp32"),
+        ({"communication_data_type": "fp16"}, 'communication_data_type="fp16"', 'train.reduce_dtype="fp32"'),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, 'data_types.grad_accum_dtype="bf16"', "precision=fp32"),
         ({"optimizer": {"type": "Lamb"}}, 'optimizer.type="Lamb"', "optim.kind=adamw"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, "optimizer.params.lr=1", "optim.lr=0.001"),
         ({"optimizer": {"params": {"torch_adam": True}}}, "optimizer.params.torch_adam=true", "optim.kind=adamw"),
         ({"scheduler": {"type": "WarmupLR"}}, 'scheduler.type="WarmupLR"', "lr_schedule.kind=cosine"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage=2", "zero.stage=1"),
-        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, 'offload_param={"device"', "zero.stage=1"),
         ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer=true", "optim.kind=adamw"),
     ],
 )  # fmt: skip
@@ -177,7 +200,17 @@ def test_a_json_that_is_wrong_in_itself_is_one_line(tmp_path: Path, content: Any
     ("name", "message"),
     [
         ("zero4", "zero.config=zero4: no shipped DeepSpeed JSON; did you mean zero"),
-        ("gone.json", "zero.config=gone.json: no such file; give a JSON file or one of zero0, zero1, zero2, zero2-off"),
+        (
+            "zero3-nvme",
+            "no shipped DeepSpeed JSON, as on other devices DeepSpeed keeps what checkpoints are written from",
+        ),
+        ("zenflow", "as ZenFlow keeps gradients back over several updates"),
+        (
+            "super_offload",
+            "as SuperOffload keeps the optimizer's state in a process of its own, where no checkpoint rea",
+        ),
+        ("zero++", "whole of ZeRO++ is refused: DeepSpeed's kernel reads any gradient as fp16"),
+        ("gone.json", "zero.config=gone.json: no such file; give a JSON file or one of low-memory-bf16, "),
     ],
 )
 def test_an_unknown_file_lists_the_known_ones(tmp_path: Path, name: str, message: str) -> None:
@@ -191,15 +224,12 @@ def test_the_known_zero_keys_are_those_of_the_pinned_deepspeed() -> None:
     names = {field.alias or name for name, field in fields.items()} | fields.keys()
     assert names >= ZERO_KEYS
     assert {field.alias or name for name, field in fields.items()} == ZERO_KEYS
-    assert not FLAGS & COUNTS and FLAGS | COUNTS | NOT_GATED | {"stage", "offload_optimizer"} == ZERO_KEYS
+    assert not FLAGS & COUNTS and FLAGS | COUNTS | REFUSED.keys() | {"stage", "offload_optimizer"} == ZERO_KEYS
 
 
 @pytest.mark.parametrize(
     ("content", "key"),
     [
-        ({"zero_optimization": {"zenflow": True}}, "zero_optimization.zenflow"),
-        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights"),
-        ({"zero_optimization": {"zero_hpz_partition_size": 2}}, "zero_optimization.zero_hpz_partition_size"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
@@ -222,3 +252,73 @@ def test_the_known_zero_keys_are_those_of_the_pinned_deepspeed() -> None:
 def test_what_no_layout_is_gated_with_is_refused(tmp_path: Path, content: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"mine.json:{key}")):
         deepspeed_config(config_with(tmp_path, content, "zero.stage=1"))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"zenflow": {"topk_ratio": 0.1}}, 'zenflow={"topk_ratio": 0.1}: ZenFlow keeps gradients back over several'),
+        ({"zero_quantized_gradients": True}, "zero_quantized_gradients=true: DeepSpeed's kernel reads any gradient as"),
+        ({"zero_quantized_nontrainable_weights": True}, "no layout with it is held to the one-process reference; t"),
+        (
+            {"offload_optimizer": {"device": "cpu", "super_offload": True}},
+            "offload_optimizer.super_offload=true: SuperOffload keeps the optimizer's state in a process of its own",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(tmp_path: Path, content: dict[str, Any], reason: str) -> None:
+    error = error_of(config_with(tmp_path, {"zero_optimization": content}, "zero.stage=3"))
+    assert reason in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        (
+            {"zero_hpz_partition_size": 2},
+            ["zero.stage=2"],
+            "zero_hpz_partition_size=2 contradicts the recipe's zero.st",
+        ),
+        ({"zero_hpz_partition_size": 4}, ["zero.stage=3"], "=4 does not divide the 6 data-parallel ranks; use 1, 2, 3"),
+        ({"zero_hpz_partition_size": 0}, ["zero.stage=3"], "zero_hpz_partition_size=0 is no size"),
+        ({"zero_quantized_weights": True}, ["zero.stage=1"], "set zero.stage=3; other stages have whole weights"),
+        ({"zero_quantized_weights": 1}, ["zero.stage=3"], "zero_quantized_weights=1 is no flag"),
+        (
+            {"zero_quantized_weights": True},
+            ["zero.stage=3", "run.device=cpu"],
+            "contradicts the recipe's run.device=cpu",
+        ),
+    ],
+)
+def test_parts_of_zero_plus_plus_that_fit_nothing(
+    tmp_path: Path, content: dict[str, Any], overrides: list[str], message: str
+) -> None:
+    error = error_of(config_with(tmp_path, {"zero_optimization": content}, *overrides), data_size=6)
+    assert message in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "overrides", "message"),
+    [
+        ([True, True], ["zero.stage=1"], "bf16.bf16_optimizer_states=true contradicts the recipe's precision=fp32"),
+        ([True, True], ["precision=bf16"], "contradicts the recipe's zero.stage=0; set zero.stage to 1, 2 or 3"),
+        (
+            [True, False],
+            ["precision=bf16", "zero.stage=1"],
+            "needs bf16.bf16_optimizer_states=true beside it; set both",
+        ),
+        ([False, True], ["precision=bf16", "zero.stage=1"], "needs bf16.bf16_master_weights_and_grads=true beside it"),
+        ([True, 1], ["precision=bf16", "zero.stage=1"], "bf16_optimizer_states=1 is no flag; write true or false"),
+    ],
+)
+def test_states_in_bf16_that_fit_nothing(tmp_path: Path, flags: list[Any], overrides: list[str], message: str) -> None:
+    names = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+    content = {"bf16": {"enabled": "auto", **dict(zip(names, flags, strict=True))}}
+    assert message in error_of(config_with(tmp_path, content, *overrides))
+
+
+def test_states_in_bf16_are_not_offloaded(tmp_path: Path) -> None:
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    content = {"bf16": bf16, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    error = error_of(config_with(tmp_path, content, "precision=bf16", "zero.stage=2"))
+    assert "DeepSpeed's own Adam alone keeps bf16 states in the host's memory; take it out" in error

@@ -92,7 +92,7 @@ def test_a_wrong_override_is_one_line_with_the_remedy(tmp_path: Path, override: 
         ("optim:\n  lr: 1e-3", "", "recipe.yaml: optim.lr: missing, and it has no default; set it"),
         ("optim:\n  lr: 1e-3", "optim: 3", "recipe.yaml: optim=3 is not a section; write its keys below `optim:`"),
         ("optim:\n", "optim.lr: 3\noptim:\n", "recipe.yaml: optim.lr: unknown key; write it as lr under `optim:`"),
-        ("optim:\n", "1: 3\noptim:\n", "recipe.yaml: 1: unknown key; known here: base, checkpoint, data"),
+        ("optim:\n", "1: 3\noptim:\n", "recipe.yaml: 1: unknown key; known here: base, batch_ramp, checkpoint, data"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_one_line_with_the_remedy(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -71,7 +71,16 @@ def test_derived_values_of_the_model() -> None:
         (["zero.stage=3", "parallel.pipeline=2"], "use zero.stage 0, 1 or 2, or parallel.pipeline=1"),
         (["lr_schedule.warmup_steps=11"], "lr_schedule.warmup_steps=11 is more than train.steps=10; use at most 10"),
         (["train.stop_at=11"], "train.stop_at=11 is more than train.steps=10; use at most 10"),
-        (["optim.momentum=0.9"], "optim.momentum=0.9 has no effect with optim.kind=adamw; use optim.kind=sgd"),
+        (["log.sinks=[wandb,wandb]"], "log.sinks=['wandb', 'wandb'] names one twice; use [wandb]"),
+        (
+            ["profile.start=9"],
+            "profile.start=9 with profile.steps=3 reaches to step 11, but the run ends at train.steps=10; use profile."
+            "steps=2 at most",
+        ),
+        (["profile.start=5", "train.stop_at=4"], "the run ends at train.stop_at=4; use profile.start=4 at most"),
+        (["profile.memory_at=11"], "profile.memory_at=11 is a step behind the last one, 10; use at most 10"),
+        (["inspect.every=11"], "inspect.every=11 is more than train.steps=10, so nothing is sampled; use at most 10"),
+        (["optim.momentum=0.9"], "optim.momentum=0.9 has no effect without optim.kind=sgd or rmsprop; leave it out"),
     ],
 )
 def test_a_broken_rule_gives_the_values_and_the_legal_ones(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -135,4 +144,33 @@ def test_divisors_and_their_list() -> None:
 def test_every_key_has_a_type() -> None:
     types = key_types()
     assert {"seed", "precision", "run.dir", "model.kv_heads", "log.every"} <= types.keys()
-    assert len(types) == 58
+    sections = load_recipe("gpt-tiny").model_dump().items()
+    paths = [[f"{name}.{key}" for key in value] if isinstance(value, dict) else [name] for name, value in sections]
+    assert types.keys() == {path for found in paths for path in found}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("model.rotary_share=0.5", "model.relative_buckets=8", "model.window_pattern=SL", "model.nope_every=2"),
+        *("optim.alpha=0.9", "optim.nesterov=true", "lr_schedule.factor=0.5"),
+        *("profile.steps=5", "profile.ranks=[1]", "profile.memory=true"),
+        *("lr_schedule.cooldown_shape=sqrt", "train.recompute_every=2"),
+    ],
+)
+def test_a_key_without_effect_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=f"^.*{override.split('=')[0]}=.* has no effect without .*; leave it out"):
+        load(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("[{lr: 1.0}]", r"optim\.rules\[0\]\.match: missing"),
+        ("[{match: a, lrr: 1.0}]", r"optim\.rules\[0\]\.lrr: unknown key"),
+        ("[{match: a}, {match: b, lr: -1.0}]", r"optim\.rules\[1\]\.lr=-1.0 is too small; use at least 0"),
+    ],
+)
+def test_a_wrong_rule_of_the_optimizer_is_named(tmp_path: Path, rules: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, f"optim.rules={rules}")

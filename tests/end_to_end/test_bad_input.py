@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from megalm.cli import main
 from megalm.config.load import load_recipe
 from megalm.data.datasets import open_prepared
-from megalm.launch import local
+from megalm.launch import checks, local
 from megalm.train.run_directory import open_run
 from tests.end_to_end.workplace import LAUNCHER_VARIABLES, make_data, make_workplace, megalm
 
@@ -103,7 +104,7 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["parallel.tensor=4"], "model.heads=2 is not divisible by parallel.tensor=4; use 1 or 2"),
         (["model.heads=3"], "model.hidden=16 is not divisible by model.heads=3; use 1, 2, 4, 8 or 16"),
         (["model.heads=4", "model.kv_heads=3"], "model.heads=4 is not divisible by model.kv_heads=3; use 1, 2 or 4"),
-        (["model.heads=4", "model.kv_heads=1", "parallel.tensor=2"], "model.kv_heads=1 is not divisible by parallel.t"),
+        (["model.heads=4", "model.kv_heads=2", "parallel.tensor=4"], "model.kv_heads=2 is not divisible by parallel.t"),
         (["train.micro_batch=3"], "train.global_batch=4 is not divisible by train.micro_batch=3; use 1, 2 or 4"),
         (["--nproc=3"], "use 6 for train.global_batch, or 1 or 2 ranks"),
         (["parallel.pipeline=3"], "parallel.pipeline=3 is more than model.layers=2; use at most 2"),
@@ -114,8 +115,14 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["model.activation=gleu"], "unknown activation; did you mean gelu?"),
         (["model.position=rotari"], "unknown position; did you mean rotary?"),
         (["parallel.schedule=1f1"], "unknown schedule; did you mean 1f1b?"),
-        (["optim.kind=adam"], "did you mean adamw?"),
+        (["optim.kind=adamv"], "did you mean adam?"),
         (["lr_schedule.kind=cosin"], "did you mean cosine?"),
+        (["optim.rules=[{match: a, freeze: true, lr: 0.5}]"], "'a' has freeze=true, where lr and weight_"),
+        (["optim.ema_decay=1.0"], "optim.ema_decay=1.0"),
+        (["model.mup_base=8", "optim.kind=sgd"], "optim.kind=sgd does not; use adamw, fused_adamw"),
+        (["precision=fp64", "train.reduce_dtype=bf16"], "would round what precision=fp64 checks; leave it out"),
+        (["loss_scale.initial=2"], "loss_scale.initial=2.0 has no effect without precision=fp16; leave it out"),
+        (["precision=fp16", "loss_scale.initial=2", "loss_scale.minimum=4"], "is below loss_scale.minimum=4; use 4"),
         (["precision=bf61"], "did you mean bf16?"),
         (["zero.config=zero-1"], "did you mean zero1?"),
         (["zero.stage=3", "parallel.pipeline=2"], "use zero.stage 0, 1 or 2, or parallel.pipeline=1"),
@@ -127,6 +134,11 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["model.sequence=100000"], "use a smaller model.sequence or more text"),
         (["run.device=cuda"], "run.device=cuda, but torch sees no GPU here; megalm doctor says why"),
         (["model.layers=1000000"], "model.layers=1000000"),
+        (["log.sinks=[tensorbord]"], "log.sinks=[tensorbord]: unknown sink; did you mean tensorboard?"),
+        (["profile.start=39"], "profile.start=39 with profile.steps=3 reaches to step 41, but the run ends at"),
+        (["profile.memory_at=41"], "profile.memory_at=41 is a step behind the last one, 40; use at most 40"),
+        (["profile.ranks=[1]"], "profile.ranks=[1] has no effect without profile.start or profile.memory_at; leave it"),
+        (["profile.start=3", "profile.ranks=[0,2]", "parallel.tensor=2"], "no rank 2 is started; use 0 to 1"),
         (["data.path=gone"], "there is no prepared data at gone; make it with megalm data prepare"),
     ],
 )  # fmt: skip
@@ -141,6 +153,15 @@ def test_kernels_without_a_device(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "model.kernels=fused needs a CUDA device" in refused_in_one_line(capfd, *TRAIN, "model.kernels=fused")
+
+
+@pytest.mark.parametrize("found", [None, ModuleSpec("wandb", None, origin=None)], ids=["nothing", "a folder"])
+def test_a_sink_without_its_package(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, found: ModuleSpec | None
+) -> None:
+    monkeypatch.setattr(checks, "find_spec", lambda name: found)
+    line = refused_in_one_line(capfd, *TRAIN, "log.sinks=[wandb]", "parallel.tensor=2")
+    assert "log.sinks=[wandb] needs the package wandb, which is not installed here; pip install wandb" in line
 
 
 def test_every_mistake_has_a_line(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -68,3 +68,16 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == -signal.SIGTERM
+
+
+def test_a_signal_at_the_very_end_does_not_make_a_failure_of_it() -> None:
+    """Objects of modules die after Python has given up its handlers, on which a signal would kill: status 138."""
+    code = (
+        "import os\nfrom megalm.train.interruption import STOPPING, Interruption\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=STOPPING):\n"
+        "        for number in numbers: kill(pid, number)\n"
+        "late, asked = Late(), Interruption()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -12,7 +12,10 @@ from tests.end_to_end.workplace import make_workplace, megalm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-SPLIT = ("parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1", "train.steps=6", "evaluate.every=3")
+SPLIT = (
+    "parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1",
+    "train.steps=6", "evaluate.every=3", "optim.ema_decay=0.9",
+)  # fmt: skip
 PROMPT = "the north wind"
 
 
@@ -33,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logged(run: Path) -> list[dict[str, float]]:
     """Return what does not depend on the clock of each line of metrics."""
-    keys = ("step", "tokens", "train/loss", "optim/lr", "optim/grad_norm", "evaluate/loss", "evaluate/tokens")
+    keys = ("step", "tokens", "train/loss", "optim/lr", "optim/grad_norm", "evaluate/loss", "evaluate/ema_loss")
     return [{key: record[key] for key in keys if key in record} for record in read_metrics(run / "metrics.jsonl")]
 
 
@@ -47,13 +50,43 @@ def test_the_run_learned_and_logged_each_step_once(place: Path) -> None:
     assert "held-out loss" in (place / "run" / "logs" / "rank-0.log").read_text()
 
 
-@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",)], ids=["one process", "tensor 2"])
-def test_evaluation_gives_what_training_logged(place: Path, layout: tuple[str, ...]) -> None:
-    answer = json.loads(succeed(place, "evaluate", "run", *layout, "--json"))
+@pytest.mark.parametrize(
+    ("options", "logged_as"),
+    [((), "evaluate/"), (("parallel.tensor=2",), "evaluate/"), (("parallel.tensor=2", "--ema"), "evaluate/ema_")],
+    ids=["one process", "tensor 2", "averaged weights"],
+)
+def test_evaluation_gives_what_training_logged(place: Path, options: tuple[str, ...], logged_as: str) -> None:
+    answer = json.loads(succeed(place, "evaluate", "run", *options, "--json"))
     last = read_metrics(place / "run" / "metrics.jsonl")[-1]
     assert answer["step"] == last["step"] == 6
-    assert answer["loss"] == pytest.approx(last["evaluate/loss"], rel=1e-6)
-    assert answer["bits_per_byte"] == pytest.approx(last["evaluate/bits_per_byte"], rel=1e-6)
+    assert answer["loss"] == pytest.approx(last[f"{logged_as}loss"], rel=1e-6)
+    assert answer["bits_per_byte"] == pytest.approx(last[f"{logged_as}bits_per_byte"], rel=1e-6)
+    assert last["evaluate/ema_loss"] > last["evaluate/loss"], "the average lags behind while the model learns fast"
+
+
+def test_a_sample_of_the_averaged_weights_is_another(place: Path) -> None:
+    command = ("generate", "run", f"--prompt={PROMPT}", "--tokens=24")
+    averaged = succeed(place, *command, "--ema")
+    assert averaged != succeed(place, *command)
+    assert succeed(place, *command, "--ema", "parallel.pipeline=2") == averaged
+
+
+@pytest.mark.parametrize(
+    ("rules", "layout", "said"),
+    [
+        ("[{match: '*', freeze: true}]", [], "optim.rules freeze every parameter, so there is nothing to train"),
+        (
+            "[{match: 'blocks.0.*', freeze: true}, {match: 'embedding.*', freeze: true}, "
+            "{match: 'position.*', freeze: true}]",
+            ["parallel.pipeline=2", "zero.stage=1"],
+            "freeze every parameter of a pipeline stage, where zero.stage=1 has nothing to divide; use zero.stage=0",
+        ),
+    ],
+)
+def test_a_run_with_nothing_to_train_is_refused(place: Path, rules: str, layout: list[str], said: str) -> None:
+    done = megalm(place, "train", "recipe.yaml", *layout, f"optim.rules={rules}", "run.dir=frozen")
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not (place / "frozen" / "run.json").exists()
 
 
 def test_greedy_text_is_the_same_in_one_process_and_two_stages(place: Path) -> None:

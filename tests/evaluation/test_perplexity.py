@@ -39,13 +39,13 @@ def measured(
         precision="fp64",
         model={"init_std": 0.5},
         train={"global_batch": 12},
-        loss={"label_smoothing": 0.3},
+        loss={"label_smoothing": 0.3, "z_loss": 0.2},
         parallel={"tensor": layout.tensor, "pipeline": layout.pipeline, "sequence": sequence_parallel},
     )
     model = build_stage(config, VOCAB, mesh)
     held_out = HeldOut(TokenFile(path), SEQUENCE, sequences)
     result = held_out_loss(build_executor(config, model, mesh), model, held_out, TOKEN_BYTES, mesh, micro_batch)
-    assert model.label_smoothing == 0.3
+    assert (model.label_smoothing, model.z_loss) == (0.3, 0.2)
     assert all(parameter.grad is None for parameter in model.parameters())
     return result.total_nats, result.tokens, result.text_bytes
 

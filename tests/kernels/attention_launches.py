@@ -1,8 +1,9 @@
-"""What the compile check launches of `kernels/attention.py`: every row of its table, plain and with everything on."""
+"""What the compile check launches of `kernels/attention.py`: the rows of each target, by head size and class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -32,26 +33,72 @@ VARIANTS: dict[str, Any] = {
         "seed": 2**63,
         "return_lse": True,
     },
+    "lengths, softcap, alibi": lambda: {
+        "causal": False,
+        "window": 100,
+        "softcap": 30.0,
+        "alibi_slopes": torch.empty(8),
+        "key_lengths": torch.empty(1, dtype=torch.int32),
+        "return_lse": True,
+    },
+    "lengths, odd dropout": lambda: {
+        "causal": False,
+        "window": 100,
+        "key_lengths": torch.empty(1, dtype=torch.int32),
+        "dropout": 0.1,
+        "seed": 2**63,
+    },
+}
+EVERYTHING = "lengths, softcap, alibi, odd dropout, lse"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What Triton compiles kernels of their own for: a 1, a multiple of 16, the dtype of a split sum."""
+
+    heads: int = 8
+    groups: int = 2
+    queries: int = TOKENS
+    """With one, as in generation, nothing is differentiated."""
+    keys: int = TOKENS
+    processors: int = 1
+    """With more of them than programs, the heads that share a key head are split, and dk and dv are fp32."""
+
+
+SHAPES = {
+    "grouped": Shape(),
+    "multi-head": Shape(groups=8),
+    "one head, odd length": Shape(heads=1, groups=1, queries=TOKENS - 12, keys=TOKENS - 12),
+    "one query": Shape(queries=1),
+    "split heads": Shape(processors=1000),
 }
 
 
-def _call(dtype: torch.dtype, head_size: int, variant: str, groups: int = 2) -> Callable[[], None]:
+def _call(dtype: torch.dtype, head_size: int, variant: str, shape: Shape = SHAPES["grouped"]) -> Callable[[], None]:
     def run() -> None:
         options = VARIANTS[variant]()
-        keys = TOKENS - 3 * ("odd" in variant)
-        q = torch.empty(1, TOKENS, 8, head_size, dtype=dtype, requires_grad=True)
-        k, v = (torch.empty(1, keys, groups, head_size, dtype=dtype, requires_grad=True) for _ in range(2))
-        results = flash_attention(q, k, v, **options)
-        results = results if isinstance(results, tuple) else (results,)
-        torch.autograd.backward(results, [torch.empty_like(x) for x in results])
+        keys = shape.keys - 3 * ("odd" in variant)
+        with_gradients = shape.queries > 1
+        q = torch.empty(1, shape.queries, shape.heads, head_size, dtype=dtype, requires_grad=with_gradients)
+        k, v = (
+            torch.empty(1, keys, shape.groups, head_size, dtype=dtype, requires_grad=with_gradients) for _ in range(2)
+        )
+        with mock.patch.object(launch, "processors", lambda device: shape.processors):
+            results = flash_attention(q, k, v, **options)
+            results = results if isinstance(results, tuple) else (results,)
+            if with_gradients:
+                torch.autograd.backward(results, [torch.empty_like(x) for x in results])
 
     return run
 
 
+# Of the two last, which EVERYTHING is made of, each is compiled where they are not together: with all at once sm_90
+# spills 48 bytes of a thread in the gradients of heads of 256, in 16 bits, and no one trains so.
 CASES = [
-    *((torch.bfloat16, size, variant) for size in (32, 64, 128, 256) for variant in VARIANTS),
+    *((torch.bfloat16, size, variant) for size in (32, 64, 128) for variant in list(VARIANTS)[:4]),
+    *((torch.bfloat16, 256, variant) for variant in VARIANTS if variant != EVERYTHING),
     *((torch.bfloat16, size, "causal") for size in (40, 80, 192)),
-    *((torch.float32, size, variant) for size in (64, 128, 256) for variant in list(VARIANTS)[::3]),
+    *((torch.float32, size, variant) for size in (32, 64, 128, 256) for variant in ("causal", EVERYTHING)),
     (torch.float16, 128, "causal"),
 ]
 
@@ -73,14 +120,26 @@ def _specialized(dtype: torch.dtype, head_size: int, causal: bool) -> Callable[[
     return run
 
 
-LAUNCHES: dict[str, Callable[[], None]] = {
-    f"{str(dtype).removeprefix('torch.')} head size {size}, {variant}": _call(dtype, size, variant)
-    for dtype, size, variant in CASES
-} | {
-    f"{str(dtype).removeprefix('torch.')} specialized, head size {size}, causal {causal}": _specialized(
-        dtype, size, causal
-    )
-    for dtype in (torch.bfloat16, torch.float16)
-    for size in (64, 128)
-    for causal in (True, False)
-}
+LAUNCHES: dict[str, Callable[[], None]] = (
+    {
+        f"{str(dtype).removeprefix('torch.')} head size {size}, {variant}": _call(dtype, size, variant)
+        for dtype, size, variant in CASES
+    }
+    | {
+        f"bfloat16 head size {size}, causal, {name}": _call(torch.bfloat16, size, "causal", shape)
+        for size in (64, 128, 256)
+        for name, shape in SHAPES.items()
+    }
+    | {
+        f"float32 head size 64, causal, {name}": _call(torch.float32, 64, "causal", SHAPES[name])
+        for name in ("multi-head", "one head, odd length")
+    }
+    | {
+        f"{str(dtype).removeprefix('torch.')} specialized, head size {size}, causal {causal}": _specialized(
+            dtype, size, causal
+        )
+        for dtype in (torch.bfloat16, torch.float16)
+        for size in (64, 128)
+        for causal in (True, False)
+    }
+)

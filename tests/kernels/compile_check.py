@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not there, and refuse what would be slow or would not start on them.
 
-    python -m tests.kernels.compile_check [--archs sm_80,sm_90,sm_100,gfx942] [--triton DIR] [--short] [NAMES...]
+    python -m tests.kernels.compile_check [--archs sm_80,sm_90,...] [--triton DIR] [--short] [NAMES...]
 
 Runs the LAUNCHES of tests/kernels/*_launches.py through the real public functions, with a driver that knows only the
 target's name and a launcher that only takes down what it would have compiled; then compiles each distinct kernel.

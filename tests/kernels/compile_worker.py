@@ -26,8 +26,11 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-SHARED_LIMIT_KB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+SHARED_LIMIT_KB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 """What one block may take (CUDA programming guide, "Technical specifications"; CDNA 3 whitepaper)."""
+FILES = {"sm_89": ("attention", "layernorm", "rmsnorm"), "sm_120": ("attention",)}
+"""All that is compiled for targets which take the tables' rows without an arch: what needs most shared memory. sm_120
+has sm_89's limit and its matrix instructions, so the norms are compiled for one of the two."""
 RESERVED_BYTES = 1024
 """From sm_90 on a block's listed shared memory holds what the system keeps, which is no part of the limit."""
 DIED = "the compiler ends the process, later kernels are not compiled"
@@ -102,6 +105,8 @@ def work(
 
     target = set_target(arch)
     launches, failures = read_launches(folder, names)
+    if arch in FILES:
+        launches = {(file, name): call for (file, name), call in launches.items() if file in FILES[arch]}
     wanted, unprepared = record(launches)
     failures += unprepared
     if arch == "sm_90":
@@ -302,7 +307,7 @@ def measured_nvidia(kernel: Any, row: Row) -> Row:
         found = _RESOURCES.search(text)
         assert found is not None, f"cuobjdump gives no resources: {text}"
         registers, stack, static = (int(found[name]) for name in ("REG", "STACK", "SHARED"))
-        if row.arch != "sm_80" and static:
+        if row.arch not in ("sm_80", "sm_89") and static:
             static -= RESERVED_BYTES
         product = row.arch == "sm_90" and _HALF_PRODUCT.search(kernel.asm["ttir"]) is not None
         code = tool("nvdisasm", "-c", file.name) if stack or product else ""

@@ -43,9 +43,12 @@ def _after_sum(dtype: torch.dtype, features: int, dropout: float, with_row_bias:
 
 
 SIZES = (64, 1024, 4096, 5120, 8192, 16384, 65536)
+SEVERAL = (256, 512, 2048)
+"""Widths of which a tile holds several rows, besides those of SIZES."""
 
 LAUNCHES: dict[str, Callable[[], None]] = {
     **{f"{dtype}, {size}": _alone(dtype, size) for dtype in (torch.bfloat16, torch.float32) for size in SIZES},
+    **{f"bfloat16, {size}": _alone(torch.bfloat16, size) for size in SEVERAL},
     "float16, 4096": _alone(torch.float16, 4096),
     "bfloat16, 1000 odd": _alone(torch.bfloat16, 999),
     "bfloat16, 4096 no bias": _alone(torch.bfloat16, 4096, with_bias=False),
@@ -56,6 +59,11 @@ LAUNCHES: dict[str, Callable[[], None]] = {
         for dtype in (torch.bfloat16, torch.float32)
         for size in SIZES
         for dropout, row_bias in ((0.0, False), (0.1, True))
+    },
+    **{
+        f"{dtype}, {size} after a sum, dropout 0.1, with row bias": _after_sum(dtype, size, 0.1, True)
+        for dtype in (torch.bfloat16, torch.float32)
+        for size in SEVERAL
     },
     "bfloat16, 4096 after a sum, row bias alone": _after_sum(torch.bfloat16, 4096, 0.0, True),
     "bfloat16, 999 after a sum, odd, dropout": _after_sum(torch.bfloat16, 999, 0.1, True),

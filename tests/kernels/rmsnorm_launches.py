@@ -32,6 +32,8 @@ def _call(dtype: torch.dtype, features: int, with_sum: bool, dropout: float) -> 
 
 
 SIZES = (64, 128, 1024, 4096, 8192, 16384, 65536)
+SEVERAL = (256, 512, 2048)
+"""Widths of which a tile holds several rows, besides those of SIZES."""
 
 LAUNCHES: dict[str, Callable[[], None]] = {
     **{
@@ -39,6 +41,15 @@ LAUNCHES: dict[str, Callable[[], None]] = {
         for dtype in (torch.bfloat16, torch.float32)
         for size in SIZES
         for name, with_sum, dropout in (("alone", False, 0.0), ("after a sum", True, 0.0), ("all", True, 0.1))
+    },
+    **{
+        f"{dtype}, {size}, {name}": _call(dtype, size, with_sum, dropout)
+        for dtype, name, with_sum, dropout in (
+            (torch.bfloat16, "alone", False, 0.0),
+            (torch.bfloat16, "after a sum", True, 0.0),
+            (torch.float32, "all", True, 0.1),
+        )
+        for size in SEVERAL
     },
     "float16, 4096": _call(torch.float16, 4096, False, 0.0),
     "bfloat16, 999 odd": _call(torch.bfloat16, 999, False, 0.0),

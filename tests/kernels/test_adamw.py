@@ -337,6 +337,7 @@ def test_no_tensor_at_all_is_no_error() -> None:
         ({"masters": [torch.zeros(3), torch.zeros(4)]}, r"masters\[0\] is torch.float32 for a weight of torch.float32"),
         ({"gradient_scale": torch.ones(2)}, r"gradient_scale of shape \(2,\)"),
         ({"gradient_scale": torch.ones(1).double()}, r"torch.float64; give one fp32 element"),
+        ({"gradient_scale": torch.ones((), device="meta")}, "gradient_scale on meta, weights on cpu; give it on their"),
         ({"weights": [torch.zeros(3).half(), torch.zeros(4)], "stochastic_rounding": True}, "it is for bf16 weights"),
     ],
 )

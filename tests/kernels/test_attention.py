@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import math
 from collections.abc import Callable
 from typing import Any
@@ -438,6 +439,33 @@ def test_the_specialized_kernel_gives_the_same(
     assert len(served) == 2
     check(qkv(T=120, S=128, H=1, E=features, dtype=dtype), causal=False)
     assert len(served) == 2
+
+
+def test_the_specialized_kernel_serves_whole_tiles_of_its_settings() -> None:
+    arguments = file._arguments(
+        *qkv(T=192, S=192, H=1, E=64, dtype=torch.float16), *[None] * 3, True, 0, 1.0, 0.0, 0.0, 0, [0, 0, 1]
+    )
+    arguments["FOLD"] = True
+    sizes = ((64, 64), (64, 128), (128, 64))
+    assert [file.attention_hopper.serves(arguments, {"BLOCK_M": m, "BLOCK_N": n}) for m, n in sizes] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_memory_for_descriptors_is_provided_once_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    provided: list[Any] = []
+    monkeypatch.setattr("triton.set_allocator", provided.append)
+
+    def launch_twice() -> None:
+        file.attention_hopper._provide_memory()
+        file.attention_hopper._provide_memory()
+
+    contextvars.Context().run(launch_twice)
+    assert len(provided) == 1
+    contextvars.Context().run(launch_twice)  # as in a thread of autograd, where Triton knows of no allocator yet
+    assert len(provided) == 2
 
 
 def spy(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.kernels.compile_check import check, table
-from tests.kernels.compile_worker import Row
+from tests.kernels.compile_worker import ROOT, Row
 
 FAULTS = Path(__file__).parent / "faults"
 TOOLS = ("ptxas", "cuobjdump", "nvdisasm")
@@ -35,6 +39,14 @@ def test_every_kernel_compiles_without_spills_within_shared_memory_and_with_wgmm
     assert len({row.kernel for row in rows}) > 10
     failed = [row for row in rows if row.problems]
     assert not failed, "\n".join(table(failed))
+
+
+def test_no_seed_has_a_kernel_compiled_for_itself() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.seed_variants"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {name: [f"{name}: 0"] for name in ("attention", "norm", "adamw", "dropout")}
 
 
 def test_the_check_finds_every_planted_fault() -> None:

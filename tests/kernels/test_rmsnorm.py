@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from megalm.kernels import launch, norm, reference
@@ -110,5 +113,23 @@ def test_the_op_is_a_good_citizen_of_torch() -> None:
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     actual, expected = (torch.autograd.grad(f(x), [x, weight]) for f in (compiled, loss))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.slow
+def test_the_compiler_that_torch_uses_by_default_takes_the_op_and_its_gradient() -> None:
+    if DEVICE.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("inductor needs a C++ compiler; there is no g++, and CXX names none")
+    x, residual, weight = normal(2, 3, 8), normal(2, 3, 8), weight_of(8, torch.float32)
+    leaves = [t.requires_grad_() for t in (x, residual, weight)]
+
+    def loss(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        normed, total = rms_norm(x, weight, eps=EPS, residual=residual, dropout=0.2, seed=2**63)
+        return (normed * total.sin()).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="inductor")
+    with torch._inductor.config.patch(force_disable_caches=True):  # they know nothing of the op's code
+        actual, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)

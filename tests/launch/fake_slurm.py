@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+
+import pytest
 
 _PROGRAM = """\
 #!{python}
@@ -36,6 +39,13 @@ class FakeSlurm:
             path = self.bin / name
             path.write_text(_PROGRAM.format(python=sys.executable, folder=str(folder)))
             path.chmod(0o755)
+
+    @classmethod
+    def on_path(cls, folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+        """Return programs that are found before the machine's own."""
+        programs = cls(folder)
+        monkeypatch.setenv("PATH", f"{programs.bin}:{os.environ['PATH']}")
+        return programs
 
     def answers(self, program: str, text: str, code: int = 0) -> None:
         """Have a program write `text` and end with `code` from now on."""

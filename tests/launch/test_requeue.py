@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from megalm.errors import HUNG
+from megalm.errors import HUNG, CorruptionError, Diverged, MegalmError, StorageError
 from megalm.launch import requeue
 from megalm.launch.records import JobRecord, write_record
-from megalm.launch.requeue import Attempts, Decision, RankEnd, common_status, decide
+from megalm.launch.requeue import Attempts, Decision, RankEnd, common_status, decide, stop_signal
 from tests.launch.fake_slurm import FakeSlurm
 
 
 def decided(status: int, step: int = 0, attempts: Attempts | None = None, **changes: object) -> Decision:
-    facts = {"signal": "SIGUSR1", "in_chain": False, "has_next": False, "error": "boom"} | changes
+    facts = {"taken_back": 0, "signal": "SIGUSR1", "in_chain": False, "has_next": False, "error": "boom"} | changes
     return decide(status, step, attempts, **facts)  # type: ignore[arg-type]
 
 
-def run(best_step: int = 0, failures: int = 0) -> Attempts:
-    return Attempts("run", best_step, failures)
+def run(steps_done: int = 0, failures: int = 0) -> Attempts:
+    return Attempts("run", steps_done, failures)
 
 
 def test_a_finished_job_is_done_and_a_mistake_is_never_repeated() -> None:
@@ -33,10 +33,24 @@ def test_a_finished_job_is_done_and_a_mistake_is_never_repeated() -> None:
     assert "boom" in mistake.reason
 
 
+@pytest.mark.parametrize("error", [CorruptionError, Diverged])
+def test_what_another_start_would_only_repeat_stops_the_job(error: type[MegalmError]) -> None:
+    """Even where steps were made: a requeue after corruption would resume on the broken GPU."""
+    decision = decided(error.exit_status, 500, Attempts("run", 100), signal="", in_chain=True, has_next=True, error="x")
+    assert (decision.action, decision.status) == ("stop", error.exit_status)
+    ends = [RankEnd(0, "a", 143, "SIGTERM"), RankEnd(1, "b", error.exit_status, "")]
+    assert common_status(143, ends) == error.exit_status
+
+
+def test_a_disk_that_refuses_is_another_start_s_chance() -> None:
+    decision = decided(StorageError.exit_status, 500, Attempts("run", 100), error="no space")
+    assert decision.action == "requeue"
+
+
 def test_a_saved_job_is_requeued_and_its_failures_are_forgotten() -> None:
-    attempts = run(best_step=10, failures=2)
+    attempts = run(steps_done=10, failures=2)
     assert decided(75, 12, attempts) == Decision("requeue", "saved at step 12", 75)
-    assert attempts == run(best_step=12, failures=0)
+    assert attempts == run(steps_done=12, failures=0)
 
 
 @pytest.mark.parametrize(
@@ -56,11 +70,11 @@ def test_in_a_chain_the_time_limit_hands_over_and_a_pre_empted_job_comes_back(
 
 @pytest.mark.parametrize("status", [1, HUNG, 134, 137, 143])
 def test_three_failures_without_a_new_step_end_the_job_and_say_why(status: int) -> None:
-    attempts = run(best_step=7)
+    attempts = run(steps_done=7)
     assert [decided(status, 7, attempts).action for _ in range(2)] == ["requeue", "requeue"]
     last = decided(status, 7, attempts)
     assert (last.action, last.status) == ("stop", status)
-    assert last.reason == f"failed with status {status}; 3 starts in a row brought no step beyond 7: boom"
+    assert last.reason == f"failed with status {status}; 3 starts in a row did no new step, the last one is 7: boom"
 
 
 def test_a_failure_with_a_new_step_counts_from_the_beginning() -> None:
@@ -70,10 +84,32 @@ def test_a_failure_with_a_new_step_counts_from_the_beginning() -> None:
     assert decided(1, 9, attempts).action == "stop"
 
 
+def test_steps_behind_a_rollback_are_new_ones(tmp_path: Path) -> None:
+    attempts = run(steps_done=100)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 60}\n{"step": 60, "event": "went back", "from_step": 103, "reason": "x"}\n{"step": 62}\n'
+    )
+    taken_back, step = requeue.steps_taken_back(tmp_path), requeue.newest_step(tmp_path)
+    assert (taken_back, step) == (43, 62)
+    assert decided(1, step, attempts, taken_back=taken_back).action == "requeue"
+    assert attempts == run(steps_done=105, failures=0)
+    assert requeue.steps_taken_back(tmp_path / "none") == 0
+
+
 def test_a_job_that_cannot_resume_is_repeated_only_after_a_pre_emption() -> None:
     assert decided(143, signal="SIGTERM").action == "requeue"
     assert decided(143, signal="").action == "stop"
     assert decided(1, signal="").action == "stop"
+
+
+def test_what_srun_sends_to_the_peers_of_a_rank_that_failed_is_no_pre_emption() -> None:
+    """Else a job without checkpoints, whose rank fails each time, would be repeated for ever."""
+    asked, saved, over = RankEnd(0, "a", 143, "SIGTERM"), RankEnd(1, "b", 75, "SIGUSR1"), RankEnd(2, "c", 0, "")
+    assert stop_signal([asked, over]) == "SIGTERM"
+    assert stop_signal([saved, asked]) == "SIGTERM"
+    assert stop_signal([saved, over]) == "SIGUSR1"
+    assert stop_signal([asked, RankEnd(1, "b", 1, "")]) == ""
+    assert stop_signal([]) == ""
 
 
 def test_one_status_for_all_ranks() -> None:
@@ -115,13 +151,22 @@ def test_the_first_error_is_of_the_rank_that_spoke_last_the_longest_ago_and_of_t
 
 def test_only_this_start_s_ends_count(tmp_path: Path) -> None:
     log = tmp_path / "rank-0.log"
-    log.write_text("rank 0 on a ended with status 75 after SIGUSR1\n")
+    log.write_text("rank 0 on a ended with status 75 after SIGUSR1 at 2026-01-02T03:04:05\n")
     before = {"rank-0.log": log.stat().st_size}
     assert requeue.rank_ends(tmp_path, {}) == [RankEnd(0, "a", 75, "SIGUSR1")]
     assert requeue.rank_ends(tmp_path, before) == []
     with log.open("a") as stream:
-        stream.write("x\nrank 0 on b ended with status 0\n")
+        stream.write("x\nrank 0 on b ended with status 0 at 2026-01-02T03:04:05\n")
     assert requeue.rank_ends(tmp_path, before) == [RankEnd(0, "b", 0, "")]
+
+
+def test_what_an_earlier_version_wrote_still_counts(tmp_path: Path) -> None:
+    """A submission runs its own copy of the scripts, whatever version is installed when it starts."""
+    (tmp_path / "rank-0.log").write_text("rank 0 on a ended with status 75 after SIGUSR1\n")
+    assert requeue.rank_ends(tmp_path, {}) == [RankEnd(0, "a", 75, "SIGUSR1")]
+    noted = {"run_dir": "run", "best_step": 7, "failures": 1, "log_bytes": {}}
+    (tmp_path / "attempts.json").write_text(json.dumps(noted))
+    assert requeue.read_attempts(tmp_path) == run(steps_done=7, failures=1)
 
 
 class Job:
@@ -146,7 +191,7 @@ class Job:
 
 def test_a_saved_job_asks_slurm_to_requeue_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(tmp_path, monkeypatch, ["101"])
-    assert job.end(0, "rank 0 on a ended with status 75 after SIGUSR1\n") == 75
+    assert job.end(0, "rank 0 on a ended with status 75 after SIGUSR1 at 2026-01-02T03:04:05\n") == 75
     assert job.slurm.calls("scontrol") == [["scontrol", "requeue", "101"]]
     assert job.slurm.calls("scancel") == []
 
@@ -154,10 +199,10 @@ def test_a_saved_job_asks_slurm_to_requeue_it(tmp_path: Path, monkeypatch: pytes
 def test_a_cancelled_job_stays_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(tmp_path, monkeypatch, ["101"])
     job.slurm.answers("squeue", "COMPLETING|None\n")
-    assert job.end(0, "rank 0 on a ended with status 75 after SIGTERM\n") == 75
+    assert job.end(0, "rank 0 on a ended with status 75 after SIGTERM at 2026-01-02T03:04:05\n") == 75
     assert job.slurm.calls("scontrol") == []
     job.slurm.answers("squeue", "COMPLETING|TimeLimit\n")
-    job.end(0, "rank 0 on a ended with status 75 after SIGTERM\n")
+    job.end(0, "rank 0 on a ended with status 75 after SIGTERM at 2026-01-02T03:04:05\n")
     assert job.slurm.calls("scontrol") == [["scontrol", "requeue", "101"]]
 
 
@@ -173,9 +218,9 @@ def test_a_requeue_that_slurm_refuses_is_tried_again_and_then_told(
 
 def test_the_end_of_a_chain_cancels_what_was_to_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(tmp_path, monkeypatch, ["101", "102", "103"])
-    assert job.end(0, "rank 0 on a ended with status 75 after SIGUSR1\n") == 75
+    assert job.end(0, "rank 0 on a ended with status 75 after SIGUSR1 at 2026-01-02T03:04:05\n") == 75
     assert job.slurm.calls("scontrol") + job.slurm.calls("scancel") == []  # the next job goes on
-    assert job.end(0, "rank 0 on a ended with status 0\n", job="102") == 0
+    assert job.end(0, "rank 0 on a ended with status 0 at 2026-01-02T03:04:05\n", job="102") == 0
     assert job.slurm.calls("scancel") == [["scancel", "103"]]
 
 
@@ -189,7 +234,7 @@ def test_three_starts_in_a_row_are_remembered_between_them(
         assert requeue.main(["begin", "--logs", str(job.logs), "--", str(recipe), "train.steps=99", "--fresh"]) == 0
         assert job.end(1, "ValueError: boom\n") == 1
     assert len(job.slurm.calls("scontrol")) == 2
-    assert "3 starts in a row brought no step beyond 0: ValueError: boom" in capsys.readouterr().out
+    assert "3 starts in a row did no new step, the last one is 0: ValueError: boom" in capsys.readouterr().out
     assert requeue.read_attempts(job.logs).failures == 3
 
 
@@ -200,7 +245,7 @@ def test_an_earlier_run_s_steps_are_no_progress(tmp_path: Path) -> None:
     recipe.write_text(f"base: gpt-tiny\nrun: {{dir: {tmp_path / 'run'}}}\n")
     assert requeue.main(["begin", "--logs", str(tmp_path), "--", str(recipe)]) == 0
     attempts = json.loads((tmp_path / "attempts.json").read_text())
-    assert (attempts["best_step"], attempts["failures"]) == (500, 0)
+    assert (attempts["steps_done"], attempts["failures"]) == (500, 0)
     assert decided(1, 500, replace(Attempts(**attempts), failures=2)).action == "stop"
 
 

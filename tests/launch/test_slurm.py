@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,9 +38,7 @@ def place(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    programs = FakeSlurm(tmp_path / "fake")
-    monkeypatch.setenv("PATH", f"{programs.bin}:{os.environ['PATH']}")
-    return programs
+    return FakeSlurm.on_path(tmp_path / "fake", monkeypatch)
 
 
 def answer(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -51,7 +49,8 @@ def answer(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 def test_a_request_becomes_an_argument_list() -> None:
     request = JobRequest(2, 4, 8, "90", "gpu,long", "lab", "high", None, "node[3,7]", notice_s=60)
     directory = Path("/runs/my run/jobs/0003")
-    assert sbatch_arguments(request, directory, after="17") == [
+    command = [directory / "pretrain.sbatch", directory / "recipe.yaml"]
+    assert sbatch_arguments(request, "my run", directory, command, after="17") == [
         *("sbatch", "--parsable", "--export=ALL", "--job-name=megalm-my_run", "--nodes=2", "--ntasks-per-node=4"),
         *("--gpus-per-node=4", "--cpus-per-task=8", "--time=90", "--signal=USR1@60", "--partition=gpu,long"),
         *("--account=lab", "--qos=high", "--exclude=node[3,7]", "--dependency=afterany:17"),
@@ -64,6 +63,11 @@ def test_what_is_not_asked_for_comes_from_the_script() -> None:
     assert with_defaults(JobRequest(), script) == JobRequest(nodes=2, gpus_per_node=8)
     assert with_defaults(JobRequest(1, 4, time="4:00:00"), script).notice_s is None
     assert with_defaults(JobRequest(1, 4, time="10"), script).notice_s == 120  # of 600 s
+    assert with_defaults(JobRequest(1, 4, time="0"), script).notice_s is None  # no limit, so no notice
+    scaling = script_folder() / "scaling.sbatch"  # whose number of nodes is always asked for
+    assert with_defaults(JobRequest(nodes=4), scaling) == JobRequest(nodes=4, gpus_per_node=8)
+    with pytest.raises(LaunchError, match="no line #SBATCH --nodes=N"):
+        with_defaults(JobRequest(gpus_per_node=4), scaling)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +101,8 @@ def test_a_launch_is_recorded_and_submitted(
     record = place / "runs/x/jobs/0001"
     assert (found["job_id"], found["job_ids"]) == ("101", ["101"])
     assert (found["run_dir"], found["logs"]) == (str(place / "runs/x"), str(record / "logs"))
-    assert fake.calls("sbatch") == [found["command"]]
+    assert fake.calls("sbatch") == found["commands"]
+    assert found["script"] == str(record / "pretrain.sbatch")
     assert read_record(record).job_ids == ["101"]
     assert "tensor: 2" in (record / "recipe.yaml").read_text()
     assert (record / "pretrain.sbatch").read_bytes() == (script_folder() / "pretrain.sbatch").read_bytes()
@@ -117,7 +122,16 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["launch", "slurm", "recipe.yaml", *SIZE, "--dry-run"]) == 0
-    assert "sbatch --parsable --export=ALL --job-name=megalm-run --nodes=2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "sbatch --parsable --export=ALL --job-name=megalm-run --nodes=2" in said
+    assert said.endswith((script_folder() / "pretrain.sbatch").read_text() + "\n")
+    assert main(["launch", "slurm", "recipe.yaml", *SIZE, "--dry-run", "--preflight"]) == 0
+    said = capsys.readouterr().out
+    assert "# ---- preflight.sbatch\n#!/bin/bash" in said and "# ---- pretrain.sbatch\n#!/bin/bash" in said
+    assert main(["launch", "slurm", "recipe.yaml", *SIZE, "--dry-run", "--preflight", "--chain=2", "--json"]) == 0
+    preflight, first, second = answer(capsys)["commands"]
+    assert "--hold" in preflight and preflight[-2].endswith("preflight.sbatch")
+    assert "--dependency=afterany:JOB1" in first and "--dependency=afterany:JOB2" in second
     assert not (place / "run").exists()
     assert main(["launch", "slurm", "recipe.yaml", *SIZE]) == 2
     assert capsys.readouterr().err.startswith("error: sbatch is not installed on this machine; ")
@@ -148,7 +162,72 @@ def test_a_refusal_of_sbatch_leaves_nothing_behind(
     fake.answers("sbatch", "sbatch: error: invalid partition specified: x\n", code=1)
     assert main(["launch", "slurm", "recipe.yaml", *SIZE, "--partition=x"]) == 2
     assert capsys.readouterr().err == "error: sbatch refused the job: sbatch: error: invalid partition specified: x\n"
-    assert list((place / "run/jobs").iterdir()) == []
+    assert not (place / "run").exists()
+    (place / "run").mkdir()
+    (place / "run/run.json").touch()
+    assert main(["launch", "slurm", "recipe.yaml", *SIZE, "--partition=x"]) == 2
+    assert [path.name for path in (place / "run").iterdir()] == ["run.json"]
+
+
+def test_a_preflight_is_held_until_all_that_waits_for_it_is_there(
+    place: Path, fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "slurm", "recipe.yaml", *SIZE, "--chain=2", "--preflight", "--json"]) == 0
+    assert answer(capsys)["job_ids"] == ["102", "103"]
+    preflight, first, second = fake.calls("sbatch")
+    assert "--hold" in preflight and preflight[-2].endswith("preflight.sbatch")
+    assert "--dependency=afterany:101" in first and "--dependency=afterany:102" in second
+    assert fake.calls()[-1] == ["scontrol", "release", "101"]
+    record = read_record(place / "run/jobs/0001")
+    assert (record.preflight_job, record.job_ids) == ("101", ["102", "103"])
+
+
+def test_a_preflight_that_cannot_be_released_takes_its_jobs_with_it(
+    place: Path, fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers("scontrol", "Access/permission denied\n", code=1)
+    assert main(["launch", "slurm", "recipe.yaml", *SIZE, "--preflight"]) == 2
+    assert "error: scontrol release 101 refused: Access/permission denied; nothing is submitted" in (
+        capsys.readouterr().err
+    )
+    assert fake.calls("scancel") == [["scancel", "102", "101"]]
+
+
+def test_a_container_sees_data_run_and_program(
+    place: Path, fake: FakeSlurm, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = ["recipe.yaml", f"data.path={place / 'data'}", f"run.dir={tmp_path / 'runs/a'}", *SIZE]
+    assert main(["launch", "slurm", *recipe, "--container=image"]) == 0
+    mounts = fake.environment()["MEGALM_MOUNTS"].split(",")
+    for path in (place, place / "data", tmp_path / "runs/a", sys.prefix):
+        assert f"{path}:{path}" in mounts
+    assert main(["launch", "slurm", "recipe.yaml", "run.dir=a:b", *SIZE, "--container=image"]) == 2
+    assert "a:b holds a comma or colon" in capsys.readouterr().err
+    assert main(["launch", "slurm", "recipe.yaml", "run.dir=a:b", *SIZE]) == 0
+    assert "MEGALM_MOUNTS" not in fake.environment()
+
+
+def test_a_run_whose_job_is_not_over_is_not_submitted_again(
+    place: Path, fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "slurm", "recipe.yaml", *SIZE]) == 0
+    fake.answers("squeue", "101|RUNNING|None|1:05|node[1-2]\n")
+    capsys.readouterr()
+    assert main(["launch", "slurm", "recipe.yaml", *SIZE]) == 2
+    assert "job 101 trains it or is to; wait" in capsys.readouterr().err
+    assert len(fake.calls("sbatch")) == 1
+
+
+def test_a_submission_that_was_cut_off_hides_no_other(
+    place: Path, fake: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "slurm", "recipe.yaml", *SIZE]) == 0
+    (place / "run/jobs/0002").mkdir()
+    (place / "run/jobs/0003").write_text("no directory")
+    fake.answers("squeue", "101|RUNNING|None|1:05|node[1-2]\n")
+    capsys.readouterr()
+    assert main(["launch", "cancel", "run", "--json"]) == 0
+    assert answer(capsys)["cancelled"] == ["101"]
 
 
 def test_status_cancel_and_logs(place: Path, fake: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,8 +269,8 @@ def test_hostile_names_are_refused_or_passed_literally(
             except UserError:
                 continue
             literal += 1
-            arguments = sbatch_arguments(request, place / "run/jobs/0001")
-            environment = slurm.job_environment({}, request, place)
+            arguments = sbatch_arguments(request, "run", place, [place / "pretrain.sbatch"])
+            environment = slurm.job_environment({}, request, place, place)
             wanted = environment["MEGALM_CONTAINER"] if field == "container" else arguments
             assert name == wanted if field == "container" else f"--{field}={name}" in wanted
             assert field in ("container",) or not re.search(r"[\s;&|$`<>(){}'\"\\]", name), (field, name)

@@ -65,9 +65,9 @@ def check_passed_on(mesh: ParallelMesh) -> None:
     overrides = {"parallel.sequence": True, "loss.label_smoothing": 0.3, "train.recompute": "full"}
     config = Case(tensor=2, overrides=overrides).config()
     model = build_stage(config, VOCAB, mesh)
-    assert model.sequence and model.recompute and model.label_smoothing == 0.3 and model.vocab == VOCAB
+    assert model.sequence and model.recompute == "full" and model.label_smoothing == 0.3 and model.vocab == VOCAB
     plain = build_stage(Case(tensor=2).config(), VOCAB, mesh)
-    assert not plain.sequence and not plain.recompute and plain.label_smoothing == 0.0
+    assert not plain.sequence and plain.recompute == "none" and plain.label_smoothing == 0.0
     executor = build_executor(config, model, mesh)
     assert executor._hidden_shape is not None
     assert executor._activation_shape(3, 16) == (3, 8, 32)

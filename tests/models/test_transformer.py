@@ -14,7 +14,7 @@ from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import ShardSpec
 from megalm.models.transformer import StagePlan, Transformer
-from megalm.nn.dropout import DropoutKeys
+from megalm.nn.ops import DropoutKeys
 from megalm.tensor_parallel.initialize import Initializer
 from tests.parity.harness import LLAMA, Case
 from tests.parity.reference import Reference
@@ -144,18 +144,31 @@ def check_tied(mesh: ParallelMesh) -> None:
 
 
 def check_recompute(mesh: ParallelMesh) -> None:
+    """A run of (block 1, block 2, what attends in block 1) more where it is computed again; the same bits always."""
     tokens, labels, mask = make_batch()
-    config, calls = recipe(**{"model.dropout": 0.2}), []
+    config = recipe(**{"model.dropout": 0.2})
+    expected = {("none", 1): (1, 1, 1), ("full", 1): (2, 2, 2), ("full", 2): (1, 2, 1), ("selective", 1): (1, 1, 2)}
     gradients = []
-    for recompute in (False, True):
-        model = make(config, mesh, recompute=recompute)
-        count = [0]
-        model.blocks["1"].register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+    for (what, every), wanted in expected.items():
+        model = make(config, mesh, recompute=what, recompute_every=every)
+        calls = {"1": 0, "2": 0, "attend": 0}
+
+        def counted(name: str, call: Any = None, calls: dict[str, int] = calls) -> Any:
+            def count(*args: Any, **options: Any) -> Any:
+                calls[name] += 1
+                return None if call is None else call(*args, **options)
+
+            return count
+
+        for name in ("1", "2"):
+            model.blocks[name].register_forward_pre_hook(counted(name))
+        attention = model.blocks["1"].attention
+        attention.attend = counted("attend", attention.attend)
         model(tokens, labels, mask, KEYS).backward()
-        calls.append(count[0])
+        assert tuple(calls.values()) == wanted, (what, every, calls)
         gradients.append([p.grad for p in model.parameters()])
-    assert calls == [1, 2], f"a block is run {calls} times"
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
 
 
 def check_one_rank(mesh: ParallelMesh) -> None:

@@ -12,7 +12,7 @@ from megalm.config.run import ModelSection
 from megalm.distributed.mesh import ParallelMesh
 from megalm.nn.ops import REFERENCE
 from megalm.tensor_parallel.initialize import Initializer
-from tests.nn.dense import Weights
+from tests.parity.reference_model import Weights
 from tests.shards import assert_close, assert_gradients_close, fill, random_whole
 
 OPERATIONS = REFERENCE

@@ -8,13 +8,15 @@ import torch
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.nn.attention import Attention
-from megalm.nn.dropout import DropoutKeys
+from megalm.nn.context import Context
+from megalm.nn.ops import DropoutKeys
 from megalm.nn.positions import POSITIONS
-from tests.nn import dense
+from tests.nn.dense import formulas
 from tests.nn.layers import INIT, MODELS, check_layer, model_section
 from tests.shards import fill, random_whole
 from tests.worker_pool import WorkerPool
 
+ONE_DOCUMENT = torch.ones(2, 8, dtype=torch.int64)
 KEYS = DropoutKeys(seed=5, step=2, first_sample=3)
 
 
@@ -24,14 +26,14 @@ def check_attention(mesh: ParallelMesh) -> None:
             for sequence in (False, True) if mesh.size("tensor") > 1 else (False,):
                 config = model_section(**values, dropout=dropout)
                 group = mesh.group("tensor")
-                layer = Attention("a", config, group=group, init=INIT, sequence=sequence)
+                layer = Attention("blocks.0.attention", 0, config, group=group, init=INIT, sequence=sequence)
                 position = POSITIONS.get(config.position)(config, embeds=False, group=None, init=INIT)
-                rotate = position.rotation(config.sequence)
+                context = Context(config.sequence, rotate=position.rotation(config.sequence), dropout=KEYS)
                 check_layer(
                     mesh,
                     layer,
-                    lambda x, layer=layer, rotate=rotate: layer(x, rotate, KEYS),
-                    lambda x, w, config=config: dense.attention(x, w, "a", config, KEYS),
+                    lambda x, layer=layer, context=context: layer(x, context),
+                    lambda x, w, config=config: formulas(config, w, KEYS).attention(x, 0, ONE_DOCUMENT),
                     config,
                     sequence,
                 )
@@ -46,10 +48,10 @@ def test_attention_matches_one_head_at_a_time_with_grouped_queries_rotation_and_
 
 def check_causal(mesh: ParallelMesh) -> None:
     config = model_section()
-    layer = Attention("a", config, group=mesh.group("tensor"), init=INIT, sequence=False)
+    layer = Attention("blocks.0.attention", 0, config, group=mesh.group("tensor"), init=INIT, sequence=False)
     fill(layer)
     x = random_whole("x", (1, 8, 8)).requires_grad_()
-    y = layer(x, lambda part: part, None)
+    y = layer(x, Context(8))
     for token in range(8):
         (gradient,) = torch.autograd.grad(y[0, token].sum(), x, retain_graph=True)
         touched = gradient[0].abs().sum(1) > 0
@@ -65,9 +67,9 @@ def check_evaluation(mesh: ParallelMesh) -> None:
     x = random_whole("x", (1, 8, 8))
     outputs = []
     for config in (dropping, plain):
-        layer = Attention("a", config, group=mesh.group("tensor"), init=INIT, sequence=False)
+        layer = Attention("blocks.0.attention", 0, config, group=mesh.group("tensor"), init=INIT, sequence=False)
         fill(layer)
-        outputs.append(layer(x, lambda part: part, None))
+        outputs.append(layer(x, Context(8)))
     assert torch.equal(*outputs)
 
 

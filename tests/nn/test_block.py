@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.nn.block import TransformerBlock
-from megalm.nn.dropout import DropoutKeys
+from megalm.nn.context import Context
+from megalm.nn.ops import DropoutKeys
 from megalm.nn.positions import POSITIONS
-from tests.nn import dense
+from tests.nn.dense import formulas
 from tests.nn.layers import INIT, MODELS, check_layer, model_section
 from tests.worker_pool import WorkerPool
 
+ONE_DOCUMENT = torch.ones(2, 8, dtype=torch.int64)
 KEYS = DropoutKeys(seed=5, step=2, first_sample=1)
 
 
@@ -24,13 +27,13 @@ def check_block(mesh: ParallelMesh) -> None:
                 config = model_section(**values, dropout=0.3)
                 block = TransformerBlock(3, config, group=mesh.group("tensor"), init=INIT, sequence=sequence)
                 position = POSITIONS.get(config.position)(config, embeds=False, group=None, init=INIT)
-                rotate = position.rotation(config.sequence)
                 first = mesh.index("tensor") * config.sequence // tensor if sequence else 0
+                context = Context(config.sequence, first, position.rotation(config.sequence), keys)
                 check_layer(
                     mesh,
                     block,
-                    lambda x, b=block, r=rotate, k=keys, f=first, c=config: b(x, r, k, f, c.sequence),
-                    lambda x, w, c=config, k=keys: dense.block(x, w, "blocks.3", c, k),
+                    lambda x, b=block, context=context: b(x, context),
+                    lambda x, w, c=config, k=keys: formulas(c, w, k).block(x, 3, ONE_DOCUMENT),
                     config,
                     sequence,
                 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megalm.nn.dropout import Dropout, DropoutKeys
-from megalm.nn.ops import REFERENCE
+from megalm.nn.dropout import Dropout
+from megalm.nn.ops import REFERENCE, DropoutKeys
 
 SHAPE = (6, 10, 7)
 ONES = torch.ones(SHAPE, dtype=torch.float64)

@@ -7,7 +7,7 @@ import pytest
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.nn.mlp import ACTIVATIONS, MLP
-from tests.nn import dense
+from tests.nn.dense import formulas
 from tests.nn.layers import INIT, check_layer, model_section
 from tests.shards import spec_of
 from tests.worker_pool import WorkerPool
@@ -19,9 +19,7 @@ def check_mlp(mesh: ParallelMesh) -> None:
             for sequence in (False, True):
                 config = model_section(activation=activation, bias=bias)
                 layer = MLP("m", config, group=mesh.group("tensor"), init=INIT, sequence=sequence)
-                check_layer(
-                    mesh, layer, layer, lambda x, w, config=config: dense.mlp(x, w, "m", config), config, sequence
-                )
+                check_layer(mesh, layer, layer, lambda x, w, c=config: formulas(c, w).mlp(x, "m"), config, sequence)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
@@ -37,6 +35,6 @@ def logical_shapes(mesh: ParallelMesh, activation: str) -> dict[str, tuple[int, 
 
 def test_gate_and_value_are_one_logical_tensor(pool: WorkerPool) -> None:
     down = {"m.down.weight": (8, 12), "m.down.bias": (8,)}
-    for activation, up in (("gelu", (12,)), ("swiglu", (2, 12))):
+    for activation, up in (("gelu", (12,)), ("swiglu", (2, 12)), ("geglu", (2, 12))):
         expected = {"m.up.weight": (*up, 8), "m.up.bias": up, **down}
         assert pool.run(logical_shapes, activation, layout=RankLayout(tensor=2)) == [expected] * 2

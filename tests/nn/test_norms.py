@@ -8,7 +8,7 @@ import torch
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.nn.norms import NORMS
-from tests.nn import dense
+from tests.nn.dense import formulas
 from tests.nn.layers import INIT, OPERATIONS, check_layer, model_section
 from tests.worker_pool import WorkerPool
 
@@ -21,7 +21,7 @@ def check_norms(mesh: ParallelMesh, sequence: bool) -> None:
             norm = NORMS.get(kind)(
                 "n", config.hidden, eps=config.norm_eps, bias=bias, group=group, init=INIT, operations=OPERATIONS
             )
-            check_layer(mesh, norm, norm, lambda x, w, c=config: dense.norm(x, w, "n", c), config, sequence)
+            check_layer(mesh, norm, norm, lambda x, w, c=config: formulas(c, w).norm(x, "n"), config, sequence)
 
 
 def test_norms_match_their_formulas(pool: WorkerPool) -> None:

@@ -11,23 +11,44 @@ import torch
 from torch import Tensor
 
 from megalm.errors import ConfigError
-from megalm.nn.ops import REFERENCE, Drop, Operations, fused_operations, select_operations
+from megalm.nn.ops import (
+    REFERENCE,
+    Documents,
+    Drop,
+    DropoutKeys,
+    Operations,
+    Site,
+    document_starts,
+    fused_operations,
+    select_operations,
+)
 from tests.shards import assert_close
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LIMIT = 2e-6
 """fp32: some roundings of inputs, products and sums of a few dozen terms."""
 
-TOKEN_DROP = Drop(rate=0.3, stream=2**63 + 7, origin=(2, 3, 9))
-HEAD_DROP = Drop(rate=0.3, stream=2**63 + 7, origin=(2, 4, 8))
+TOKEN_DROP = Drop(rate=0.3, site=Site("blocks.1.mlp"), keys=DropoutKeys(7, 2, first_sample=2), first=3, whole=9)
+HEAD_DROP = Drop(rate=0.3, site=Site("blocks.1.mlp"), keys=DropoutKeys(7, 2, first_sample=2), first=4, whole=8)
+assert TOKEN_DROP.stream >= 2**63, "kernels take the key as signed"
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def attention(name: str, drop: Drop | None) -> Callable[[Operations, list[Tensor]], Any]:
-    return lambda operations, x: getattr(operations, name)(*x, causal=True, drop=drop)
+NUMBERS_BT = torch.tensor([[0, 0, 1, 1, 1, 2], [3, 4, 4, 4, 4, 4]], device=DEVICE)
+DOCUMENTS = Documents(NUMBERS_BT, document_starts(NUMBERS_BT))
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.0], device=DEVICE)
+
+
+def attention(name: str, drop: Drop | None = None, **options: Any) -> Callable[[Operations, list[Tensor]], Any]:
+    def call(operations: Operations, x: list[Tensor]) -> Tensor:
+        more = {"bias_HTS": x[3]} if len(x) > 3 else {}
+        result = getattr(operations, name)(*x[:3], causal=True, drop=drop, **more, **options)
+        return torch.cat((result[0].flatten(), result[1].flatten())) if options.get("return_lse") else result
+
+    return call
 
 
 def cross_entropy(operations: Operations, x: list[Tensor]) -> Tensor:
@@ -58,7 +79,21 @@ def adamw(operations: Operations, x: list[Tensor]) -> Tensor:
 
 
 X_BTD, HEADS, KEYS = (2, 6, 8), (2, 6, 4, 16), (2, 6, 2, 16)
+CHANGES: dict[str, dict[str, Any]] = {
+    "in a window": {"window": 2},
+    "capped and biased": {"softcap": 2.0, "slopes_H": SLOPES},
+    "of documents": {"documents": DOCUMENTS},
+    "of documents in windows with lse": {"documents": DOCUMENTS, "window": 3, "return_lse": True, "slopes_H": SLOPES},
+}
+ATTENTION = {
+    f"{name} {change}": ((HEADS, KEYS, KEYS), attention(name, **options))
+    for name in ("flash_attention", "unfused_attention")
+    for change, options in CHANGES.items()
+}
 CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[[Operations, list[Tensor]], Any]]] = {
+    **ATTENTION,
+    "flash_attention with a learned bias": ((HEADS, KEYS, KEYS, (4, 6, 6)), attention("flash_attention")),
+    "unfused_attention with a learned bias": ((HEADS, KEYS, KEYS, (4, 6, 6)), attention("unfused_attention")),
     "flash_attention": ((HEADS, KEYS, KEYS), attention("flash_attention", None)),
     "flash_attention dropping": ((HEADS, KEYS, KEYS), attention("flash_attention", HEAD_DROP)),
     "unfused_attention": ((HEADS, KEYS, KEYS), attention("unfused_attention", None)),
@@ -77,6 +112,7 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[[Operations, list[T
     "dropout of nothing": ((X_BTD, X_BTD), lambda o, x: o.dropout(x[0], None, residual=x[1])),
     "apply_rotary": ((HEADS, (6, 16), (6, 16)), lambda o, x: o.apply_rotary(x[0], x[1].detach(), x[2].detach())),
     "gelu": ((X_BTD,), lambda o, x: o.gelu(x[0])),
+    "geglu": ((X_BTD,), lambda o, x: o.geglu(x[0])),
     "swiglu": ((X_BTD,), lambda o, x: o.swiglu(x[0])),
     "embedding": (((11, 8),), lambda o, x: o.embedding(torch.tensor([[1, 10, 1], [0, 1, 3]], device=DEVICE), x[0])),
     "cross_entropy_statistics, cross_entropy_gradient_": (((5, 9),), cross_entropy),
@@ -102,9 +138,16 @@ def test_kernels_and_plain_torch_compute_the_same(name: str) -> None:
         assert_close(fused, plain, name, LIMIT)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_attention_with_and_without_the_whole_matrix_is_the_same(change: str) -> None:
+    x = [random(*shape, seed=number).double() for number, shape in enumerate((HEADS, KEYS, KEYS))]
+    one, other = (attention(name, **CHANGES[change])(REFERENCE, x) for name in ("flash_attention", "unfused_attention"))
+    assert_close(one, other, change)
+
+
 def test_every_operation_is_compared() -> None:
     compared = {part for name in CALLS for part in name.replace(",", "").split()}
-    assert {field.name for field in fields(Operations)} <= compared
+    assert {field.name for field in fields(Operations)} - {"widest_head"} <= compared
 
 
 def test_the_device_chooses_and_the_recipe_may_overrule_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from megalm.config.model import ModelSection
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
-from megalm.nn.positions import POSITIONS, Position
+from megalm.nn.positions import POSITIONS, Position, alibi_slopes, relative_bucket
 from megalm.tensor_parallel.initialize import Initializer
-from tests.nn import dense
 from tests.nn.layers import INIT, check_layer, model_section
+from tests.parity.reference_model import bucket, rotated, sinusoids, slopes
 from tests.shards import assert_close, random_whole
 from tests.worker_pool import WorkerPool
 
 
-def make(kind: str, embeds: bool = True, init: Initializer = INIT) -> Position:
-    config = model_section(hidden=24, heads=4, sequence=8, position=kind, rotary_base=100.0)
-    return POSITIONS.get(kind)(config, embeds=embeds, group=None, init=init)
+def section(kind: str, **more: Any) -> ModelSection:
+    return model_section(**{"hidden": 24, "heads": 4, "sequence": 8, "position": kind, "rotary_base": 100.0, **more})
+
+
+def make(kind: str, embeds: bool = True, init: Initializer = INIT, **more: Any) -> Position:
+    return POSITIONS.get(kind)(section(kind, **more), embeds=embeds, group=None, init=init)
 
 
 def check_learned(mesh: ParallelMesh, sequence: bool) -> None:
@@ -65,7 +71,7 @@ def test_rotation_turns_each_position_by_its_own_angles() -> None:
     turned = make("rotary").rotation(5)(x_BTHE)
     for row in range(2):
         for head in range(3):
-            assert_close(turned[row, :, head], dense.rotate(x_BTHE[row, :, head], 100.0))
+            assert_close(turned[row, :, head], rotated(x_BTHE[row, :, head], section("rotary")))
 
 
 def test_rotated_scores_depend_on_the_distance_only() -> None:
@@ -80,6 +86,43 @@ def test_rotated_scores_depend_on_the_distance_only() -> None:
 
 def test_the_tables_of_a_bf16_model_are_fp32() -> None:
     position = make("rotary", init=Initializer(1, torch.bfloat16, torch.device("cpu")))
-    assert position.cos_TE.dtype is position.sin_TE.dtype is torch.float32
+    assert position.cos_TR.dtype is position.sin_TR.dtype is torch.float32
     x = torch.ones(1, 8, 1, 6, dtype=torch.bfloat16)
     assert position.rotation(8)(x).dtype is torch.bfloat16
+
+
+SCALED = [
+    {"rotary_scaling": "linear", "rotary_factor": 4.0},
+    {"rotary_scaling": "ntk", "rotary_factor": 4.0},
+    {"rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_original": 16},
+    {"rotary_scaling": "llama3", "rotary_factor": 8.0, "rotary_original": 64},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALED, ids=lambda scaling: scaling["rotary_scaling"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_scaled_and_partial_rotations_match_their_formulas(scaling: dict[str, Any], share: float) -> None:
+    more = {**scaling, "rotary_share": share, "hidden": 64, "sequence": 40, "rotary_base": 10000.0}
+    x_BTHE = random_whole("q", (1, 40, 4, 16))
+    turned = make("rotary", **more).rotation(40)(x_BTHE)
+    assert_close(turned.transpose(1, 2), rotated(x_BTHE.transpose(1, 2), section("rotary", **more)))
+
+
+def test_sinusoids_match_their_formula_in_odd_widths_too() -> None:
+    for hidden in (24, 12):
+        x = random_whole("x", (2, 5, hidden))
+        assert_close(make("sinusoidal", hidden=hidden, heads=2)(x, 2), x + sinusoids(8, hidden)[2:7])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 6, 8, 12, 16, 40, 112])
+def test_slopes_match_their_formula_and_fall_in_powers(heads: int) -> None:
+    assert alibi_slopes(heads) == pytest.approx(slopes(heads), rel=1e-15)
+
+
+@pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20), (2, 2)])
+def test_buckets_of_distances_match_their_formula(buckets: int, farthest: int) -> None:
+    config = section("t5", relative_buckets=buckets, relative_distance=farthest)
+    distances = torch.arange(300)
+    found = relative_bucket(distances, buckets, farthest).tolist()
+    assert found == [bucket(int(distance), config) for distance in distances]
+    assert found == sorted(found) and found[-1] == buckets - 1

@@ -1,28 +1,25 @@
 """The definition of correctness: the model and one training step in plain PyTorch, on one process.
 
 Shares no code with megalm but the recipe (`megalm.config`): random numbers, initial weights, dropout masks,
-model, loss, clipping and learning rate are written here once more, as formulas. Nothing is split, fused or
-recomputed, and the whole global batch is one batch. Every layout of megalm must give these losses and these
-gradients.
+loss, clipping and learning rate are written here, the model in `reference_model`, once more, as formulas. Nothing is
+split, fused or recomputed, and the whole global batch is one batch. Every layout of megalm must give these losses and
+these gradients.
 
-Shapes: G sequences of the global batch, T tokens, D hidden, H query heads, K key-value heads, R = H/K query
-heads of a key-value head, E head size, F feed-forward, V vocabulary. A linear weight is [out, in].
+Shapes: G sequences of the global batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megalm.config.run import RunConfig
-
-Dropout = Callable[[Tensor, str], Tensor]
-"""(x, site) -> x with elements dropped."""
+from tests.parity import reference_model
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """tokens [G,T] int64, labels [G,T] int64, mask [G,T] bool (False: the token does not count in the loss)."""
@@ -79,6 +76,14 @@ def normal(parts: tuple[object, ...], shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(z.reshape(-1)[:count]).view(shape)
 
 
+def truncated_normal(parts: tuple[object, ...], shape: tuple[int, ...]) -> Tensor:
+    """Return standard normal numbers within [-3, 3], float64: the quantile at each word's uniform number."""
+    count = math.prod(shape)
+    u = torch.from_numpy((random_words(parts, count).reshape(-1)[:count].astype(np.float64) + 0.5) * 2.0**-32)
+    lowest = 0.5 * (1.0 + math.erf(-3.0 / math.sqrt(2.0)))
+    return torch.special.ndtri(lowest + u * (1.0 - 2.0 * lowest)).view(shape)
+
+
 def dropped(x: Tensor, rate: float, parts: tuple[object, ...], first: int, global_batch: int) -> Tensor:
     """Return x with a share `rate` of its elements dropped, the others scaled so that the expectation stays.
 
@@ -93,49 +98,28 @@ def dropped(x: Tensor, rate: float, parts: tuple[object, ...], first: int, globa
 
 def parameter_shapes(config: RunConfig, vocab: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every logical tensor of the model, by name."""
-    model = config.model
-    width, feed_forward = model.hidden, model.feed_forward
-    attended = model.heads * model.head_size
-    qkv = attended + 2 * model.key_value_heads * model.head_size
-    up = (2, feed_forward) if model.activation == "swiglu" else (feed_forward,)
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def linear(name: str, out: tuple[int, ...], into: int) -> None:
-        shapes[f"{name}.weight"] = (*out, into)
-        if model.bias:
-            shapes[f"{name}.bias"] = out
-
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = (width,)
-        if model.norm == "layernorm" and model.bias:
-            shapes[f"{name}.bias"] = (width,)
-
-    shapes["embedding.weight"] = (vocab, width)
-    if model.position == "learned":
-        shapes["position.weight"] = (model.sequence, width)
-    for i in range(model.layers):
-        norm(f"blocks.{i}.attention_norm")
-        linear(f"blocks.{i}.attention.qkv", (qkv,), width)
-        linear(f"blocks.{i}.attention.out", (width,), attended)
-        norm(f"blocks.{i}.mlp_norm")
-        linear(f"blocks.{i}.mlp.up", up, width)
-        linear(f"blocks.{i}.mlp.down", (width,), feed_forward)
-    norm("final_norm")
-    if not model.tie_embeddings:
-        shapes["head.weight"] = (vocab, width)
-    return shapes
+    return reference_model.parameter_shapes(config.model, vocab)
 
 
 def initial_parameter(config: RunConfig, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a logical tensor's initial value, float64: GPT-2's."""
-    if name.endswith(".bias"):
+    """Return a logical tensor's initial value, float64."""
+    model = config.model
+    if name.endswith((".bias", ".sinks")):
         return torch.zeros(shape, dtype=torch.float64)
     if len(shape) == 1:  # the weight of a norm
         return torch.ones(shape, dtype=torch.float64)
-    std = config.model.init_std
-    if name.endswith(("attention.out.weight", "mlp.down.weight")):
-        std /= math.sqrt(2 * config.model.layers)  # 2L residual branches add up to the same variance
-    return std * normal((config.seed, "init", name), shape)
+    std = model.init_std
+    if name not in ("embedding.weight", "head.weight", "position.weight") and not name.endswith("relative.weight"):
+        if model.init == "xavier":
+            std = math.sqrt(2.0 / (shape[-1] + shape[-2]))
+        if model.init == "he":
+            std = math.sqrt(2.0 / shape[-1])
+        if model.mup_base is not None and model.init in ("normal", "truncated_normal"):
+            std *= math.sqrt(model.mup_base / model.hidden)
+        if name.endswith(("attention.out.weight", "mlp.down.weight")) and model.init_depth_scaled:
+            std /= math.sqrt(2 * model.layers)  # 2L residual branches add up to the same variance
+    draw = truncated_normal if model.init == "truncated_normal" else normal
+    return std * draw((config.seed, "init", name), shape)
 
 
 # ---------------------------------------- training step
@@ -148,16 +132,32 @@ def learning_rate(config: RunConfig, step: int) -> float:
         return lr * (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
         return lr
+    assert schedule.kind == "cosine", "of the other shapes the layout knows nothing"
     lowest = lr * schedule.min_lr_ratio
     progress = (step - schedule.warmup_steps) / (config.train.steps - schedule.warmup_steps)
     return lowest + (lr - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion, one tensor at a time. Source: Chen et al. 2023, algorithm 2."""
+
+    def step(self) -> None:  # type: ignore[override]
+        """Update all tensors."""
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for weight in group["params"]:
+                average = self.state[weight].get("average", torch.zeros_like(weight))
+                direction = torch.sign(first * average + (1.0 - first) * weight.grad)
+                weight.sub_(group["lr"] * (direction + group["weight_decay"] * weight))
+                self.state[weight]["average"] = second * average + (1.0 - second) * weight.grad
 
 
 class Reference:
     """The model of `config` with a vocabulary of `vocab` entries, and its optimizer.
 
     `dtype` float64 or float32 computes everything so. bfloat16 computes with bfloat16 copies of fp32 master
-    weights (softmax, norms and loss in fp32) and adds the gradients of the microbatches up in fp32.
+    weights (softmax, norms and loss in fp32) and adds the gradients of the microbatches up in fp32; so does float16,
+    under the loss scale that a run starts with.
     `parameters` holds the weights by logical name; it may be written to between steps with `copy_`.
     """
 
@@ -165,41 +165,71 @@ class Reference:
         self.config = config
         self.vocab = vocab
         self.dtype = dtype
-        self.wide = torch.float32 if dtype is torch.bfloat16 else dtype
+        self.wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         self.parameters = {
             name: initial_parameter(config, name, shape).to(dtype).to(self.wide)
             for name, shape in parameter_shapes(config, vocab).items()
         }
+        self.averages: dict[str, Tensor] = {}
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         optim = self.config.optim
-        decayed = {name for name, p in self.parameters.items() if name.endswith(".weight") and p.dim() >= 2}
-        groups = [
-            {
-                "params": [p for name, p in self.parameters.items() if name in decayed],
-                "weight_decay": optim.weight_decay,
-            },
-            {
-                "params": [p for name, p in self.parameters.items() if name not in decayed],
-                "weight_decay": 0.0,
-            },
-        ]
+        groups = []
+        for name, parameter in self.trained().items():
+            decay = optim.weight_decay if name.endswith(".weight") and parameter.dim() >= 2 else 0.0
+            rule = next((rule for rule in optim.rules if fnmatch.fnmatchcase(name, rule.match)), None)
+            if rule is not None and rule.weight_decay is not None:
+                decay = rule.weight_decay
+            factor = 1.0 if rule is None else rule.lr
+            model = self.config.model
+            matrix = name.endswith(".weight") and not name.endswith("relative.weight") and parameter.dim() >= 2
+            wide = name.startswith("blocks.") and matrix
+            if model.mup_base is not None and wide:
+                factor *= model.mup_base / model.hidden
+                decay *= model.hidden / model.mup_base
+            groups.append({"params": [parameter], "weight_decay": decay, "factor": factor})
         if optim.kind == "sgd":
-            return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+            return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
+        if optim.kind == "rmsprop":
+            return torch.optim.RMSprop(groups, optim.lr, alpha=optim.alpha, eps=optim.eps, momentum=optim.momentum)
+        if optim.kind == "adagrad":
+            return torch.optim.Adagrad(groups, lr=optim.lr, eps=optim.eps)
+        if optim.kind == "lion":
+            return Lion(groups, {"lr": optim.lr, "betas": optim.betas})
+        kind = torch.optim.Adam if optim.kind == "adam" else torch.optim.AdamW
+        return kind(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return the parameters that no rule freezes; the first rule that matches a name counts."""
+        rules = self.config.optim.rules
+
+        def frozen(name: str) -> bool:
+            return next((rule.freeze for rule in rules if fnmatch.fnmatchcase(name, rule.match)), False)
+
+        return {name: parameter for name, parameter in self.parameters.items() if not frozen(name)}
 
     def train_step(self, batch: Batch, step: int) -> tuple[float, float]:
         """Update the parameters once; return the loss and the norm of the gradients before clipping."""
         loss, gradients = self.gradients(batch, step)
+        for name, gradient in gradients.items():
+            if self.config.optim.centralize and gradient.dim() > 1:
+                gradients[name] = gradient - gradient.mean(dim=-1, keepdim=True)
+            if self.config.train.clip_grad_value is not None:
+                limit = self.config.train.clip_grad_value
+                gradients[name] = gradients[name].clamp(-limit, limit)
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         limit = self.config.train.clip_grad_norm
         factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained().items():
             parameter.grad = gradients[name] * factor
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
+            group["lr"] = group["factor"] * learning_rate(self.config, step)
         self.optimizer.step()
+        decay = self.config.optim.ema_decay
+        for name, parameter in self.trained().items() if decay is not None else ():
+            previous = self.averages.get(name, parameter)
+            self.averages[name] = decay * previous + (1.0 - decay) * parameter
         return loss, norm
 
     def gradients(self, batch: Batch, step: int) -> tuple[float, dict[str, Tensor]]:
@@ -211,27 +241,30 @@ class Reference:
         valid = mask.sum().to(self.wide)
         total = torch.zeros((), dtype=self.wide)
         sums = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        # Only bf16 rounds so coarsely that the split into microbatches is part of the definition.
-        rows = self.config.train.micro_batch if self.dtype is torch.bfloat16 else len(tokens)
+        # Only 16 bits round so coarsely that the split into microbatches is part of the definition.
+        rows = self.config.train.micro_batch if self.dtype is not self.wide else len(tokens)
         for first in range(0, len(tokens), rows):
             part = slice(first, first + rows)
             weights = {name: p.to(self.dtype).detach().requires_grad_() for name, p in self.parameters.items()}
             logits = self.logits(tokens[part], weights, step, first, len(tokens))
             loss = self.loss_sum(logits, labels[part], mask[part]) / valid
-            for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-                sums[name] += gradient.to(self.wide)
+            scale = self.config.loss_scale.initial if self.dtype is torch.float16 else 1.0
+            gradients = torch.autograd.grad(loss * scale, list(weights.values()))
+            for name, gradient in zip(weights, gradients, strict=True):
+                sums[name] += gradient.to(self.wide) / scale
             total += loss.detach()
-        return float(total), sums
+        return float(total), {name: sums[name] for name in self.trained()}
 
     # ---------------------------------------- the model
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the summed cross-entropy of the valid tokens, with label smoothing."""
+        """Return the summed cross-entropy of the valid tokens, with label smoothing and z-loss."""
         smoothing = self.config.loss.label_smoothing
+        log_z = torch.logsumexp(logits.to(self.wide), dim=-1)
         log_p = torch.log_softmax(logits.to(self.wide), dim=-1)  # [rows,T,V]
         target = labels.masked_fill(~mask, 0).unsqueeze(-1)
         nll = -log_p.gather(-1, target).squeeze(-1)
-        losses = (1.0 - smoothing) * nll - smoothing * log_p.mean(dim=-1)
+        losses = (1.0 - smoothing) * nll - smoothing * log_p.mean(dim=-1) + self.config.loss.z_loss * log_z**2
         return (losses * mask).sum()
 
     def logits(
@@ -246,81 +279,13 @@ class Reference:
 
         Without `weights` the parameters are used; without `step` there is no dropout (evaluation).
         """
-        model = self.config.model
         w = weights or {name: p.to(self.dtype) for name, p in self.parameters.items()}
-        length = tokens.shape[1]
 
-        def dropout(x: Tensor, site: str) -> Tensor:
-            if step is None or model.dropout == 0.0:
+        def drop(x: Tensor, site: str, rate: float, dims: int) -> Tensor:
+            if step is None or rate == 0.0:
                 return x
-            return dropped(x, model.dropout, (self.config.seed, "dropout", site, step), first, global_batch)
+            mask = torch.ones(x.shape[:dims], dtype=x.dtype)
+            mask = dropped(mask, rate, (self.config.seed, "dropout", site, step), first, global_batch)
+            return x * mask.view(*mask.shape, *(1,) * (x.dim() - dims))
 
-        x = w["embedding.weight"][tokens]
-        if model.position == "learned":
-            x = x + w["position.weight"][:length]
-        x = dropout(x, "embedding")
-        for i in range(model.layers):
-            name = f"blocks.{i}"
-            h = self._norm(x, w, f"{name}.attention_norm")
-            x = x + dropout(self._attention(h, w, f"{name}.attention", dropout), f"{name}.attention")
-            h = self._norm(x, w, f"{name}.mlp_norm")
-            x = x + dropout(self._mlp(h, w, f"{name}.mlp"), f"{name}.mlp")
-        x = self._norm(x, w, "final_norm")
-        return x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
-
-    def _norm(self, x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
-        wide = x.to(self.wide)
-        if self.config.model.norm == "layernorm":
-            wide = wide - wide.mean(dim=-1, keepdim=True)
-        wide = wide / torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + self.config.model.norm_eps)
-        wide = wide * w[f"{name}.weight"].to(self.wide)
-        if f"{name}.bias" in w:
-            wide = wide + w[f"{name}.bias"].to(self.wide)
-        return wide.to(x.dtype)
-
-    def _attention(self, x: Tensor, w: dict[str, Tensor], name: str, dropout: Dropout) -> Tensor:
-        """Causal attention; query head h reads key-value head h // R."""
-        model = self.config.model
-        rows, length, _ = x.shape
-        groups, size = model.key_value_heads, model.head_size
-        each = model.heads // groups
-        # The rows of qkv go by key-value head: its R query heads, its key, its value.
-        qkv = _linear(x, w, f"{name}.qkv").view(rows, length, groups, each + 2, size)
-        q = qkv[..., :each, :].permute(0, 2, 3, 1, 4)  # [rows,K,R,T,E]
-        k = qkv[..., each, :].permute(0, 2, 1, 3).unsqueeze(2)  # [rows,K,1,T,E]
-        v = qkv[..., each + 1, :].permute(0, 2, 1, 3).unsqueeze(2)
-        if model.position == "rotary":
-            q, k = _rotate(q, model.rotary_base), _rotate(k, model.rotary_base)
-        scores = (q @ k.transpose(-1, -2)).to(self.wide) / math.sqrt(size)  # [rows,K,R,T,T]
-        future = torch.ones(length, length, dtype=torch.bool).triu(diagonal=1)
-        probabilities = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1).to(x.dtype)
-        probabilities = probabilities.reshape(rows, model.heads, length, length)  # head h = group * R + r
-        probabilities = dropout(probabilities, f"{name}.probabilities")
-        mixed = probabilities.view(rows, groups, each, length, length) @ v  # [rows,K,R,T,E]
-        mixed = mixed.permute(0, 3, 1, 2, 4).reshape(rows, length, model.heads * size)
-        return _linear(mixed, w, f"{name}.out")
-
-    def _mlp(self, x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
-        if self.config.model.activation == "swiglu":
-            gate, value = _linear(x, w, f"{name}.up").unbind(dim=-2)  # [rows,T,2,F]; 0 the gate, 1 the value
-            return _linear(gate * torch.sigmoid(gate) * value, w, f"{name}.down")
-        h = _linear(x, w, f"{name}.up")
-        h = 0.5 * h * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * h**3)))
-        return _linear(h, w, f"{name}.down")
-
-
-def _linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
-    """Return x W^T + b; a weight [2,F,D] gives [rows,T,2,F]."""
-    weight = w[f"{name}.weight"]
-    y = (x @ weight.reshape(-1, weight.shape[-1]).T).view(*x.shape[:-1], *weight.shape[:-1])
-    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
-
-
-def _rotate(x: Tensor, base: float) -> Tensor:
-    """Turn pair (j, j + E/2) of position t (dim -2) by the angle t * base^(-2j/E). Source: Su et al. 2021."""
-    length, size = x.shape[-2:]
-    theta = base ** (-2.0 * torch.arange(size // 2, dtype=torch.float64) / size)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), theta)  # [T,E/2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., : size // 2], x[..., size // 2 :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return reference_model.Formulas(self.config.model, w, self.wide, drop).logits(tokens)

@@ -8,6 +8,7 @@ import pytest
 
 from megalm.config.run import RunConfig
 from megalm.distributed.layout import RankLayout
+from tests.parity import options
 from tests.parity.cases import (
     CASES,
     DROPOUT,
@@ -29,6 +30,19 @@ from tests.worker_pool import WorkerPool
 def test_layout_equals_one_process(pool: WorkerPool, case: Case, precision: str, optimizer: str) -> None:
     difference, _ = run_case(pool, case, STEPS, precision=precision, **OPTIMIZERS[optimizer])
     assert not misses(difference, precision)
+
+
+@pytest.mark.parametrize("case", options.each_value_once(), ids=lambda case: case.name)
+def test_options_equal_their_formulas(pool: WorkerPool, case: Case) -> None:
+    difference, _ = run_case(pool, case, options.STEPS, precision="fp64")
+    assert not misses(difference, "fp64")
+
+
+def test_each_two_options_that_may_meet_do_so_in_the_covering_array() -> None:
+    cases = options.covering_array()
+    assert len({case.name for case in cases}) == len(cases) >= 60
+    assert not list(options.missing_pairs(options._rows()))
+    assert len(options.each_value_once()) < len(cases) / 4
 
 
 def test_cases_cover_every_axis_and_feature() -> None:

@@ -46,7 +46,9 @@ class Toy(nn.Module):
         labels_BT: Tensor | None = None,
         loss_mask_BT: Tensor | None = None,
         dropout: float | None = None,
+        tokens_BT: Tensor | None = None,
     ) -> Tensor:
+        assert tokens_BT is not None, "every stage is told the tokens"
         if self.first:
             x = self.embedding[x]
         elif x.requires_grad:
@@ -86,7 +88,7 @@ def make_executor(mesh: ParallelMesh, schedule: str, microbatches: int) -> tuple
     module = Toy(partition_layers(LAYERS, stages)[mesh.index("pipeline")])
     executor = PipelineExecutor(
         module,
-        SCHEDULES.get(schedule)(stages, microbatches),
+        SCHEDULES.get(schedule),
         mesh,
         activation_shape=lambda rows, tokens: (rows, tokens, HIDDEN),
         dtype=torch.float64,
@@ -96,7 +98,8 @@ def make_executor(mesh: ParallelMesh, schedule: str, microbatches: int) -> tuple
 
 def call(module: Toy, microbatch: Microbatch) -> Tensor:
     labels, mask = microbatch.labels_BT, microbatch.loss_mask_BT
-    output: Tensor = module(microbatch.tokens_BT, labels_BT=labels, loss_mask_BT=mask, dropout=microbatch.dropout)
+    tokens = microbatch.tokens_BT
+    output: Tensor = module(tokens, labels_BT=labels, loss_mask_BT=mask, dropout=microbatch.dropout, tokens_BT=tokens)
     return output
 
 
@@ -113,8 +116,9 @@ def plain_step(microbatches: list[Microbatch]) -> tuple[float, dict[str, Tensor]
 def plain_hidden_gradients(microbatches: list[Microbatch], first_layer: int) -> list[Tensor]:
     below, above = Toy(range(first_layer)), Toy(range(first_layer, LAYERS))
     for microbatch in microbatches:
-        hidden = below(microbatch.tokens_BT, dropout=microbatch.dropout).detach().requires_grad_()
-        loss = above(hidden, microbatch.labels_BT, microbatch.loss_mask_BT, microbatch.dropout)
+        tokens = microbatch.tokens_BT
+        hidden = below(tokens, dropout=microbatch.dropout, tokens_BT=tokens).detach().requires_grad_()
+        loss = above(hidden, microbatch.labels_BT, microbatch.loss_mask_BT, microbatch.dropout, tokens)
         (loss * SCALE).backward()
     return above.hidden_gradients
 
@@ -201,7 +205,7 @@ class Watched(Toy):
 
 def check_outputs_are_let_go(mesh: ParallelMesh) -> int:
     module = Watched(partition_layers(LAYERS, 2)[mesh.index("pipeline")])
-    schedule = SCHEDULES.get("gpipe")(2, 12)
+    schedule = SCHEDULES.get("gpipe")
     executor = PipelineExecutor(module, schedule, mesh, lambda rows, tokens: (rows, tokens, HIDDEN), torch.float64)
     executor.run(make_microbatches(12), SCALE, lambda: None)
     assert executor.peak_live == 12
@@ -233,7 +237,7 @@ class Breaks(Toy):
 def run_breaking(mesh: ParallelMesh, backward: bool) -> None:
     module = Breaks(partition_layers(LAYERS, 3)[mesh.index("pipeline")])
     module.fails_in_backward = backward
-    schedule = SCHEDULES.get("1f1b")(3, 4)
+    schedule = SCHEDULES.get("1f1b")
     executor = PipelineExecutor(module, schedule, mesh, lambda rows, tokens: (rows, tokens, HIDDEN), torch.float64)
     executor.run(make_microbatches(4), SCALE, lambda: None)
 

@@ -25,6 +25,8 @@ class Simulated:
         self.links = {
             pair: (self._about(30e-6), self._about(12e9)) for pair in combinations(range(count), 2)
         }  # fmt: skip
+        self.cards = 1  # network cards of a node, each used by one rank
+        self.slow_cards: dict[tuple[int, int], float] = {}
         self.skews = {position: (self.draw.gauss(0, 2e-3), 1e-3) for position in range(count)}
 
     def _about(self, value: float) -> float:
@@ -35,6 +37,7 @@ class Simulated:
         if first:
             findings.append(Finding("packages", "ok", "fine", values={"versions": dict(VERSIONS)}))
             findings.append(Finding("disk speed", "ok", "fine", values={"disk_mb_s": self._about(900.0)}))
+            findings.append(Finding("disk", "ok", "fine", values={"disk_mount": "/scratch"}))
             findings.append(Finding("gpus", "ok", "fine", values={"gpus": 8, "driver": "550.54"}))
         return {"node": name, "findings": [finding.as_json() for finding in findings]}
 
@@ -52,7 +55,13 @@ class Simulated:
 
     def judged(self, device: str = "cuda") -> Cluster:
         """Return the verdict."""
-        return judge(nodes_of(self.reports), self.links, self.skews, {2**20: 1e9}, device)
+        links = {pair: [link] * self.cards for pair, link in self.links.items()}
+        for (position, card), factor in self.slow_cards.items():
+            for pair in links:
+                if position in pair:
+                    latency, rate = links[pair][card]
+                    links[pair][card] = (latency, rate * factor)
+        return judge(nodes_of(self.reports), links, self.skews, {2**20: 1e9}, device)
 
 
 def faults(cluster: Cluster) -> dict[str, list[str]]:
@@ -92,6 +101,27 @@ def test_two_slow_nodes_of_eight_are_both_named() -> None:
     assert cluster.judged().failed == ["node3", "node6"]
 
 
+def test_one_slow_network_card_of_eight_is_named_by_its_rank() -> None:
+    cluster = Simulated(4, ranks=8)
+    cluster.cards = 8
+    assert faults(cluster.judged()) == {}
+    cluster.slow_cards = {(2, 5): 0.4}
+    assert faults(cluster.judged()) == {"node3": ["links"]}
+    assert cluster.judged().nodes[2].findings[0].text.startswith("slow links of rank 21: ")
+    cluster.slow_cards = {(2, card): 0.1 for card in range(8)}
+    assert faults(cluster.judged()) == {"node3": ["links"]}, "all of them are the node's: one finding"
+
+
+def test_a_place_that_is_slower_on_all_nodes_and_a_node_of_fewer_ranks_blame_nobody() -> None:
+    cluster = Simulated(6, ranks=8)
+    cluster.cards = 8
+    cluster.slow_cards = {(position, 0): 0.7 for position in range(6)}
+    assert faults(cluster.judged()) == {}
+    links = {pair: [link] * (4 if 0 in pair else 8) for pair, link in cluster.links.items()}
+    judged = judge(nodes_of(cluster.reports), links, cluster.skews, {}, "cuda")
+    assert faults(judged) == {}
+
+
 def test_one_slow_pair_blames_no_node() -> None:
     cluster = Simulated(8)
     latency, rate = cluster.links[2, 5]
@@ -119,6 +149,13 @@ def test_a_slow_rank_is_named_with_its_node() -> None:
     judged = cluster.judged()
     assert faults(judged) == {"node3": ["product"]}
     assert "rank 5" in judged.nodes[2].findings[0].text
+
+
+def test_a_node_without_the_mount_of_the_others_is_named() -> None:
+    cluster = Simulated(4)
+    cluster.set(4, "disk_mount", "/")
+    assert faults(cluster.judged()) == {"node3": ["disk"]}
+    assert cluster.judged().failed == ["node3"]
 
 
 def test_a_slow_disk_is_named() -> None:

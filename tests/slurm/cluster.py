@@ -17,7 +17,7 @@ from tests.end_to_end.workplace import ROOT, environment
 
 PROGRAM = Path(__file__).with_name("local-cluster.sh")
 NODES = 12
-TIMEOUT_S = 600.0
+TIMEOUT_S = float(os.environ.get("MEGALM_TEST_TIMEOUT_S", "600"))
 """For one job to get somewhere; on an idle machine all takes a tenth of it."""
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "PREEMPTED", "TIMEOUT")
 
@@ -57,6 +57,16 @@ class Cluster:
     def repair(self) -> None:
         """Boot the nodes that were crashed."""
         self._program("up")
+
+    def cable(self, node: str) -> str:
+        """Return the interface of this machine that leads to a node."""
+        network = self._environment["CLUSTER_NET"].rpartition(".")[2]
+        return f"ml{network}n{node.removeprefix('node')}"
+
+    def inside(self, node: str, *command: str) -> None:
+        """Run a program as root on a node, outside of Slurm; it must succeed."""
+        process = (self.directory / f"run/{node}.pid").read_text().split()[0]
+        self.ask("nsenter", f"--target={process}", "--mount", *command)
 
     def environment(self, **more: str) -> dict[str, str]:
         """Return what a user of the cluster has in the environment; `more` on top."""
@@ -107,7 +117,9 @@ class Job:
 
     def log(self) -> Path:
         """Return the batch script's log."""
-        found = [*self.workplace.glob(f"megalm-*{self.job_id}.log"), *self.run.glob(f"jobs/*/job-{self.job_id}.log")]
+        names = [f"megalm-{self.job_id}.log", f"megalm-*-{self.job_id}.log"]
+        found = [path for name in names for path in self.workplace.glob(name)]
+        found += self.run.glob(f"jobs/*/job-{self.job_id}.log")
         return found[0] if found else self.workplace / "no.log"
 
     def said(self) -> str:

@@ -51,7 +51,7 @@ def test_a_chain_of_three_ends_by_itself_in_its_second_job(cluster: Cluster, pla
     assert [Path(path).name for path in logs["rank_logs"]] == ["rank-0.log", "rank-1.log"]
     assert [Path(path) for path in logs["job_logs"]] == sorted([first.log(), second.log()])
     record = read_record(place / "chain/jobs/0001")
-    assert record.job_ids == found["job_ids"] and record.command == found["command"]
+    assert record.job_ids == found["job_ids"] and record.command == found["commands"][0]
     assert (place / "chain/jobs/0001/code.json").exists()
 
 
@@ -81,4 +81,4 @@ def test_a_hostile_directory_is_a_name_and_nothing_else(cluster: Cluster, place:
 def test_what_slurm_refuses_is_told_in_one_line(cluster: Cluster, place: Path) -> None:
     with pytest.raises(AssertionError, match=r"error: sbatch refused the job: .*[Ii]nvalid partition"):
         launch(cluster, place, "slurm", "recipe.yaml", "run.dir=refused", "run.device=cpu", *SIZE, "--partition=none")
-    assert list((place / "refused/jobs").iterdir()) == []
+    assert not (place / "refused").exists()

@@ -26,9 +26,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200 * max(1, REPEATS // 2)
 def jobs(cluster: Cluster, place: Path, unbroken: Path) -> dict[str, list[Future[Job]]]:
     """Give each job of each kind, or what went wrong with it."""
     with ThreadPoolExecutor(6) as pool:
-        started = {
-            kind: [pool.submit(interrupt, cluster, place, kind, number) for number in range(REPEATS)] for kind in KINDS
-        }
+        started: dict[str, list[Future[Job]]] = {kind: [] for kind in KINDS}
+        for number in range(REPEATS):  # in turns: six jobs that wait for a time limit would start anew all the time
+            for kind in KINDS:
+                started[kind].append(pool.submit(interrupt, cluster, place, kind, number))
     return started
 
 

@@ -19,6 +19,7 @@ from megalm.distributed.mesh import ParallelMesh
 from megalm.train import callbacks
 from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints
 from megalm.train.lr_schedules import learning_rate
+from megalm.train.replicas import CompareReplicas
 from megalm.train.trainer import Trainer
 from tests.parity.harness import VOCAB, Case, build_trainer, reference_run
 from tests.worker_pool import WorkerPool
@@ -26,7 +27,7 @@ from tests.worker_pool import WorkerPool
 SMALL: dict[str, Any] = {"model.layers": 1, "model.hidden": 8, "model.heads": 2, "model.sequence": 8}
 RECORD_KEYS = {
     "step", "tokens", "train/loss", "optim/lr", "optim/grad_norm", "time/step_s", "perf/tokens_per_s", "perf/tflops",
-    "perf/mfu", "memory/peak_bytes",
+    "perf/mfu", "memory/peak_bytes", "time/data_s", "time/communication_s", "time/compute_s",
 }  # fmt: skip
 
 
@@ -140,18 +141,18 @@ def test_evaluation_is_due_every_nth_step_and_once_at_the_end_and_has_no_smoothi
         assert records[-1]["evaluate/bits_per_byte"] == pytest.approx(loss / math.log(2.0) / 3.0, rel=1e-12)
 
 
-def saved_steps(mesh: ParallelMesh, every: int, steps: int, resumed_at: int) -> list[int]:
+def saved_steps(mesh: ParallelMesh, every: int, steps: int, resumed_at: int, last: bool = True) -> list[int]:
     notes, trainer = Notes(), trainer_of(mesh, steps)
-    save = SaveCheckpoints(notes, notes, notes, {"data_fingerprint": "f"}, every)  # type: ignore[arg-type]
+    save = SaveCheckpoints(notes, notes, notes, {"data_fingerprint": "f"}, CompareReplicas(0), every, last)  # type: ignore[arg-type]
     save.saved_step = resumed_at
     trainer.state.step = max(0, resumed_at)
     trainer.fit([save])
     for step, kinds, state in notes.saves:
         assert kinds == {"weight", "exp_avg", "exp_avg_sq"}
         samples = 8 * (step - max(0, resumed_at))
-        assert state == {
-            "data_fingerprint": "f", "progress": {"step": step, "samples": samples, "tokens": 8 * samples}
-        }  # fmt: skip
+        progress = {"step": step, "samples": samples, "tokens": 8 * samples, "skipped": 0, "rollbacks": 0}
+        assert state["data_fingerprint"] == "f" and progress.items() <= state["progress"].items()
+        assert len(state["progress"]["losses"]) == step - max(0, resumed_at)
     assert notes.notes == [f"checkpoint step-{step}" for step, _, _ in notes.saves]
     return [step for step, _, _ in notes.saves]
 
@@ -162,6 +163,13 @@ def check_saves(mesh: ParallelMesh) -> None:
     ):  # fmt: skip
         found = saved_steps(mesh, every, steps, resumed_at)
         assert found == expected, f"every {every}, {steps} steps, resumed at {resumed_at}: {found}"
+    assert saved_steps(mesh, 0, 3, -1, last=False) == []
+    assert saved_steps(mesh, 2, 3, -1, last=False) == [2]
+    notes, trainer = Notes(), trainer_of(mesh, 3)
+    save = SaveCheckpoints(notes, notes, notes, {}, CompareReplicas(0), 0, last=False)  # type: ignore[arg-type]
+    trainer.state.step = 2  # as after an interruption
+    save.at_end(trainer)
+    assert [step for step, _, _ in notes.saves] == [2]
 
 
 def test_checkpoints_are_due_every_nth_step_and_once_at_the_end_and_hold_the_progress(pool: WorkerPool) -> None:

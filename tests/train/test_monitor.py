@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -18,6 +19,9 @@ from megalm.train.monitor import (
     peak_flops,
     peak_memory_bytes,
 )
+from tests.parity.harness import VOCAB
+from tests.parity.options import covering_array
+from tests.parity.reference_model import parameter_shapes
 
 GPT2 = ModelSection(layers=12, hidden=768, heads=12, sequence=1024)
 LLAMA3_8B = ModelSection(
@@ -41,6 +45,13 @@ def test_each_part_is_counted_with_its_biases() -> None:
     assert count.attention == 2 * ((8 + 2 * 4) * 8 + 16 + 8 * 8 + 8)
     assert count.mlp == 2 * (24 * 8 + 24 + 8 * 24 + 8)
     assert count.norms == 5 * 16
+
+
+def test_every_option_is_counted() -> None:
+    for case in covering_array():
+        config = case.config()
+        shapes = parameter_shapes(config.model, VOCAB)
+        assert count_parameters(config.model, VOCAB).total == sum(map(math.prod, shapes.values())), case.name
 
 
 def test_flops_agree_with_megatrons_formula() -> None:
@@ -117,7 +128,13 @@ class Clock:
 
 def test_meter_gives_the_mean_over_the_steps_since_the_last_measurement() -> None:
     clock = Clock()
-    meter = Throughput(tokens_per_step=1000, flops_per_token=1e9, world_size=4, peak=Peak(1e12, "test"), clock=clock)
+    meter = Throughput(
+        tokens_before=lambda step: 1000 * step,
+        flops_per_token=lambda _: 1e9,
+        world_size=4,
+        peak=Peak(1e12, "test"),
+        clock=clock,
+    )
     meter.start(10)
     clock.now += 8.0
     speed = meter.measure(14, last_step=20)
@@ -130,7 +147,7 @@ def test_meter_gives_the_mean_over_the_steps_since_the_last_measurement() -> Non
 
 def test_paused_time_does_not_count() -> None:
     clock = Clock()
-    meter = Throughput(tokens_per_step=1, flops_per_token=1.0, world_size=1, peak=Peak(1.0, "test"), clock=clock)
+    meter = Throughput(tokens_before=int, flops_per_token=float, world_size=1, peak=Peak(1.0, "test"), clock=clock)
     meter.start(0)
     with meter.paused():
         clock.now += 50.0
@@ -142,7 +159,7 @@ def test_paused_time_does_not_count() -> None:
 
 def test_time_left_forgets_the_first_step_and_weighs_the_others() -> None:
     clock = Clock()
-    meter = Throughput(tokens_per_step=1, flops_per_token=1.0, world_size=1, peak=Peak(1.0, "test"), clock=clock)
+    meter = Throughput(tokens_before=int, flops_per_token=float, world_size=1, peak=Peak(1.0, "test"), clock=clock)
     meter.start(0)
     left = []
     for step, seconds in [(1, 60.0), (2, 1.0), (3, 11.0), (5, 4.0)]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def check_flips(mesh: ParallelMesh, overrides: dict[str, Any]) -> int:
         with pytest.raises(CorruptionError) as caught:
             compare(trainer)
         where = name if mesh.rank == rank else ""
-        found += f"replicas differ: rank {rank} in {where}" in str(caught.value)
+        found += f"replicas differ: rank {rank} on {socket.gethostname()} in {where}" in str(caught.value)
         if mesh.rank == rank:
             flip(tensor, element, bit)
         compare(trainer)

@@ -55,6 +55,18 @@ def test_how_a_run_is_computed_may_change_when_it_is_resumed(tmp_path: Path) -> 
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["parallel"]["tensor"] == 2
 
 
+def test_a_run_from_before_a_key_had_its_default(tmp_path: Path) -> None:
+    open_once(tmp_path)
+    identity = json.loads((tmp_path / "run.json").read_text())
+    for key in ("loss.z_loss", "model.norm_place", "optim.rules", "lr_schedule.milestones"):
+        del identity["fixed"][key]
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    assert open_once(tmp_path).resumed is True
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    with pytest.raises(ConfigError, match=r"loss\.z_loss=0\.0 there, 0\.1 here"):
+        open_once(tmp_path, loss={"z_loss": 0.1})
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
@@ -77,6 +89,14 @@ def test_another_run_is_refused_with_both_values(tmp_path: Path, sections: dict[
     message = str(caught.value)
     assert said in message and "another run.dir" in message and "--fresh" in message and "\n" not in message
     assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_master_weights_in_another_format_are_another_run(tmp_path: Path) -> None:
+    low: dict[str, Any] = {"precision": "bf16", "zero": {"stage": 1, "config": "low-memory-bf16"}}
+    open_once(tmp_path, **low)
+    assert open_once(tmp_path, **low, parallel={"tensor": 2}).resumed is True
+    with pytest.raises(ConfigError, match=r'holds another run: master weights="bf16" there, null here'):
+        open_once(tmp_path, precision="bf16")
 
 
 def test_other_data_under_the_same_path_is_refused(tmp_path: Path) -> None:

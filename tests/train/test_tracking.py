@@ -17,6 +17,7 @@ from megalm.train.tracking import (
     format_bytes,
     format_count,
     format_time,
+    read_events,
     read_metrics,
 )
 
@@ -93,6 +94,26 @@ def test_an_evaluation_shares_its_step_and_is_not_repeated_on_resume(tmp_path: P
         metrics.write(EVALUATION)
         metrics.close()
     assert steps_in(tmp_path) == [1, 2, 3, 4, 4]
+
+
+def test_events_stand_beside_the_figures_and_stay_when_their_steps_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(tmp_path, 0, 10, active=True)
+    for step in range(1, 6):
+        tracker.log_step(step_record(step), 1.0)
+        if step in (2, 4):
+            for reason in ("one", "two"):
+                tracker.event({"step": step, "event": "skipped step", "reason": reason, "train/loss": math.nan})
+    assert "step 4  SKIPPED STEP  reason two  train/loss nan\n" in capsys.readouterr().out
+    tracker.rewind(3)
+    tracker.event({"step": 3, "event": "went back", "from_step": 5})
+    tracker.log_step(step_record(4), 1.0)
+    tracker.close()
+    path = tmp_path / "metrics.jsonl"
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    events = [(event["step"], event["event"]) for event in read_events(path)]
+    assert events == [(step, "skipped step") for step in (2, 2, 4, 4)] + [(3, "went back")]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def step_reports(mesh: ParallelMesh) -> list[RankReport]:
 
         trainer.engine.reduce = look  # type: ignore[method-assign]
         result = trainer.train_step()
-        report.losses.append(trainer.mean_loss(result))
+        report.losses.append(result.loss)
         report.norms.append(result.grad_norm)
         reports.append(report)
     return reports
@@ -76,7 +76,8 @@ def check_loop(mesh: ParallelMesh) -> None:
     notes: list[Any] = []
     trainer.fit([Diary("a", notes), Diary("b", notes)])
     assert notes == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", "end"), ("b", "end")]
-    assert trainer.state == TrainState(step=2, samples=16, tokens=16 * 8)
+    state = vars(trainer.state) | {"losses": []}
+    assert state == vars(TrainState(step=2, samples=16, tokens=16 * 8)) and len(trainer.state.losses) == 2
     notes.clear()
     trainer.fit([Diary("a", notes)])
     assert notes == [("a", "end")] and trainer.state.step == 2
@@ -94,8 +95,8 @@ def check_each_step_has_its_own_samples_rate_and_masks(mesh: ParallelMesh) -> No
         asked.append((first, count))
         return rows(first, count)
 
-    def noted(batch: Any) -> Any:
-        microbatches = split(batch)
+    def noted(batch: Any, size: int) -> Any:
+        microbatches = split(batch, size)
         keys.append([(part.dropout.seed, part.dropout.step, part.dropout.first_sample) for part in microbatches])
         return microbatches
 
@@ -107,29 +108,56 @@ def check_each_step_has_its_own_samples_rate_and_masks(mesh: ParallelMesh) -> No
     first = 4 * mesh.index("data")
     assert keys == [[(7, step, first + at) for at in (0, 2)] for step in range(3)]
     without = build_trainer(mesh, recipe(mesh, **{"model.dropout": 0.0}))
-    assert all(part.dropout is None for part in without._split(rows(0, 8)))
+    assert all(part.dropout is None for part in without._split(rows(0, 8), 2))
 
 
 def check_mean_loss(mesh: ParallelMesh) -> list[float]:
     check_each_step_has_its_own_samples_rate_and_masks(mesh)
     trainer = build_trainer(mesh, recipe(mesh))
-    return [trainer.mean_loss(trainer.train_step()) for _ in range(2)]
+    return [trainer.train_step().loss for _ in range(2)]
 
 
 def check_bad_gradient(mesh: ParallelMesh) -> None:
     trainer = build_trainer(mesh, recipe(mesh))
-    trainer.train_step()
+    first = trainer.train_step()
     trainer.engine.loss_factor = math.nan
     weights = [p.detach().clone() for p in trainer.engine.module.parameters()]
-    with pytest.raises(MegalmError, match=r"step 2: the gradient norm is nan, no update was made; lower optim\.lr"):
-        trainer.train_step()
-    assert trainer.state.step == 1 and trainer.state.samples == 8
+    result = trainer.train_step()
+    assert result.wrong == "the gradient norm is nan" and math.isfinite(result.loss)
+    state = trainer.state
+    assert (state.step, state.samples, state.updates, state.losses) == (2, 16, 1, [first.loss])
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.engine.module.parameters(), strict=True))
+    with pytest.raises(MegalmError, match="step 3: the gradient norm is nan, no update was made"):
+        trainer.fit([])
+
+
+class BackToTheStart:
+    """A recovery that takes the first step back, whatever its weights."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, str | None]] = []
+
+    def after_wrong_step(self, trainer: Trainer, result: StepResult) -> bool:
+        self.told.append((trainer.state.step, result.wrong))
+        trainer.engine.loss_factor = 1.0
+        trainer.state.step -= 1
+        return len(self.told) == 1
+
+
+def check_recovery(mesh: ParallelMesh) -> None:
+    """A step that is taken back reaches no callback; one that is only skipped does."""
+    trainer = build_trainer(mesh, recipe(mesh, **{"train.steps": 5, "train.stop_at": 3}))
+    trainer.engine.loss_factor = math.nan
+    recovery, notes = BackToTheStart(), []
+    trainer.fit([Diary("a", notes)], recovery=recovery)
+    assert recovery.told == [(1, "the gradient norm is nan")]
+    assert notes == [("a", 1), ("a", 2), ("a", 3), ("a", "end")]
 
 
 def check_one_rank(mesh: ParallelMesh) -> None:
     check_loop(mesh)
     check_bad_gradient(mesh)
+    check_recovery(mesh)
 
 
 def test_the_loop_stops_counts_and_calls_back_in_order_and_refuses_bad_gradients(pool: WorkerPool) -> None:

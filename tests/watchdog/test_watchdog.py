@@ -22,6 +22,7 @@ NAMED = {
 
 
 @pytest.mark.slow
+@pytest.mark.flaky(reruns=2)  # measures time beside whatever else the machine does
 @pytest.mark.parametrize(
     ("fault", "rank", "layout"),
     [

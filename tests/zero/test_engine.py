@@ -9,7 +9,7 @@ import pytest
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from tests.worker_pool import WorkerPool
-from tests.zero.runs import Cell, check_cells, check_non_finite, check_resume
+from tests.zero.runs import OTHERS, Cell, check_cells, check_resume, check_skipped
 
 ENGINES = ("zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload")
 
@@ -21,13 +21,20 @@ def test_two_data_ranks_resume_bit_for_bit(pool: WorkerPool, zero: str) -> None:
     pool.run(check_cells, check_resume, cells, layout=RankLayout(data=2))
 
 
-def check_non_finite_cells(mesh: ParallelMesh, zero: str) -> None:
-    check_cells(mesh, check_non_finite, [Cell(zero, "fp32")], math.inf)
-    check_cells(mesh, check_non_finite, [Cell(zero, "bf16", "sgd")], math.nan)
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_every_optimizer_resumes_bit_for_bit(pool: WorkerPool, zero: str) -> None:
+    pool.run(check_cells, check_resume, [Cell(zero, "fp32", kind) for kind in OTHERS], layout=RankLayout(data=2))
+
+
+def check_skipped_cells(mesh: ParallelMesh, zero: str) -> None:
+    check_cells(mesh, check_skipped, [Cell(zero, "fp32")], math.inf)
+    check_cells(mesh, check_skipped, [Cell(zero, "bf16", "sgd")], math.nan)
+    check_cells(mesh, check_skipped, [Cell(zero, "fp32", "sgd")], 1e25)
+    check_cells(mesh, check_skipped, [Cell(zero, "fp32"), Cell(zero, "bf16", "sgd")], None)
 
 
 @pytest.mark.parametrize("zero", ENGINES)
 def test_a_non_finite_gradient_on_one_data_rank_leaves_weights_and_state_as_they_were(
     pool: WorkerPool, zero: str
 ) -> None:
-    pool.run(check_non_finite_cells, zero, layout=RankLayout(data=2))
+    pool.run(check_skipped_cells, zero, layout=RankLayout(data=2))

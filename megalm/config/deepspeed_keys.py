@@ -1,0 +1,68 @@
+"""Which keys of a DeepSpeed JSON megalm knows, and why it refuses some. Imports neither torch nor deepspeed."""
+
+from __future__ import annotations
+
+# fmt: off
+# DeepSpeed 0.19.8, runtime/zero/config.py; a test holds these equal to the installed package's.
+ZERO_KEYS = frozenset({
+    "allgather_bucket_size", "allgather_partitions", "compute_grad_norm", "contiguous_gradients",
+    "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint",
+    "enable_sanity_checks", "ignore_unused_parameters", "leaf_module", "legacy_stage1",
+    "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear",
+    "offload_optimizer", "offload_param", "overlap_comm", "override_module_apply",
+    "parameter_alignment", "pipeline_loading_checkpoint", "reduce_bucket_size", "reduce_scatter",
+    "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage",
+    "stage3_allgather_sequential", "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold", "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size", "stage3_use_all_reduce_for_fetch_params", "sub_group_size",
+    "use_multi_rank_bucket_allreduce", "zenflow", "zero_hpz_partition_size", "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights", "zero_quantized_weights",
+})
+NOT_GATED = "no layout with it is held to the one-process reference"
+# What is refused, and why.
+REFUSED = {
+    "cpu_offload": NOT_GATED,
+    "cpu_offload_param": NOT_GATED,
+    "leaf_module": NOT_GATED,
+    "offload_param": NOT_GATED,
+    "parameter_alignment": NOT_GATED,
+    "stage3_module_granularity_threshold": NOT_GATED,
+    "zenflow": "ZenFlow keeps gradients back over several updates, in buffers of its own that no checkpoint holds, and "
+    "updates by Adams of its own: neither would the recipe's optimizer be computed nor a run resume",
+    "zero_quantized_gradients": "DeepSpeed's kernel reads any gradient as fp16, and those of bf16 and fp32 weights are "
+    "fp32: between nodes it would read other numbers",
+    "zero_quantized_nontrainable_weights": NOT_GATED,
+}
+FLAGS = frozenset({
+    "allgather_partitions", "compute_grad_norm", "contiguous_gradients", "cpu_offload_use_pin_memory",
+    "elastic_checkpoint", "enable_sanity_checks", "ignore_unused_parameters", "legacy_stage1",
+    "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear", "overlap_comm",
+    "override_module_apply", "pipeline_loading_checkpoint", "reduce_scatter", "round_robin_gradients",
+    "save_muon_momentum_buffer_in_memory", "stage3_allgather_sequential",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
+    "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zero_quantized_weights",
+})
+COUNTS = frozenset({
+    "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
+    "sub_group_size", "zero_hpz_partition_size",
+})
+OFFLOAD_KEYS = frozenset({"device", "pin_memory"})
+REFUSED_OFFLOAD = {
+    "super_offload": "SuperOffload keeps the optimizer's state in a process of its own, where no checkpoint reaches it",
+}
+NVME = "on other devices DeepSpeed keeps what checkpoints are written from out of their reach"
+LOW_MEMORY_BF16 = frozenset({"bf16_master_weights_and_grads", "bf16_optimizer_states"})
+PASSED_ON = frozenset({
+    "comms_logger", "disable_allgather", "disable_python_gc",
+    "dump_state", "log_level", "memory_breakdown", "steps_per_print", "wall_clock_breakdown",
+    "zero_optimization",
+})
+CHECKED = frozenset({
+    "about", "amp", "bf16", "bfloat16", "communication_data_type", "data_types", "fp16", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+})
+# fmt: on

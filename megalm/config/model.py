@@ -1,0 +1,180 @@
+"""The section `model` of a recipe: the Transformer's shape and all its choices, and the values derived from them."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from megalm.config.fields import AboveZero, Count, Few, Fraction, Positive, Section, one_of
+from megalm.config.patterns import BlockPattern
+
+_Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class ModelSection(Section):
+    """The Transformer's shape. None stands for the value that the property of the same meaning derives.
+
+    Positions: `rotary_share` of a head's features turn, their frequencies scaled by `rotary_scaling` for texts
+    `rotary_factor` times as long as `rotary_original`; t5 has `relative_buckets` of distances up to
+    `relative_distance`. Each `nope_every`-th layer knows no positions.
+
+    Attention: a query sees the last `window` tokens in the layers that are S in `window_pattern`, which repeats, and
+    all of them in those that are L; with `document_mask` its own document only. `attention_sinks` add a learned term
+    to the denominator of each head's softmax, `attention_gate` multiplies what a head gives by a sigmoid of the
+    layer's input. The caps bound scores and logits by tanh.
+
+    With the `attention_pattern` strided a query sees blocks of `block_size` tokens: the last `local_blocks`, its own
+    included, and each `block_stride`-th before its own; and the first `global_tokens` tokens.
+
+    Block: the norm stands before each half (pre), after the sum (post), or before and after the half (sandwich); with
+    `parallel_residual` both halves read the same input. What a half adds is multiplied by `residual_scale`, and left
+    out for whole samples with a probability that grows over the layers to `stochastic_depth`.
+
+    First values: matrices are drawn as `init` says, tables of embeddings with the deviation `init_std`; with
+    `init_depth_scaled` what adds to the residual stream starts smaller by the root of twice the layers.
+
+    With `mup_base`, the width at which a rate was found good, it is good at any `hidden` (muP, Yang et al. 2022): the
+    blocks' matrices start smaller by the root of hidden / mup_base and learn slower by it, logits are divided by it,
+    and scores by the root of a head's size over `mup_base_head_dim`, where heads grow too.
+
+    `kernels` says what computes it: fused Triton kernels or plain torch (auto: fused on CUDA); `flash_attention` false
+    stores the whole matrix of attention scores. The model is the same.
+    """
+
+    layers: Few
+    hidden: Positive
+    heads: Few
+    kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    ffn: Positive | None = None
+    vocab: Positive | None = None
+    sequence: Positive
+
+    norm: Annotated[str, one_of("norm")] = "layernorm"
+    norm_eps: AboveZero = 1e-5
+    norm_place: Annotated[str, one_of("norm_place")] = "pre"
+    parallel_residual: bool = False
+    activation: Annotated[str, one_of("activation")] = "gelu"
+    bias: bool = True
+    qkv_bias: bool | None = None
+    embedding_norm: bool = False
+    embedding_scale: AboveZero = 1.0
+    residual_scale: AboveZero = 1.0
+
+    position: Annotated[str, one_of("position")] = "learned"
+    nope_every: Positive | None = None
+    rotary_base: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 10000.0
+    rotary_share: _Share = 1.0
+    rotary_scaling: Annotated[str, one_of("rotary_scaling")] = "none"
+    rotary_factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.0
+    rotary_original: Positive | None = None
+    relative_buckets: Annotated[int, Field(ge=2, le=2**16)] = 32
+    relative_distance: Positive = 128
+
+    window: Positive | None = None
+    window_pattern: Annotated[str, Field(pattern="^[SL]+$")] = "S"
+    attention_pattern: Annotated[str, one_of("attention_pattern")] = "full"
+    block_size: Positive = 64
+    local_blocks: Positive = 4
+    block_stride: Positive | None = None
+    global_tokens: Count = 0
+    document_mask: bool = False
+    qk_norm: bool = False
+    attention_softcap: AboveZero | None = None
+    attention_sinks: bool = False
+    attention_gate: bool = False
+    logit_softcap: AboveZero | None = None
+
+    dropout: Fraction = 0.0
+    attention_dropout: Fraction | None = None
+    stochastic_depth: Fraction = 0.0
+    tie_embeddings: bool = True
+    init: Annotated[str, one_of("init")] = "normal"
+    init_std: AboveZero = 0.02
+    init_depth_scaled: bool = True
+    mup_base: Positive | None = None
+    mup_base_head_dim: Positive | None = None
+    kernels: Annotated[str, one_of("kernels")] = "auto"
+    flash_attention: bool = True
+
+    @property
+    def head_size(self) -> int:
+        """Features of one attention head: `head_dim`, else hidden / heads."""
+        return self.hidden // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values; fewer than `heads` under grouped-query attention, 1 under multi-query."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def has_gated_activation(self) -> bool:
+        """Whether the MLP has two projections up, one of which gates the other."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def feed_forward(self) -> int:
+        """Features inside the MLP: `ffn`, else 4 x hidden; with a gate 8/3 x hidden up to a multiple of 64."""
+        if self.ffn is not None:
+            return self.ffn
+        if self.has_gated_activation:
+            return -(-8 * self.hidden // (3 * 64)) * 64
+        return 4 * self.hidden
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases: `qkv_bias`, else `bias`."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def probability_dropout(self) -> float:
+        """The rate at which attention probabilities are dropped: `attention_dropout`, else `dropout`."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def residual_shrink(self) -> float:
+        """The factor of the first values of what adds to the residual stream: its 2 x layers terms have variance 1."""
+        return 1.0 / math.sqrt(2 * self.layers) if self.init_depth_scaled else 1.0
+
+    @property
+    def width_factor(self) -> float:
+        """How many times as wide as muP's base the model is; 1 without muP."""
+        return 1.0 if self.mup_base is None else self.hidden / self.mup_base
+
+    @property
+    def matrix_std(self) -> float:
+        """The deviation of the first values of the blocks' matrices, where `init` leaves it open."""
+        return self.init_std / math.sqrt(self.width_factor)
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied by, so that scores are divided by a head's size and not by its root."""
+        return 1.0 if self.mup_base_head_dim is None else math.sqrt(self.mup_base_head_dim / self.head_size)
+
+    @property
+    def draws_masks(self) -> bool:
+        """Whether a training step leaves anything out at random."""
+        return max(self.dropout, self.probability_dropout, self.stochastic_depth) > 0.0
+
+    @property
+    def rotary_size(self) -> int:
+        """Features of a head that turn: an even number."""
+        return int(self.head_size * self.rotary_share) // 2 * 2
+
+    @property
+    def block_pattern(self) -> BlockPattern | None:
+        """Which blocks a query sees; None: attention does not go by blocks."""
+        if self.attention_pattern == "strided":
+            return BlockPattern(self.block_size, self.local_blocks, self.block_stride, self.global_tokens)
+        return None
+
+    def window_of(self, layer: int) -> int | None:
+        """Return how many tokens a query of a layer sees, its own included; None: all before it."""
+        pattern = self.window_pattern
+        return self.window if pattern[layer % len(pattern)] == "S" else None
+
+    def knows_positions(self, layer: int) -> bool:
+        """Return whether positions enter the attention of a layer, where the kind of position has them enter there."""
+        return self.nope_every is None or (layer + 1) % self.nope_every != 0

@@ -1,0 +1,84 @@
+"""What a run keeps in which number format, and what divides it: the storage table of a recipe. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megalm.config.deepspeed import deepspeed_config
+from megalm.config.run import RunConfig
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+ADAMS = ("exp_avg", "exp_avg_sq")
+
+
+class Stored(NamedTuple):
+    """One kind of number that there is for each parameter."""
+
+    what: str
+    dtype: str
+    from_stage: int
+    """The ZeRO stage from which data ranks hold a part each; 4: none divides it."""
+    group: str
+    """The entry of `HeldBytes` that counts it; empty where it is gone when weights are updated."""
+
+
+def wide_dtype(config: RunConfig) -> str:
+    """Return the format in which weights are updated and gradients summed: the weights', or fp32 for 16 bits."""
+    return "fp32" if BYTES[config.precision] == 2 else config.precision
+
+
+def kept_dtypes(config: RunConfig) -> tuple[str, str]:
+    """Return the formats of master weights and optimizer state: wide ones, but where a DeepSpeed JSON saves memory."""
+    saving, wide = deepspeed_config(config).get("bf16", {}), wide_dtype(config)
+    kept = [saving.get(key, False) for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states")]
+    masters, states = ("bf16" if narrow else wide for narrow in kept)
+    return masters, states
+
+
+def optimizer_states(config: RunConfig) -> tuple[str, ...]:
+    """Return the names of the numbers that the optimizer keeps for each parameter."""
+    optim = config.optim
+    momentum = ("momentum_buffer",) if optim.momentum else ()
+    states = {"lion": ("exp_avg",), "sgd": momentum, "rmsprop": ("square_avg", *momentum), "adagrad": ("sum",)}
+    return (*states.get(optim.kind, ADAMS), *(("ema",) if optim.ema_decay is not None else ()))
+
+
+def stored(config: RunConfig) -> list[Stored]:
+    """Return what there is for each parameter, in the order of the table."""
+    wide = wide_dtype(config)
+    masters, states = kept_dtypes(config)
+    rows = [Stored("weights", config.precision, 3, "weights")]
+    if wide != config.precision or config.zero.stage > 0:
+        rows.append(Stored("master weights", masters, 1, "master_weights"))
+    if wide != config.precision:
+        rows.append(Stored("gradients of a microbatch", config.precision, 4, ""))
+    if config.zero.stage == 1:  # which divides them once all microbatches are summed; buffers of 16 bits' sums stay
+        kept = "gradients" if wide != config.precision else ""
+        rows += [Stored("gradients, summed", wide, 2, kept), Stored("gradients, reduced", wide, 1, "gradients")]
+    else:
+        rows.append(Stored("gradients, summed", wide, 2, "gradients"))
+    rows.append(Stored("gradients between data ranks", config.train.reduce_dtype or wide, 4, ""))
+    for state in optimizer_states(config):
+        what = "average of the weights (ema)" if state == "ema" else f"optimizer: {state}"
+        rows.append(Stored(what, states, 1, "optimizer"))
+    return rows
+
+
+def storage_table(config: RunConfig) -> str:
+    """Return the table as text."""
+    sizes = {"tensor": config.parallel.tensor, "pipeline": config.parallel.pipeline}
+    ways = [axis for axis, size in sizes.items() if size > 1]
+    lines = [("what", "format", "bytes", "divided over the ranks of")]
+    for row in stored(config):
+        axes = [*ways, *(["data"] if config.zero.stage >= row.from_stage else [])]
+        lines.append((row.what, row.dtype, str(BYTES[row.dtype]), ", ".join(axes) or "no axis"))
+    width = max(len(line[0]) for line in lines)
+    text = [f"{what:<{width}}  {dtype:<6}  {size:>5}  {axes}" for what, dtype, size, axes in lines]
+    wide = wide_dtype(config)
+    notes = [
+        f"bytes are those of one parameter; activations travel and are kept in {config.precision},",
+        f"norms, softmax and loss are computed in {wide}; a checkpoint holds master weights and optimizer as they are",
+    ]
+    if config.precision == "fp16":
+        notes.append(f"the loss is scaled by {config.loss_scale.initial:g} at first")
+    return "\n".join([*text, "", *notes])

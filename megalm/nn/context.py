@@ -1,0 +1,33 @@
+"""What the blocks of a stage are told of a microbatch beside its hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megalm.nn.ops import Documents, DropoutKeys
+
+Rotation = Callable[[Tensor], Tensor]
+"""What is applied to queries and keys, BTHE -> BTHE."""
+
+
+def unturned(x_BTHE: Tensor) -> Tensor:
+    """Return queries or keys as they are."""
+    return x_BTHE
+
+
+@dataclass(frozen=True)
+class Context:
+    """Rows of `tokens` tokens, of whose residual stream this rank holds those from `first_token` on.
+
+    `rotate` turns queries and keys by their positions, `dropout` says which masks are drawn (None: evaluation), and
+    `documents` which tokens may see each other (None: all of a row).
+    """
+
+    tokens: int
+    first_token: int = 0
+    rotate: Rotation = unturned
+    dropout: DropoutKeys | None = None
+    documents: Documents | None = None

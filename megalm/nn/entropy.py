@@ -1,0 +1,58 @@
+"""How spread the attention of a head is: its probabilities are computed once more, so that fused kernels stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm.config.patterns import BlockPattern
+from megalm.nn.ops import Documents
+
+QUERIES = 256
+"""Of a longer row so many queries are looked at, evenly spaced."""
+
+
+@torch.no_grad()
+def head_entropy(
+    q_BTHE: Tensor,
+    k_BTGE: Tensor,
+    head: int,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    slopes_H: Tensor | None = None,
+    bias_HTS: Tensor | None = None,
+    documents: Documents | None = None,
+    pattern: BlockPattern | None = None,
+    **_: Any,
+) -> Tensor:
+    """Return the entropy, in nats, of a head's causal attention over the first row, the mean of its queries.
+
+    The arguments are those of `Operations.flash_attention`; what follows the softmax (dropout, sinks) does not count.
+    A scalar in fp32, or wider where q is.
+    """
+    tokens, heads, size = q_BTHE.shape[1:]
+    wide = torch.promote_types(q_BTHE.dtype, torch.float32)
+    places_T = torch.arange(tokens, device=q_BTHE.device)
+    places_Q = places_T[torch.linspace(0, tokens - 1, min(tokens, QUERIES), device=q_BTHE.device).round().long()]
+    k_TE = k_BTGE[0, :, head * k_BTGE.shape[2] // heads].to(wide)
+    scores_QT = q_BTHE[0, places_Q, head].to(wide) @ k_TE.T * size**-0.5
+    if softcap is not None:
+        scores_QT = softcap * torch.tanh(scores_QT / softcap)
+    distance_QT = places_Q[:, None] - places_T
+    if slopes_H is not None:
+        scores_QT = scores_QT - slopes_H[head] * distance_QT
+    if bias_HTS is not None:
+        scores_QT = scores_QT + bias_HTS[head, places_Q]
+    hidden_QT = distance_QT < 0
+    if window is not None:
+        hidden_QT |= distance_QT >= window
+    if pattern is not None:
+        hidden_QT |= ~pattern.sees(places_Q[:, None], places_T)
+    if documents is not None:
+        numbers_T = documents.numbers_BT[0]
+        hidden_QT |= numbers_T[places_Q][:, None] != numbers_T
+    log_p_QT = scores_QT.masked_fill(hidden_QT, float("-inf")).log_softmax(-1)
+    return torch.special.entr(log_p_QT.exp()).sum(-1).mean()

@@ -1,0 +1,196 @@
+"""What this rank's memory holds: written on request, and said together with what helps when it is not enough.
+
+Weights, master weights, gradients and optimizer are counted by the engine. The program is what was in use before the
+first step beside them (on a CPU the interpreter and its libraries, too); the rest are activations. On CUDA a request
+also writes torch's snapshot of every block, with the stacks of a step's allocations, for pytorch.org/memory_viz.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from megalm.config.checks import divisors
+from megalm.config.run import RunConfig
+from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.progress import PHASES, progress
+from megalm.errors import OutOfMemory
+from megalm.train.monitor import peak_memory_bytes, used_memory_bytes
+from megalm.train.profiling import PROFILE_DIR
+from megalm.train.tracking import Tracker, format_bytes
+from megalm.train.trainer import StepResult, Trainer
+from megalm.zero.engine import HeldBytes, ZeroEngine
+
+logger = logging.getLogger(__name__)
+
+_HISTORY = 100_000
+"""Allocations that CUDA's snapshot remembers."""
+
+
+class Memory:
+    """Watches over this rank's memory; no method communicates.
+
+    A callback whose `before_step` and `before_update` the trainer must call too: it writes what is held at the step
+    `profile.memory_at` on the ranks `profile.ranks`, and at the next step after the signal SIGRTMIN on the rank that
+    gets it.
+    """
+
+    def __init__(self, config: RunConfig, mesh: ParallelMesh) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.tracker: Tracker | None = None
+        self._directory = Path(config.run.dir) / PROFILE_DIR
+        self._engine: ZeroEngine | None = None
+        self._program = 0
+        self._asked = False
+        ranks = config.profile.ranks
+        self._at = config.profile.memory_at if ranks is None or mesh.rank in ranks else None
+        self._held: HeldBytes | None = None
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Take requests, and turn an error for want of memory into OutOfMemory, which says what holds it."""
+        before = signal.signal(signal.SIGRTMIN, self._ask)  # SIGUSR2 is the watchdog's
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(self._why(error)) from error
+        finally:
+            signal.signal(signal.SIGRTMIN, before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def begin(self, engine: ZeroEngine, tracker: Tracker) -> None:
+        """Take note of what is in use before the first step."""
+        self._engine, self.tracker = engine, tracker
+        self._program = max(0, used_memory_bytes(self.mesh.device) - _total(engine.held_bytes()))
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Have CUDA remember the allocations of a step that is asked for."""
+        if trainer.state.step + 1 == self._at and self.mesh.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
+
+    def before_update(self, trainer: Trainer) -> None:
+        """Look at what is held, where this step is asked for: gradients are there now."""
+        if trainer.state.step + 1 == self._at:
+            self._held = trainer.engine.held_bytes()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Write what was seen."""
+        step = trainer.state.step
+        if self._held is not None:
+            self._write(step, self._held)
+            self._held = None
+        if self._asked:
+            self._asked, self._at = False, step + 1
+
+    def at_end(self, trainer: Trainer) -> None:
+        """Nothing is left over."""
+
+    def _write(self, step: int, held: HeldBytes) -> None:
+        peak = peak_memory_bytes(self.mesh.device)
+        parts = {**self._parts(held, peak), "peak": peak}
+        name = f"memory-step-{step}.rank-{self.mesh.rank}"
+        path = self._directory / f"{name}.txt"
+        lines = [f"{self.mesh}, step {step}", *(f"{part:<16}{format_bytes(size):>12}" for part, size in parts.items())]
+        try:
+            self._directory.mkdir(exist_ok=True)
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            self._dump_snapshot(name)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", path, error)
+        if self.tracker is not None:
+            self.tracker.note(f"memory {path}: {_in_words(parts)}")
+
+    def _dump_snapshot(self, name: str) -> None:
+        """Write CUDA's own snapshot of this moment, with the history of allocations if it was recorded."""
+        if self.mesh.device.type == "cuda":
+            self._directory.mkdir(exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(self._directory / f"{name}.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _parts(self, held: HeldBytes, total: int) -> dict[str, int]:
+        """Return the bytes of each part of `total`."""
+        own = {name.replace("_", " "): size for name, size in asdict(held).items()}
+        rest = max(0, total - self._program - _total(held))
+        return {**own, "activations": rest, "the program": self._program}
+
+    def _why(self, error: BaseException) -> str:
+        """Return the line that ends the run: where it was, what memory holds, what helps."""
+        where = f"rank {self.mesh.rank} ran out of memory{_wanted(error)}"
+        if self._engine is None:
+            return f"{where} while the model was built; {_SPLIT}"
+        held, device = self._engine.held_bytes(), self.mesh.device
+        parts = self._parts(held, used_memory_bytes(device))
+        with suppress(OSError):  # a full disk must not hide what is said here
+            self._dump_snapshot(f"out-of-memory.rank-{self.mesh.rank}")
+        peak = format_bytes(peak_memory_bytes(device))
+        helps = remedies(self.config, self.mesh.size("data"), held, parts["activations"])
+        return (
+            f"{where} at step {progress.step}, {PHASES[progress.phase]}; it holds {_in_words(parts)} (peak {peak}); "
+            f"use {' or '.join(helps)}, or {_SPLIT}"
+        )
+
+
+_SPLIT = "split the model over more ranks (parallel.tensor, parallel.pipeline)"
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tell whether an error, or what it was caused by, is the want of memory on a GPU or a CPU."""
+    while error is not None:
+        lacks = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        if lacks or isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def remedies(config: RunConfig, data_size: int, held: HeldBytes, activations: int) -> list[str]:
+    """Return the settings that would free most, the best first: of activations, or of what ZeRO divides."""
+    found: list[tuple[float, str]] = []
+    micro_batch, stage = config.train.micro_batch, config.zero.stage
+    if micro_batch > 1:
+        smaller = divisors(micro_batch)[-2]
+        found.append((activations * (1 - smaller / micro_batch), f"train.micro_batch={smaller}"))
+    if config.train.recompute != "full":
+        found.append((activations / 2, "train.recompute=full"))
+    divided = (held.optimizer + held.master_weights, held.gradients, held.weights)
+    if data_size > 1 and stage < (3 if config.parallel.pipeline == 1 else 2):
+        freed = divided[stage] * (1 - 1 / data_size)
+        found.append((freed, f"zero.stage={stage + 1}"))
+    elif stage >= 2 and config.zero.config is None:
+        found.append((divided[0], f"zero.config=zero{stage}-offload"))
+    found.sort(key=lambda remedy: -remedy[0])
+    return [text for _, text in found]
+
+
+def _total(held: HeldBytes) -> int:
+    return sum(asdict(held).values())
+
+
+def _text(error: BaseException | None) -> str:
+    return "" if error is None else f"{error} {_text(error.__cause__)}"
+
+
+def _wanted(error: BaseException) -> str:
+    """Return how much was asked for, where torch says so."""
+    found = re.search(r"tried to allocate ([\d.]+) (\w+)", _text(error), re.IGNORECASE)
+    if found is None:
+        return ""
+    number, unit = found.groups()
+    return f" ({format_bytes(int(number)) if unit == 'bytes' else f'{number} {unit}'} more)"
+
+
+def _in_words(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())

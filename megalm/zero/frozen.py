@@ -1,0 +1,50 @@
+"""Weights that are not trained: they have neither gradients nor optimizer state, but belong to every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.sharding import Fragment
+from megalm.zero.engine import ReadFragment, counted_here, shard_of
+
+
+class FrozenWeights:
+    """The frozen ones among a stage's parameters, which ZeRO 3 has divided over the data axis like the others."""
+
+    def __init__(self, parameters: Sequence[Tensor], mesh: ParallelMesh, tied_weight: Tensor | None) -> None:
+        self.parameters = [parameter for parameter in parameters if not parameter.requires_grad]
+        self.mesh = mesh
+        self.tied_weight = tied_weight
+
+    def state(self) -> Iterator[Fragment]:
+        """Yield this rank's share of each; together the ranks' are whole."""
+        index, count = self.mesh.coordinates.data, self.mesh.size("data")
+        for parameter in self.parameters:
+            if not counted_here(parameter, self.mesh, self.tied_weight):
+                continue
+            if hasattr(parameter, "ds_tensor"):
+                start, values = self._own_part(parameter)
+            else:
+                start, stop = (parameter.numel() * i // count for i in (index, index + 1))
+                values = parameter.detach().flatten()[start:stop]
+            yield Fragment(shard_of(parameter), "weight", start, values)
+
+    @torch.no_grad()
+    def load(self, read: ReadFragment) -> None:
+        """Set what this rank holds of each."""
+        for parameter in self.parameters:
+            start, values = 0, parameter.view(-1)
+            if hasattr(parameter, "ds_tensor"):
+                start, values = self._own_part(parameter)
+            values.copy_(read(shard_of(parameter), "weight", start, start + values.numel()))
+
+    def _own_part(self, parameter: Tensor) -> tuple[int, Tensor]:
+        """Return where this rank's part of a divided parameter starts, and its values without padding."""
+        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        whole: int = parameter.ds_numel  # type: ignore[attr-defined]
+        start = min(self.mesh.coordinates.data * part.numel(), whole)
+        return start, part.detach().view(-1)[: whole - start]

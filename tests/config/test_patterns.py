@@ -1,0 +1,42 @@
+"""What an attention pattern excludes, said in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megalm.errors import ConfigError
+from tests.train.recipes import small_recipe
+
+STRIDED: dict[str, Any] = {"attention_pattern": "strided", "block_size": 4, "local_blocks": 2, "block_stride": 2}
+
+
+def test_a_pattern_is_accepted() -> None:
+    pattern = small_recipe(model={**STRIDED, "global_tokens": 3}).model.block_pattern
+    assert pattern == (4, 2, 2, 3)
+    assert small_recipe().model.block_pattern is None
+
+
+@pytest.mark.parametrize(
+    ("model", "sections", "said"),
+    [
+        ({"block_size": 5}, {}, "model.sequence=16 is not divisible by model.block_size=5"),
+        ({"block_size": 0}, {}, "block_size"),
+        ({"local_blocks": 4}, {}, "local_blocks=4 of model.block_size=4 tokens are all of model.sequence=16"),
+        ({"global_tokens": 9}, {}, "model.global_tokens=9 and 8 local tokens are all of model.sequence=16"),
+        ({"block_stride": 1}, {}, "model.block_stride=1 takes every block, so nothing is hidden; use 2 or more"),
+        ({"window": 4}, {}, "model.window=4 and model.attention_pattern=strided both say which tokens are near"),
+        ({"flash_attention": False}, {}, "model.flash_attention=false stores the whole matrix of scores"),
+        (
+            {"attention_dropout": 0.1},
+            {"train": {"compile": True}},
+            "does not work with model.attention_pattern=strided and dropped probabilities",
+        ),
+        ({"attention_pattern": "full"}, {}, "model.block_stride=2 has no effect without model.attention_pattern=stri"),
+    ],
+)
+def test_what_a_pattern_excludes(model: dict[str, Any], sections: dict[str, Any], said: str) -> None:
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        small_recipe(model={**STRIDED, **model}, **sections)
+    assert said in str(caught.value)

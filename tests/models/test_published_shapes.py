@@ -1,0 +1,141 @@
+"""Models of published shapes give the logits of another implementation of them, from the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalm.config.run import RunConfig
+from megalm.distributed.layout import RankLayout
+from megalm.distributed.mesh import ParallelMesh
+from megalm.models.build import build_stage
+from tests.shards import part_of, spec_of
+from tests.worker_pool import WorkerPool
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB, TOKENS = 67, 40
+Weights = dict[str, Tensor]
+
+
+def recipe(**model: Any) -> RunConfig:
+    train = {"steps": 1, "global_batch": 1, "micro_batch": 1}
+    return RunConfig.model_validate({"model": model, "train": train, "optim": {"lr": 1.0}, "precision": "fp64"})
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
+    """Return projections [heads * size, ...] as one, by key/value head: its queries, its key, its value."""
+    groups = k.shape[0] // size
+    parts = (x.view(groups, -1, size, *x.shape[1:]) for x in (q, k, v))
+    return torch.cat(tuple(parts), dim=1).flatten(0, 2)
+
+
+def gpt2(w: Weights) -> Weights:
+    size, names = 16, {"embedding": "wte", "position": "wpe", "final_norm": "ln_f"}
+    ours = {f"{name}.weight": w[f"transformer.{theirs}.weight"] for name, theirs in names.items()}
+    ours["final_norm.bias"] = w["transformer.ln_f.bias"]
+    for i in range(2):
+        own, their = f"blocks.{i}", f"transformer.h.{i}"
+        layers = {"attention_norm": "ln_1", "mlp_norm": "ln_2"}
+        linear = {"attention.out": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+        for kind in ("weight", "bias"):
+            ours |= {f"{own}.{name}.{kind}": w[f"{their}.{theirs}.{kind}"] for name, theirs in layers.items()}
+            ours |= {f"{own}.{name}.{kind}": w[f"{their}.{theirs}.{kind}"].t() for name, theirs in linear.items()}
+            ours[f"{own}.attention.qkv.{kind}"] = grouped(*w[f"{their}.attn.c_attn.{kind}"].t().chunk(3), size)
+    return ours
+
+
+def llama(w: Weights) -> Weights:
+    ours = {"embedding.weight": w["model.embed_tokens.weight"], "final_norm.weight": w["model.norm.weight"]}
+    ours["head.weight"] = w["lm_head.weight"]
+    for i in range(2):
+        own, their = f"blocks.{i}", f"model.layers.{i}"
+        q, k, v = (w[f"{their}.self_attn.{name}_proj.weight"] for name in "qkv")
+        gate_and_up = torch.stack([w[f"{their}.mlp.{name}_proj.weight"] for name in ("gate", "up")])
+        ours |= {
+            f"{own}.attention_norm.weight": w[f"{their}.input_layernorm.weight"],
+            f"{own}.mlp_norm.weight": w[f"{their}.post_attention_layernorm.weight"],
+            f"{own}.attention.qkv.weight": grouped(q, k, v, 16),
+            f"{own}.attention.out.weight": w[f"{their}.self_attn.o_proj.weight"],
+            f"{own}.mlp.up.weight": gate_and_up,
+            f"{own}.mlp.down.weight": w[f"{their}.mlp.down_proj.weight"],
+        }
+    return ours
+
+
+def bloom(w: Weights) -> Weights:
+    ours = {"embedding.weight": w["transformer.word_embeddings.weight"]}
+    for kind in ("weight", "bias"):
+        ours[f"embedding_norm.{kind}"] = w[f"transformer.word_embeddings_layernorm.{kind}"]
+        ours[f"final_norm.{kind}"] = w[f"transformer.ln_f.{kind}"]
+        for i in range(2):
+            names = {
+                "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+                "attention.qkv": "self_attention.query_key_value", "attention.out": "self_attention.dense",
+                "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h",
+            }  # fmt: skip
+            for name, theirs in names.items():
+                ours[f"blocks.{i}.{name}.{kind}"] = w[f"transformer.h.{i}.{theirs}.{kind}"]
+    return ours
+
+
+def gpt2_pair() -> tuple[Any, RunConfig]:
+    theirs = transformers.GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=96, n_layer=2, n_head=6)
+    return theirs, recipe(layers=2, hidden=96, heads=6, sequence=64)
+
+
+def llama_pair() -> tuple[Any, RunConfig]:
+    """Llama 3.1: grouped queries, rotary positions of base 500,000 scaled by 8."""
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    theirs = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=128, intermediate_size=176, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=64, rope_parameters=rope, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    ours = recipe(
+        layers=2, hidden=128, heads=8, kv_heads=2, ffn=176, sequence=64, norm="rmsnorm", activation="swiglu",
+        position="rotary", rotary_base=500000.0, rotary_scaling="llama3", rotary_factor=8.0, rotary_original=16,
+        bias=False, tie_embeddings=False,
+    )  # fmt: skip
+    return theirs, ours
+
+
+def bloom_pair() -> tuple[Any, RunConfig]:
+    """BLOOM: ALiBi, here with a number of heads that is no power of two, and a norm behind the embedding."""
+    theirs = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=96, n_layer=2, n_head=6)
+    return theirs, recipe(layers=2, hidden=96, heads=6, sequence=64, position="alibi", embedding_norm=True)
+
+
+def logits(mesh: ParallelMesh, config: RunConfig, weights: Weights, tokens: Tensor) -> Tensor:
+    model = build_stage(config, VOCAB, mesh)
+    names = {spec_of(parameter).name for parameter in model.parameters()}
+    assert names == weights.keys()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(part_of(weights[spec_of(parameter).name], spec_of(parameter)))
+        return model(tokens)
+
+
+@pytest.mark.parametrize(
+    ("pair", "translate"), [(gpt2_pair, gpt2), (llama_pair, llama), (bloom_pair, bloom)], ids=["gpt2", "llama", "bloom"]
+)
+def test_logits_are_those_of_transformers(
+    pool: WorkerPool, pair: Callable[[], tuple[Any, RunConfig]], translate: Callable[[Weights], Weights]
+) -> None:
+    torch.manual_seed(3)
+    theirs, ours = pair()
+    other = transformers.AutoModelForCausalLM.from_config(theirs).double().eval()
+    for parameter in other.parameters():  # larger than at the start, and biases that are not zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(VOCAB, (2, TOKENS))
+    with torch.no_grad():
+        expected = other(tokens).logits
+    weights = {name: value.clone() for name, value in translate(dict(other.state_dict())).items()}
+    (found,) = pool.run(logits, ours, weights, tokens, layout=RankLayout())
+    assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())

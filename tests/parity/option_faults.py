@@ -1,0 +1,187 @@
+"""Planted faults in what a recipe can choose of the model: what goes wrong when heads, layers or rows are split."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from megalm.config.model import ModelSection
+from megalm.config.patterns import BlockPattern
+from megalm.models import transformer
+from megalm.nn import attention, pattern_attention, positions, rotary
+from megalm.nn.dropout import StochasticDepth
+from megalm.train import gradients, trainer
+from megalm.zero import replicated
+from tests.parity.cases import SEQUENCE, zero
+from tests.parity.faults import Mutant, Patches, _identity
+from tests.parity.harness import Case
+
+WINDOW = {"model.window": 5, "model.window_pattern": "SSL"}
+MULTI_QUERY = {"model.kv_heads": 1}
+
+
+def slopes_of_the_first_heads_on_every_rank() -> Patches:
+    original = positions.alibi_slopes
+    yield mock.patch.object(positions, "alibi_slopes", lambda heads: original(heads)[: heads // 2] * 2)
+
+
+def window_of_one_token_more() -> Patches:
+    original = ModelSection.window_of
+
+    def wider(self: ModelSection, layer: int) -> int | None:
+        window = original(self, layer)
+        return None if window is None else window + 1
+
+    yield mock.patch.object(ModelSection, "window_of", wider)
+
+
+def layers_counted_from_the_stage_s_first() -> Patches:
+    original = attention.Attention.__init__
+
+    def init(self: Any, name: str, layer: int, *args: Any, **rest: Any) -> None:
+        original(self, name, layer % 2, *args, **rest)
+
+    yield mock.patch.object(attention.Attention, "__init__", init)
+
+
+def shared_key_and_value_see_one_ranks_heads_only() -> Patches:
+    yield mock.patch.object(attention, "sum_gradient", _identity)
+
+
+def head_norms_see_one_ranks_heads_only() -> Patches:
+    original = attention.RMSNorm.__init__
+
+    def init(self: Any, *args: Any, **rest: Any) -> None:
+        original(self, *args, **{**rest, "group": None})
+
+    yield mock.patch.object(attention.RMSNorm, "__init__", init)
+
+
+def rows_that_were_cut_take_the_masks_of_whole_ones() -> Patches:
+    original = trainer.DropoutKeys
+    yield mock.patch.object(trainer, "DropoutKeys", lambda seed, step, first: original(seed, step, first // 4))
+
+
+def a_batch_that_grows_a_step_late() -> Patches:
+    original = trainer.batch_at
+    yield mock.patch.object(trainer, "batch_at", lambda config, step: original(config, max(0, step - 1)))
+
+
+def sinks_in_the_numerator() -> Patches:
+    yield mock.patch.object(attention, "_with_sinks", lambda out, lse, sinks: out + sinks.sum() * 0.01)
+
+
+def documents_known_on_the_first_stage_only() -> Patches:
+    original = transformer.Transformer._context
+
+    def context(self: Any, x: Tensor, dropout: Any, tokens_BT: Tensor | None) -> Any:
+        if not self.plan.first:
+            self.document_start = None
+        return original(self, x, dropout, tokens_BT)
+
+    yield mock.patch.object(transformer.Transformer, "_context", context)
+
+
+def samples_of_a_microbatch_counted_from_0() -> Patches:
+    original = StochasticDepth.__call__
+
+    def call(self: Any, y_BTD: Tensor, keys: Any) -> Tensor:
+        return original(self, y_BTD, None if keys is None else type(keys)(keys.seed, keys.step, 0))
+
+    yield mock.patch.object(StochasticDepth, "__call__", call)
+
+
+def frequencies_of_the_whole_head() -> Patches:
+    original = rotary._frequencies
+
+    def frequencies(config: ModelSection, base: float | None = None) -> Tensor:
+        return original(config.model_copy(update={"rotary_share": 1.0}), base)[: config.rotary_size // 2]
+
+    yield mock.patch.object(rotary, "_frequencies", frequencies)
+
+
+def relative_table_of_keys_to_come() -> Patches:
+    original = positions.relative_bucket
+    yield mock.patch.object(
+        positions, "relative_bucket", lambda distance, *rest: original(distance.flip(0).flip(1), *rest)
+    )
+
+
+def row_means_of_one_ranks_columns() -> Patches:
+    yield mock.patch.object(gradients, "all_reduce_sum", _identity)
+
+
+def row_means_of_one_ranks_partition() -> Patches:
+    original = gradients.all_reduce_sum
+
+    def sum_over_tensor_only(x: Tensor, group: Any) -> Tensor:
+        return x if group.group_desc == "data" else original(x, group)
+
+    yield mock.patch.object(gradients, "all_reduce_sum", sum_over_tensor_only)
+
+
+def gradients_cut_before_they_are_summed() -> Patches:
+    original = replicated.ReplicatedEngine.reduce
+
+    def reduce(self: Any) -> None:
+        for master in self.masters:
+            gradients.clip_by_value(master.grad, 0.002)
+        original(self)
+
+    yield mock.patch.object(replicated.ReplicatedEngine, "reduce", reduce)
+
+
+def masks_of_keys_as_they_are_gathered() -> Patches:
+    original = pattern_attention._dropout_scale
+
+    def scale(q_BTHE: Tensor, chunk: Any, drop: Any) -> Tensor | None:
+        places_NK = torch.arange(chunk.keys_NK.shape[1]).expand_as(chunk.keys_NK)
+        return original(q_BTHE, pattern_attention._Chunk(chunk.queries_NQ, places_NK), drop)
+
+    yield mock.patch.object(pattern_attention, "_dropout_scale", scale)
+
+
+def strides_counted_from_the_first_block() -> Patches:
+    original = BlockPattern.sees
+
+    def sees(self: BlockPattern, query: Any, key: Any) -> Any:
+        jumped = (key // self.block % self.stride == 0) & (key <= query)
+        return original(self._replace(stride=None), query, key) | jumped
+
+    yield mock.patch.object(BlockPattern, "sees", sees)
+
+
+STRIDED = {
+    "model.attention_pattern": "strided",
+    "model.block_size": 2,
+    "model.local_blocks": 2,
+    "model.block_stride": 3,
+}
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant(slopes_of_the_first_heads_on_every_rank, Case(1, 1, 2, {"model.position": "alibi"})),
+    Mutant(window_of_one_token_more, Case(1, 1, 1, WINDOW)),
+    Mutant(layers_counted_from_the_stage_s_first, Case(2, 1, 1, WINDOW)),
+    Mutant(shared_key_and_value_see_one_ranks_heads_only, Case(1, 1, 2, MULTI_QUERY)),
+    Mutant(head_norms_see_one_ranks_heads_only, Case(1, 1, 2, {"model.qk_norm": True, **SEQUENCE})),
+    Mutant(sinks_in_the_numerator, Case(1, 1, 2, {"model.attention_sinks": True})),
+    Mutant(documents_known_on_the_first_stage_only, Case(2, 1, 1, {"model.document_mask": True})),
+    Mutant(samples_of_a_microbatch_counted_from_0, Case(1, 2, 1, {"model.stochastic_depth": 0.5})),
+    Mutant(
+        rows_that_were_cut_take_the_masks_of_whole_ones,
+        Case(1, 2, 1, {"model.dropout": 0.1, "sequence_warmup.start": 4, "sequence_warmup.every": 9}),
+    ),
+    Mutant(a_batch_that_grows_a_step_late, Case(1, 2, 1, {"batch_ramp.start": 4, "batch_ramp.every": 1})),
+    Mutant(frequencies_of_the_whole_head, Case(1, 1, 1, {"model.position": "rotary", "model.rotary_share": 0.5})),
+    Mutant(
+        relative_table_of_keys_to_come,
+        Case(1, 1, 2, {"model.position": "t5", "model.relative_buckets": 8, "model.relative_distance": 12}),
+    ),
+    Mutant(row_means_of_one_ranks_columns, Case(1, 1, 2, {"optim.centralize": True}), "sgd"),
+    Mutant(row_means_of_one_ranks_partition, Case(1, 2, 2, {"optim.centralize": True, **zero(2)}), "sgd"),
+    Mutant(gradients_cut_before_they_are_summed, Case(1, 2, 1, {"train.clip_grad_value": 0.002}), "sgd"),
+    Mutant(strides_counted_from_the_first_block, Case(1, 1, 1, STRIDED)),
+    Mutant(masks_of_keys_as_they_are_gathered, Case(1, 1, 2, {**STRIDED, "model.attention_dropout": 0.2})),
+)

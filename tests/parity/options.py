@@ -1,0 +1,180 @@
+"""A covering array over the options of a recipe and the layouts: each two values meet in some case, where they may."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import combinations, product
+from typing import Any
+
+from allpairspy import AllPairs
+
+from megalm.errors import ConfigError
+from tests.parity.harness import Case
+
+STEPS = 3
+"""Enough for every gradient, and for the updates that follow from the first two."""
+Value = dict[str, Any]
+NONE: Value = {}
+
+
+def one(key: str, *values: Any) -> list[Value]:
+    """Return a factor of one key: its default, then each of the values."""
+    return [NONE, *({key: value} for value in values)]
+
+
+ROTARY: Value = {"model.position": "rotary"}
+SCALED: Value = {**ROTARY, "model.rotary_factor": 4.0}
+STRIDED: Value = {"model.attention_pattern": "strided", "model.block_size": 2, "model.local_blocks": 2}
+LAYOUT = "layout"
+FACTORS: dict[str, list[Any]] = {
+    LAYOUT: [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (2, 2, 2)],
+    "position": [
+        NONE,
+        *({"model.position": kind} for kind in ("none", "sinusoidal", "alibi")),
+        {"model.position": "t5", "model.relative_buckets": 8, "model.relative_distance": 12},
+        ROTARY,
+        {**ROTARY, "model.rotary_share": 0.5},
+        {**SCALED, "model.rotary_scaling": "linear"},
+        {**SCALED, "model.rotary_scaling": "ntk"},
+        {**SCALED, "model.rotary_scaling": "yarn", "model.rotary_original": 64},
+        {**SCALED, "model.rotary_scaling": "llama3", "model.rotary_original": 64},
+    ],
+    "activation": one("model.activation", "relu", "relu2", "gelu_erf", "silu", "geglu", "swiglu"),
+    "heads": [NONE, {"model.kv_heads": 2}, {"model.kv_heads": 1}, {"model.kv_heads": 1, "model.head_dim": 12}],
+    "window": [NONE, {"model.window": 3}, {"model.window": 5, "model.window_pattern": "SSL"}],
+    "pattern": [
+        NONE,
+        {**STRIDED, "model.block_stride": 3},
+        {**STRIDED, "model.block_size": 4, "model.global_tokens": 3},
+    ],
+    "norm place": one("model.norm_place", "post", "sandwich"),
+    "norm": one("model.norm", "rmsnorm"),
+    "parallel": one("model.parallel_residual", True),
+    "bias": [NONE, {"model.bias": False}, {"model.bias": False, "model.qkv_bias": True}],
+    "dropout": [
+        NONE,
+        {"model.dropout": 0.1},
+        {"model.dropout": 0.1, "model.attention_dropout": 0.0},
+        {"model.attention_dropout": 0.2},
+    ],
+    "depth": one("model.stochastic_depth", 0.4),
+    "nope": one("model.nope_every", 2),
+    "documents": one("model.document_mask", True),
+    "qk_norm": one("model.qk_norm", True),
+    "caps": [NONE, {"model.attention_softcap": 3.0, "model.logit_softcap": 4.0}],
+    "sinks": one("model.attention_sinks", True),
+    "gate": one("model.attention_gate", True),
+    "embedding": [NONE, {"model.embedding_norm": True, "model.embedding_scale": 2.5}],
+    "residual": one("model.residual_scale", 0.7),
+    "init": [*one("model.init", "truncated_normal", "xavier", "he"), {"model.init_depth_scaled": False}],
+    "mup": [NONE, {"model.mup_base": 8}, {"model.mup_base": 64, "model.mup_base_head_dim": 2}],
+    "tied": one("model.tie_embeddings", False),
+    "attention": one("model.flash_attention", False),
+    "sequence": one("parallel.sequence", True),
+    "zero": one("zero.stage", 1, 2, 3),
+    "recompute": [
+        NONE,
+        {"train.recompute": "full"},
+        {"train.recompute": "full", "train.recompute_every": 2},
+        {"train.recompute": "selective"},
+    ],
+    "loss": [
+        NONE,
+        {"loss.fused_head": True, "loss.z_loss": 0.02},
+        {"loss.label_smoothing": 0.1, "loss.z_loss": 0.01},
+    ],
+    "growth": [
+        NONE,
+        {"batch_ramp.start": 4, "batch_ramp.every": 1},
+        {"sequence_warmup.start": 4, "sequence_warmup.every": 1},
+    ],
+    "optimizer": [
+        NONE,
+        {"optim.kind": "adam"},
+        {"optim.kind": "lion", "optim.lr": 1e-4},
+        {"optim.kind": "sgd", "optim.momentum": 0.5, "optim.nesterov": True, "optim.lr": 0.1},
+        {"optim.kind": "rmsprop", "optim.momentum": 0.5, "optim.eps": 1e-4},
+        {"optim.kind": "adagrad"},
+    ],
+    "rules": [
+        NONE,
+        {
+            "optim.rules": [
+                {"match": "embedding.*", "lr": 0.3},
+                {"match": "*.qkv.*", "lr": 2.0, "weight_decay": 0.3},
+                {"match": "blocks.1.*", "lr": 0.0},
+            ]
+        },
+        {"optim.rules": [{"match": "blocks.[12].*", "freeze": True}, {"match": "embedding.weight", "freeze": True}]},
+    ],
+    "gradients": [
+        NONE,
+        {"optim.centralize": True},
+        {"train.clip_grad_value": 0.002},
+        {"optim.centralize": True, "train.clip_grad_value": 0.001, "train.clip_grad_norm": None},
+    ],
+}
+
+
+def case_of(row: Sequence[Any]) -> Case:
+    """Return the case of a value for each of the first factors."""
+    chosen = dict(zip(FACTORS, row, strict=False))
+    overrides: Value = {}
+    for name, value in chosen.items():
+        if name != LAYOUT:
+            overrides |= value
+    return Case(*chosen[LAYOUT], overrides)
+
+
+def may_be(row: Sequence[Any]) -> bool:
+    """Return whether a recipe may have these values together."""
+    try:
+        case_of(row).config()
+    except ConfigError:
+        return False
+    return True
+
+
+@functools.cache
+def _rows() -> list[list[Any]]:
+    rows = [list(row) for row in AllPairs(list(FACTORS.values()), filter_func=may_be)]
+    for pair in missing_pairs(rows):
+        rows.append(only(pair))
+    return rows
+
+
+def covering_array() -> tuple[Case, ...]:
+    """Return the cases, the same each time."""
+    return tuple(case_of(row) for row in _rows())
+
+
+def only(pair: dict[str, Any]) -> list[Any]:
+    """Return a row of defaults but for some factors."""
+    return [pair.get(name, values[0]) for name, values in FACTORS.items()]
+
+
+def missing_pairs(rows: Sequence[Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the pairs of values that meet in none of the rows, though they may; rows may grow meanwhile."""
+    for (place, first), (other, second) in combinations(enumerate(FACTORS), 2):
+        for pair in product(FACTORS[first], FACTORS[second]):
+            met = any((row[place], row[other]) == pair for row in rows)
+            values = {first: pair[0], second: pair[1]}
+            if not met and may_be(only(values)):
+                yield values
+
+
+@functools.cache
+def each_value_once() -> tuple[Case, ...]:
+    """Return few cases of the covering array in which each value stands at least once."""
+    left = {(name, str(value)) for name, values in FACTORS.items() for value in values}
+    chosen: list[Sequence[Any]] = []
+    while left:
+        best = max(_rows(), key=lambda row: len(left & _values(row)))
+        chosen.append(best)
+        left -= _values(best)
+    return tuple(case_of(row) for row in chosen)
+
+
+def _values(row: Sequence[Any]) -> set[tuple[str, str]]:
+    return {(name, str(value)) for name, value in zip(FACTORS, row, strict=True)}

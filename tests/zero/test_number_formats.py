@@ -1,0 +1,62 @@
+"""The storage table of a recipe against what ranks hold, and gradients reduced in a chosen format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megalm.cli import main
+from megalm.config.storage import BYTES, stored
+from tests.parity.harness import Case, run_case
+from tests.worker_pool import WorkerPool
+
+DATA = 4
+SHAPE = {"model.hidden": 64, "model.layers": 4}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_table_says_what_a_rank_holds(pool: WorkerPool, stage: int, precision: str) -> None:
+    check_table(pool, {"zero.stage": stage, "precision": precision, "optim.ema_decay": 0.9})
+
+
+def check_table(pool: WorkerPool, chosen: dict[str, Any]) -> None:
+    case = Case(1, DATA, 1, {**SHAPE, **chosen})
+    stage = case.config().zero.stage
+    _, reports = run_case(pool, case, 2)
+    _, whole = run_case(pool, Case(overrides={**SHAPE, "zero.stage": 0}), 1, precision="fp32")
+    parameters = whole[0].held_bytes["weights"] / BYTES["fp32"]
+    expected = dict.fromkeys(reports[0].held_bytes, 0.0)
+    for row in stored(case.config()):
+        if row.group:
+            expected[row.group] += parameters * BYTES[row.dtype] / (DATA if stage >= row.from_stage else 1)
+    for report in reports:
+        assert report.held_bytes == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_table_knows_what_a_deepspeed_json_saves(pool: WorkerPool, stage: int) -> None:
+    check_table(pool, {"zero.stage": stage, "zero.config": "low-memory-bf16", "precision": "bf16"})
+
+
+def test_the_table_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    layout = ["zero.stage=2", "parallel.tensor=2", "precision=bf16", "optim.kind=lion", "train.reduce_dtype=bf16"]
+    assert main(["config", "show", "gpt-tiny", "--storage", *layout]) == 0
+    rows = {line[:28].strip(): line[28:].split(maxsplit=2) for line in capfd.readouterr().out.splitlines()}
+    assert rows["weights"] == ["bf16", "2", "tensor"]
+    assert rows["gradients, summed"] == rows["optimizer: exp_avg"] == ["fp32", "4", "tensor, data"]
+    assert rows["gradients between data ranks"] == ["bf16", "2", "tensor"]
+    assert "optimizer: exp_avg_sq" not in rows
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_rounded_to_the_format_in_which_they_are_reduced(pool: WorkerPool, stage: int) -> None:
+    """bf16 keeps 8 bits, so a sum of two ranks' gradients is off by some 2^-9; in fp32 by some 2^-24."""
+    errors: dict[str | None, float] = {}
+    for dtype in ("bf16", "fp32", None):
+        overrides: dict[str, Any] = {"zero.stage": stage, "train.reduce_dtype": dtype}
+        difference, _ = run_case(pool, Case(1, 2, 2, overrides), 1, precision="fp32")
+        errors[dtype] = difference.gradient
+    assert 3e-4 < errors["bf16"] < 6e-3
+    assert errors["fp32"] < 1e-5 and errors[None] < 1e-5
