@@ -6,6 +6,9 @@ Every message is one line: the value, the reason, the remedy.
 HUNG = 50
 """Exit status of the ranks of a run that the watchdog ended; also the number of the (real-time) signal that does it."""
 
+FROZEN = HUNG + 1
+"""The number of the signal by which the watchdog has a rank write its stacks and stand still until that."""
+
 
 class MegalmError(Exception):
     """Something failed while running: exit status 1."""

@@ -5,8 +5,9 @@ or dead, and the watcher ends. A process of its own is needed because the rank m
 lock. It imports neither torch nor pydantic: it takes some 10 MB and no time.
 
 The watcher of rank 0 is the hub. Every watcher keeps one connection to it and sends a line a second. When a rank that
-has begun a step has not gone on for the time-out, the hub has every rank write its Python stacks to its standard error,
-names who stopped first, and has every rank end with status HUNG. A watcher that has lost its hub does so for its own.
+has begun a step has not gone on for the time-out, the hub has every rank write its Python stacks to its standard error
+and stand still, names who stopped first, and has every rank end with status HUNG. A watcher that has lost its hub does
+so for its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalm.errors import HUNG
+from megalm.errors import FROZEN, HUNG
 from megalm.watchdog.diagnosis import Report, find_culprits
 from megalm.watchdog.pulse import Pulse
 
@@ -31,7 +32,6 @@ _POLL_S = 0.2
 _REPORT_S = 1.0
 _STACKS_S = 2.0  # for the stacks to be written
 _END_S = 3.0  # between asking a rank to end and SIGKILL
-DUMP_SIGNAL = signal.SIGUSR2
 _LONGEST_LINE = 1 << 17
 
 
@@ -58,16 +58,18 @@ class Lines:
                 raise ConnectionResetError("the peer takes nothing") from None
 
     def receive(self) -> list[dict[str, Any]]:
-        """Return the messages that are there. Raises OSError when the peer is gone."""
+        """Return the messages that are there. Raises OSError when the peer is gone and has left none."""
+        lines: list[bytes] = []
         try:
             while data := self.socket.recv(1 << 16):
-                self._read += data
-                if len(self._read) > 16 * _LONGEST_LINE:
+                *complete, self._read = (self._read + data).split(b"\n")
+                lines += complete
+                if len(self._read) > _LONGEST_LINE:
                     raise ConnectionResetError("a line without end")
-            raise ConnectionResetError("closed")
+            if not lines:
+                raise ConnectionResetError("closed")
         except BlockingIOError:
             pass
-        *lines, self._read = self._read.split(b"\n")
         return [json.loads(line) for line in lines]
 
 
@@ -208,8 +210,10 @@ class Sentinel:
                 self._lines.flush()
         except OSError:  # the hub's host is gone, or its rank: this one is on its own
             self._lines = None
-        alone = self._lines is None and self._hub is None and not self._told
-        if alone and now - self._went_on > self._timeout_s + _REPORT_S:
+        alone = self._lines is None and self._hub is None
+        if alone and self._told:
+            self._act("end")
+        elif alone and now - self._went_on > self._timeout_s + _REPORT_S:
             print(f"hang: rank {self._rank} has not gone on for {self._timeout_s:.0f} s", file=sys.stderr, flush=True)
             self._act("stacks")
             time.sleep(_STACKS_S)
@@ -262,11 +266,8 @@ class Sentinel:
     def _act(self, command: str) -> None:
         self._told = True
         if command == "stacks":
-            _send(self._pid, DUMP_SIGNAL)
-            if _is_stopped(self._pid):  # it writes its stacks, and does not train on meanwhile
-                _send(self._pid, signal.SIGCONT)
-                time.sleep(_STACKS_S / 2)
-                _send(self._pid, signal.SIGSTOP)
+            _send(self._pid, FROZEN)  # so that a rank that was stopped does not train on now
+            _send(self._pid, signal.SIGCONT)
         elif command == "end" and self._ending_since is None:
             self._ending_since = time.monotonic()
             _send(self._pid, HUNG)
@@ -290,7 +291,7 @@ def _is_stopped(pid: int) -> bool:
 def main() -> None:
     """Watch the process and the pulse that the command line names, until standard input closes."""
     sentinel = Sentinel(int(sys.argv[1]), Pulse(int(sys.argv[2])))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, DUMP_SIGNAL):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # meant for the rank: a launcher signals its whole group
     os.set_blocking(0, False)
     rest = b""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megalm.distributed.exchange import broadcast_json
 from megalm.distributed.progress import progress
-from megalm.errors import HUNG
+from megalm.errors import FROZEN, HUNG
 from megalm.watchdog.pulse import Pulse
 
 _INTERVAL_S = 0.2
@@ -117,13 +117,31 @@ class Watchdog:
         return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _obey_in_c() -> None:
-    """Have two signals obeyed without the interpreter, which may be locked: SIGUSR2 writes stacks, HUNG ends at once.
+class _Action(ctypes.Structure):
+    """Linux's `struct sigaction`, see sigaction(2)."""
 
-    The handler of HUNG is libc's _exit itself, called with the signal's number, which thus is the exit status.
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_ubyte * 128),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+def _obey_in_c() -> None:
+    """Have three signals obeyed without the interpreter, which may be locked.
+
+    SIGUSR2 writes the stacks, for whoever wants to see them. FROZEN does, and then its thread, which is the main one
+    unless that blocks it, stays in libc's `pause`, where no other signal reaches it than HUNG. The handler of HUNG is
+    libc's `_exit` itself, called with the signal's number, which thus is the exit status.
     """
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
     libc = ctypes.CDLL(None)
-    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal(HUNG, ctypes.cast(libc._exit, ctypes.c_void_p))
+    end = _Action(handler=ctypes.cast(libc._exit, ctypes.c_void_p))
+    stay = _Action(handler=ctypes.cast(libc.pause, ctypes.c_void_p))
+    libc.sigfillset(end.mask)  # else FROZEN, come at the same time, would be obeyed before it
+    libc.sigfillset(stay.mask)
+    libc.sigdelset(stay.mask, HUNG)
+    libc.sigaction(HUNG, ctypes.byref(end), None)
+    libc.sigaction(FROZEN, ctypes.byref(stay), None)
+    faulthandler.register(FROZEN, all_threads=True, chain=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)

@@ -25,10 +25,7 @@ END = re.compile(r"^rank \d on node\d+ ended with status (\d+)(?: after SIG\w+)?
 def test_who_stands_still_is_named_with_all_stacks_and_the_job_comes_back(
     cluster: Cluster, prepared: Path, tmp_path: Path, fault: str
 ) -> None:
-    """Rank 3 stands still at step 10 of the first start, and all end within the time-out plus 10 s.
-
-    A peer that first sees its connection break ends by that, with status 1.
-    """
+    """Rank 3 stands still at step 10 of the first start, and all end by the watchdog within its time-out plus 10 s."""
     place = Path(shutil.copytree(prepared, tmp_path / "place"))
     job = cluster.pretrain(place, "hang", FOUR_RANKS, *OVERRIDES, MEGALM_TEST_FAULT=f"{fault} 3 10")
     job.finish()
@@ -39,7 +36,7 @@ def test_who_stands_still_is_named_with_all_stacks_and_the_job_comes_back(
     assert "error: hang: rank 3 on node" in "".join(logs), job.everything()
     assert all("most recent call first" in log for log in logs), job.everything()
     first_ends = [END.findall(log)[0] for log in logs]
-    assert first_ends[3][0] == str(HUNG) and {status for status, _ in first_ends} <= {str(HUNG), "1"}
+    assert {status for status, _ in first_ends} == {str(HUNG)}, job.everything()
     planted = float(re.findall(r"^planted at (\S+)$", logs[3], re.MULTILINE)[0])
     ended = max(datetime.fromisoformat(at).timestamp() for _, at in first_ends)
     assert ended - planted < TIMEOUT_S + 10, job.everything()

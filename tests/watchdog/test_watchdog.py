@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 
-from megalm.errors import HUNG
+from megalm.errors import FROZEN, HUNG
 from megalm.launch.local import run_workers
 from tests.end_to_end.workplace import ROOT, make_workplace
 
@@ -56,3 +58,43 @@ def test_who_stands_still_is_named_with_all_stacks(
     for number in range(4):
         log = (tmp_path / "logs" / f"rank-{number}.log").read_text()
         assert "most recent call first" in log and "trainer.py" in log, (number, log)
+
+
+ENDURING = """
+import signal, time
+from megalm.watchdog.watch import _obey_in_c
+signal.signal(signal.SIGTERM, lambda *_: print("went on", flush=True))
+_obey_in_c()
+print("ready", flush=True)
+while True:
+    time.sleep(0.01)
+    print("step", flush=True)
+"""
+
+
+def test_a_frozen_rank_writes_its_stacks_and_goes_on_for_no_other_signal_than_the_end() -> None:
+    with Popen([sys.executable, "-c", ENDURING], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as rank:
+        assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
+        rank.send_signal(signal.SIGSTOP)
+        rank.send_signal(FROZEN)
+        rank.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+        rank.send_signal(signal.SIGTERM)
+        rank.send_signal(signal.SIGUSR1)
+        before = time.monotonic()
+        time.sleep(0.5)
+        rank.send_signal(HUNG)
+        said, stacks = rank.communicate(timeout=20)
+    assert rank.returncode == HUNG and time.monotonic() - before < 10
+    assert "went on" not in said and said.count("step") < 50, said  # 100 in the second that it is frozen
+    assert "most recent call first" in stacks
+
+
+def test_the_stacks_can_be_asked_for_at_any_time_and_the_rank_goes_on() -> None:
+    with Popen([sys.executable, "-c", ENDURING], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as rank:
+        assert rank.stdout is not None and rank.stderr is not None and rank.stdout.readline() == "ready\n"
+        rank.send_signal(signal.SIGUSR2)
+        assert "most recent call first" in rank.stderr.readline()
+        rank.send_signal(signal.SIGTERM)
+        assert any("went on" in line for line in rank.stdout)
+        rank.kill()
