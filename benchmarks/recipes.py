@@ -5,10 +5,10 @@
 
 Every choice changes one thing of a small model: positions, norms, activations, optimizers, schedules. First each
 optimizer gets a learning rate: from a start it is doubled or halved as long as that helps, by the worst of three seeds
-of its own, as a rate at the edge of stability is good for some seeds only. Then each choice is trained on every seed, with the baseline's rate where it is no optimizer, and as many weights:
-activations without a gate get half as wide a feed-forward layer again. A seed gives initial weights and the order of
-the text, so a choice and the baseline are compared seed by seed; intervals are those of Student's t over these
-differences, 95%.
+of its own, as a rate at the edge of stability is good for some seeds only. Then each choice is trained on every seed,
+with the baseline's rate where it is no optimizer, and as many weights: activations without a gate get half as wide a
+feed-forward layer again. A seed gives initial weights and the order of the text, so a choice and the baseline are
+compared seed by seed; intervals are those of Student's t over these differences, 95%.
 
 Trains on the CPU, one process a core. Writes NAME.json and NAME.png at the end, where --out is the name, and prints
 the table; --table prints that of a NAME.json that is there.
