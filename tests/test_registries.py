@@ -35,6 +35,7 @@ WITHOUT_A_REGISTRY = {
     "norm_place",
     "precision",
     "reduce_dtype",
+    "state_dtype",
     "stop_metric",
     "recompute",
     "rotary_scaling",

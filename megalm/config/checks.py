@@ -253,22 +253,6 @@ def _doubles_are_reduced_as_they_are(config: RunConfig) -> Iterator[str]:
         yield f"train.reduce_dtype={config.train.reduce_dtype} would round what precision=fp64 checks; leave it out"
 
 
-@rule("model.mup_base", "optim.kind")
-def _widths_transfer_under_some_optimizers(config: RunConfig) -> Iterator[str]:
-    if config.model.mup_base is not None and config.optim.kind == "sgd":
-        yield (
-            "model.mup_base says how rates of optimizers that divide by the gradient's size change with the width; "
-            "optim.kind=sgd does not; use adamw, fused_adamw, adam, lion, rmsprop or adagrad"
-        )
-
-
-@rule("optim.rules")
-def _frozen_parameters_have_no_rate(config: RunConfig) -> Iterator[str]:
-    for each in config.optim.rules:
-        if each.freeze and (each.lr != 1.0 or each.weight_decay is not None):
-            yield f"optim.rules: {each.match!r} has freeze=true, where lr and weight_decay mean nothing; leave them out"
-
-
 def check_world(config: RunConfig, world_size: int) -> int:
     """Return world_size / (tensor x pipeline), the size of the data axis.
 

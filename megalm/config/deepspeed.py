@@ -172,6 +172,9 @@ def _low_memory(given: _Json) -> dict[str, bool]:
 def _check_low_memory(given: _Json, config: RunConfig) -> None:
     """Note states in bf16 where they have no effect, or where DeepSpeed keeps them by its own Adam alone."""
     chosen = _low_memory(given)
+    if config.optim.state_dtype is not None and "bf16_optimizer_states" in chosen:
+        recipe = f"optim.state_dtype={config.optim.state_dtype}"
+        given.contradiction("bf16.bf16_optimizer_states", True, recipe, "take one of the two; the JSON rounds nearest")
     for key, value in chosen.items():
         where, stage = f"bf16.{key}", config.zero.stage
         if value is not True:

@@ -1,6 +1,6 @@
 """The frozen schema of a run: every key of a recipe, its type, its range and its default.
 
-Owns the sections, but the model's, which is `model`'s. It leaves rules between keys to `checks`, reading and joining
+Owns the sections, but those of `model` and `optim`. It leaves rules between keys to `checks`, reading and joining
 files to `load`, and the DeepSpeed JSON to `deepspeed`. Imports no torch.
 """
 
@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from megalm.config import checks, ramps
 from megalm.config import loop_checks as loop_checks  # its rules add themselves
+from megalm.config import optim_checks as optim_checks
 from megalm.config import pattern_checks as pattern_checks
 from megalm.config.checks import check_world as check_world
 from megalm.config.fields import (
@@ -32,6 +33,7 @@ from megalm.config.fields import (
     one_of,
 )
 from megalm.config.model import ModelSection
+from megalm.config.optim import LrScheduleSection, OptimSection
 from megalm.errors import ConfigError
 
 
@@ -119,58 +121,6 @@ class SequenceWarmupSection(Section):
 
     start: Positive | None = None
     every: Positive | None = None
-
-
-class OptimRule(Section):
-    """What differs for parameters whose names match a pattern such as `*.qkv.*`; the first rule that matches counts.
-
-    `lr` is a factor of the schedule's rate; `weight_decay` None is what it would be. `freeze` leaves a parameter as it
-    is, with neither gradient nor optimizer state.
-    """
-
-    match: Text
-    lr: NotNegative = 1.0
-    weight_decay: NotNegative | None = None
-    freeze: bool = False
-
-
-class OptimSection(Section):
-    """The optimizer; `betas` are those of the Adams and Lion, `momentum` of sgd and rmsprop, `alpha` is rmsprop's.
-
-    `centralize` takes from each row of a matrix's gradient its mean. `ema_decay` keeps an average of the weights,
-    a = decay a + (1 - decay) w after each update, which is evaluated and saved beside them.
-    """
-
-    kind: Annotated[str, one_of("optimizer")] = "adamw"
-    lr: AboveZero
-    weight_decay: NotNegative = 0.1
-    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(as_tuple)] = (0.9, 0.95)
-    eps: AboveZero = 1e-8
-    momentum: Fraction = 0.0
-    nesterov: bool = False
-    alpha: Fraction = 0.99
-    centralize: bool = False
-    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    rules: Annotated[tuple[OptimRule, ...], BeforeValidator(as_tuple)] = ()
-
-
-class LrScheduleSection(Section):
-    """The learning rate over time: linear warm-up, then a shape, then a cool-down.
-
-    The shapes: constant; linear, cosine and exponential down to `min_lr_ratio` x lr; cosine in `cycles`, each from the
-    peak; step, which multiplies by `factor` at each of the `milestones`, shares of the steps after the warm-up;
-    inverse_sqrt. The last `cooldown_steps` go from where the shape is then to 0, by `cooldown_shape`: after constant
-    that is warm-up-stable-decay.
-    """
-
-    kind: Annotated[str, one_of("lr_schedule")] = "cosine"
-    warmup_steps: Count = 0
-    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = 0.1
-    cycles: Few = 1
-    milestones: Annotated[tuple[Fraction, ...], BeforeValidator(as_tuple)] = (0.8, 0.9)
-    factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.316
-    cooldown_steps: Count = 0
-    cooldown_shape: Annotated[str, one_of("cooldown_shape")] = "linear"
 
 
 class LossSection(Section):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from megalm.config.deepspeed import deepspeed_config
 from megalm.config.run import RunConfig
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+BYTES = {"8 bits": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 ADAMS = ("exp_avg", "exp_avg_sq")
 
 
@@ -27,26 +27,39 @@ def wide_dtype(config: RunConfig) -> str:
     return "fp32" if BYTES[config.precision] == 2 else config.precision
 
 
-def kept_dtypes(config: RunConfig) -> tuple[str, str]:
-    """Return the formats of master weights and optimizer state: wide ones, but where a DeepSpeed JSON saves memory."""
-    saving, wide = deepspeed_config(config).get("bf16", {}), wide_dtype(config)
-    kept = [saving.get(key, False) for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states")]
-    masters, states = ("bf16" if narrow else wide for narrow in kept)
-    return masters, states
+def masters_dtype(config: RunConfig) -> str:
+    """Return the format of master weights: the wide one, but where a DeepSpeed JSON saves memory."""
+    return "bf16" if _saves(config, "bf16_master_weights_and_grads") else wide_dtype(config)
 
 
-def optimizer_states(config: RunConfig) -> tuple[str, ...]:
-    """Return the names of the numbers that the optimizer keeps for each parameter."""
-    optim = config.optim
+def optimizer_states(config: RunConfig) -> dict[str, str]:
+    """Return the numbers that the optimizer keeps for each parameter, by name, and their formats.
+
+    Adafactor keeps some for rows and columns only, and is as good as without.
+    """
+    optim, masters = config.optim, masters_dtype(config)
     momentum = ("momentum_buffer",) if optim.momentum else ()
-    states = {"lion": ("exp_avg",), "sgd": momentum, "rmsprop": ("square_avg", *momentum), "adagrad": ("sum",)}
-    return (*states.get(optim.kind, ADAMS), *(("ema",) if optim.ema_decay is not None else ()))
+    states = {
+        "lion": ("exp_avg",),
+        "sgd": momentum,
+        "rmsprop": ("square_avg", *momentum),
+        "adagrad": ("sum",),
+        "adafactor": (),
+    }
+    narrow = optim.state_dtype == "bf16" or _saves(config, "bf16_optimizer_states")
+    kept = "8 bits" if optim.kind == "adamw8bit" else "bf16" if narrow else wide_dtype(config)
+    average = {} if optim.ema_decay is None else {"ema": masters}
+    return {**dict.fromkeys(states.get(optim.kind, ADAMS), kept), **average}
+
+
+def _saves(config: RunConfig, key: str) -> bool:
+    return bool(deepspeed_config(config).get("bf16", {}).get(key, False))
 
 
 def stored(config: RunConfig) -> list[Stored]:
     """Return what there is for each parameter, in the order of the table."""
     wide = wide_dtype(config)
-    masters, states = kept_dtypes(config)
+    masters = masters_dtype(config)
     rows = [Stored("weights", config.precision, 3, "weights")]
     if wide != config.precision or config.zero.stage > 0:
         rows.append(Stored("master weights", masters, 1, "master_weights"))
@@ -58,9 +71,9 @@ def stored(config: RunConfig) -> list[Stored]:
     else:
         rows.append(Stored("gradients, summed", wide, 2, "gradients"))
     rows.append(Stored("gradients between data ranks", config.train.reduce_dtype or wide, 4, ""))
-    for state in optimizer_states(config):
+    for state, dtype in optimizer_states(config).items():
         what = "average of the weights (ema)" if state == "ema" else f"optimizer: {state}"
-        rows.append(Stored(what, states, 1, "optimizer"))
+        rows.append(Stored(what, dtype, 1, "optimizer"))
     return rows
 
 
@@ -79,6 +92,10 @@ def storage_table(config: RunConfig) -> str:
         f"bytes are those of one parameter; activations travel and are kept in {config.precision},",
         f"norms, softmax and loss are computed in {wide}; a checkpoint holds master weights and optimizer as they are",
     ]
+    if config.optim.kind == "adafactor":
+        notes.append("adafactor keeps a number for each row and column of a matrix and for each element of a vector")
+    if config.optim.kind == "adamw8bit":
+        notes.append("256 numbers of 8 bits share a scale in fp32; tensors of less than 4096 keep fp32")
     if config.precision == "fp16":
         notes.append(f"the loss is scaled by {config.loss_scale.initial:g} at first")
     return "\n".join([*text, "", *notes])

@@ -83,6 +83,31 @@ def keep_slice(
     return result
 
 
+def words_of_part(stream_key: int, spec: ShardSpec, start: int, stop: int, device: torch.device) -> Tensor:
+    """Return words (int64, 0 .. 2^32-1) [stop - start] of the elements [start, stop) of the flattened local tensor.
+
+    An element has the word of its index in the whole tensor, so its place on a rank does not matter; padding has 0.
+    """
+    dim = 0 if spec.dim is None else spec.dim
+    inner = math.prod(spec.local_shape[dim + 1 :])
+    width, whole = (math.prod(shape[dim:]) for shape in (spec.local_shape, spec.global_shape))
+    held, left = (width, 0) if spec.dim is None else (spec.length * inner, spec.start * inner)
+    first, last = start // width, -(-stop // width)
+    if last - first <= 1:  # within one run of the whole, however long
+        low, high = start - first * width, min(stop - first * width, held)
+        lengths, begin = (last - first, max(high - low, 0)), low
+    else:
+        lengths, begin = (last - first, held), 0
+    rows = math.prod(spec.global_shape[:dim])
+    words = torch.empty(lengths, dtype=torch.int64, device=device)
+    _fill(words, stream_key, (rows, whole), (first, left + begin if lengths[1] else 0), _emit_words)
+    if lengths[0] <= 1:
+        flat = words.flatten()
+        return torch.nn.functional.pad(flat, (0, stop - start - flat.numel()))
+    flat = torch.nn.functional.pad(words, (0, width - held)).flatten()
+    return flat[start - first * width : stop - first * width]
+
+
 def normal_slice(
     stream_key: int,
     std: float,
@@ -130,6 +155,11 @@ def normal_shard(
     local = torch.zeros(spec.local_shape, dtype=dtype, device=device)
     local.narrow(spec.dim, 0, spec.length).copy_(held)
     return local
+
+
+def _emit_words(words: Words, numbers: Tensor) -> None:
+    for index, word in enumerate(words):
+        numbers[..., index].copy_(word)
 
 
 def _emit_uniform(words: Words, numbers: Tensor) -> None:

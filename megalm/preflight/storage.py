@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.config.run import RunConfig
-from megalm.config.storage import BYTES, kept_dtypes, optimizer_states
+from megalm.config.storage import BYTES, masters_dtype, optimizer_states
 from megalm.preflight.finding import Finding, Place, gib
 
 WRITTEN_BYTES = 32 * 2**20
@@ -32,8 +32,8 @@ class Space:
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
     """Return the size of a checkpoint of so many parameters: master weights and the optimizer's state, 2% besides."""
-    masters, states = kept_dtypes(config)
-    return int(1.02 * parameters * (BYTES[masters] + len(optimizer_states(config)) * BYTES[states]))
+    formats = [masters_dtype(config), *optimizer_states(config).values()]
+    return int(1.02 * parameters * sum(BYTES[name] for name in formats))
 
 
 def existing_parent(path: Path) -> Path:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from megalm.config.run import LrScheduleSection, RunConfig
+from megalm.config.optim import LrScheduleSection
+from megalm.config.run import RunConfig
 from megalm.registry import Registry
 
 Shape = Callable[[int, int, LrScheduleSection], float]

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalm.config.run import OptimRule, OptimSection
+from megalm.config.optim import OptimRule, OptimSection
 from megalm.distributed.sharding import ShardSpec
 from megalm.nn.ops import select_operations
 from megalm.registry import Registry
+from megalm.train.adafactor import Adafactor
+from megalm.train.foreign_optimizers import EightBitAdamW, apex_adamw
+from megalm.train.narrow_state import NarrowState
 from megalm.zero.engine import shard_of
 
 Groups = list[dict[str, Any]]
@@ -148,12 +151,31 @@ class Lion(torch.optim.Optimizer):
                 average.lerp_(weight.grad, 1.0 - second)
 
 
+@OPTIMIZERS.register("adafactor")
+def adafactor(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
+    """Return Adafactor, whose state is as good as none."""
+    return Adafactor(groups, lr=config.lr)
+
+
+@OPTIMIZERS.register("adamw8bit")
+def adamw8bit(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
+    """Return AdamW with a state of 8 bits, which torchao has."""
+    return EightBitAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+@OPTIMIZERS.register("apex_adamw")
+def apex(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
+    """Return NVIDIA apex's FusedAdam."""
+    return apex_adamw(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
 def build_optimizer(
-    config: OptimSection, tensors: Sequence[tuple[ShardSpec, Tensor]], width_factor: float = 1.0
+    config: OptimSection, tensors: Sequence[tuple[ShardSpec, Tensor]], width_factor: float = 1.0, seed: int = 0
 ) -> torch.optim.Optimizer:
     """Return the recipe's optimizer over the tensors, a group for each weight decay and factor of the rate.
 
-    `width_factor` is the model's, how many times as wide as muP's base it is.
+    `width_factor` is the model's, how many times as wide as muP's base it is; `seed` the run's, for a state that is
+    rounded at random.
 
     A group's factor is its `lr_scale`. The groups are in the order decayed, not decayed, then those of rules. Without
     tensors, as on a pipeline stage that is frozen, nothing is ever updated.
@@ -168,7 +190,8 @@ def build_optimizer(
         for (decay, scale), params in groups.items()
         if params
     ]
-    return OPTIMIZERS.get(config.kind)(made, config)
+    optimizer = OPTIMIZERS.get(config.kind)(made, config)
+    return optimizer if config.state_dtype is None else NarrowState(optimizer, seed)
 
 
 def treatment(config: OptimSection, spec: ShardSpec, width_factor: float = 1.0) -> tuple[float, float]:

@@ -89,7 +89,7 @@ def _train(
     _refuse_idle_rules(config, [shard_of(parameter).name for parameter in model.parameters()])
     freeze(config.optim, model.parameters())
     _refuse_nothing_to_train(config, sum(parameter.requires_grad for parameter in model.parameters()))
-    make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor)
+    make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor, seed=config.seed)
     if config.train.compile:
         compile_blocks(config, model, mesh.device)
     engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)

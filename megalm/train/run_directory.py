@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from megalm.config.load import dump_yaml
 from megalm.config.run import RunConfig, section_types
-from megalm.config.storage import kept_dtypes, wide_dtype
+from megalm.config.storage import masters_dtype, wide_dtype
 from megalm.errors import ConfigError
 from megalm.files import require_regular, write_durably
 from megalm.version import __version__
@@ -162,7 +162,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
         else:
             flat[name] = section
     kept = {key: value for key, value in flat.items() if key not in FREE_KEYS}
-    masters, _ = kept_dtypes(config)
+    masters = masters_dtype(config)
     return kept if masters == wide_dtype(config) else {**kept, "master weights": masters}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment, ShardSpec
+from megalm.zero.parts import PlacedOptimizer
 
 MakeOptimizer = Callable[[Sequence[tuple[ShardSpec, Tensor]]], torch.optim.Optimizer]
 """Builds the optimizer over tensors, given with the spec of the logical tensor that each one is a part of."""
@@ -149,14 +150,21 @@ def restore_optimizer(
 ) -> dict[Tensor, dict[str, Tensor]]:
     """Give every tensor of the optimizer a zero state of `kinds`, as after `steps` updates; return it for filling.
 
-    The step counter has the dtype and place that torch's own first update would give it.
+    The step counter has the dtype and place that torch's own first update would give it; apex has one for each group.
     """
     counted = {"exp_avg", "square_avg"}  # torch counts the steps of Adam and RMSprop
+    placed = isinstance(optimizer, PlacedOptimizer)
+    narrow = optimizer.state_dtype if isinstance(optimizer, PlacedOptimizer) else None
     for group in optimizer.param_groups:
-        on_device = bool(group.get("fused") or group.get("capturable"))
+        on_device = bool(group.get("fused") or group.get("capturable")) and not placed
+        if "bias_correction" in group:
+            group["step"] = steps
         for tensor in group["params"]:
-            state: dict[str, Tensor] = {kind: torch.zeros_like(tensor, requires_grad=False) for kind in kinds}
-            if counted & set(kinds):
+            state: dict[str, Tensor] = {
+                kind: torch.zeros_like(tensor, dtype=None if kind == "ema" else narrow, requires_grad=False)
+                for kind in kinds
+            }
+            if placed or counted & set(kinds):
                 device = tensor.device if on_device else torch.device("cpu")
                 state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=device)
             optimizer.state[tensor] = state

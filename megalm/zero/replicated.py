@@ -25,6 +25,7 @@ from megalm.zero.engine import (
     tensor_states,
 )
 from megalm.zero.frozen import FrozenWeights
+from megalm.zero.parts import Part, elementwise, own_fragments, own_states, place
 
 BUCKET_ELEMENTS = 2**25
 """Gradients are reduced in flat buffers of about this many elements: large enough for full bandwidth."""
@@ -63,6 +64,9 @@ class ReplicatedEngine(ZeroEngine):
         self.counted = [counted_here(w, mesh, tied_weight) for w in self.weights]
         self.tied_master = next((m for w, m in zip(self.weights, self.masters, strict=True) if w is tied_weight), None)
         self.optimizer = make_optimizer([(shard_of(w), m) for w, m in zip(self.weights, self.masters, strict=True)])
+        whole = zip(self.weights, self.masters, self.counted, strict=True)
+        parts = {m: [Part(shard_of(w), 0, 0, m.numel(), counted)] for w, m, counted in whole}
+        place(self.optimizer, parts, mesh, divided=False)
 
     def microbatch_done(self) -> None:
         """Add gradients of 16 bits to the fp32 ones; other dtypes accumulate by themselves."""
@@ -151,16 +155,20 @@ class ReplicatedEngine(ZeroEngine):
             own = {"weight": master.detach(), **dict(tensor_states(self.optimizer.state[master], master.numel()))}
             for kind, values in own.items():
                 yield Fragment(shard_of(weight), kind, start, values.flatten()[start:stop])
+        yield from own_fragments(self.optimizer, self.mesh)
         yield from self.frozen.state()
 
     def load(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
         """Read whole local tensors."""
-        states = restore_optimizer(self.optimizer, kinds, steps)
+        alike = elementwise(self.optimizer, kinds)
+        states = restore_optimizer(self.optimizer, alike, steps)
         with torch.no_grad():
             for weight, master in zip(self.weights, self.masters, strict=True):
-                for kind in ("weight", *kinds):
+                for kind in ("weight", *alike):
                     target = master if kind == "weight" else states[master][kind]
                     target.view(-1).copy_(read(shard_of(weight), kind, 0, master.numel()))
+            for _, shard, kind, values in own_states(self.optimizer):
+                values.view(-1).copy_(read(shard, kind, 0, values.numel()))
         self.frozen.load(read)
         self.spread_weights()
 
@@ -184,12 +192,15 @@ class ReplicatedEngine(ZeroEngine):
                 yield f"the master weight {name}", master
             for kind, values in tensor_states(self.optimizer.state[master], master.numel()):
                 yield f"{kind} of {name}", values
+        for _, shard, kind, values in own_states(self.optimizer):
+            yield f"{kind} of {shard.name}", values
         for parameter in self.frozen.parameters:
             yield f"the weight {shard_of(parameter).name}", parameter
 
     def held_bytes(self) -> HeldBytes:
         """Return whole tensors' bytes: stage 0 divides nothing."""
         states = [v for m in self.masters for _, v in tensor_states(self.optimizer.state[m], m.numel())]
+        states += [values for *_, values in own_states(self.optimizer)]
         return HeldBytes(
             weights=storage_bytes(self.weights + self.frozen.parameters),
             master_weights=storage_bytes(self.masters) if self.mixed else 0,

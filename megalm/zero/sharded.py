@@ -37,11 +37,15 @@ from megalm.zero.engine import (
     tensor_states,
 )
 from megalm.zero.frozen import FrozenWeights
+from megalm.zero.parts import Part, elementwise, own_fragments, own_states, place
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Elements [start, start + length) of a parameter's flattened tensor, at `offset` of flat partition `flat`."""
+    """Elements [start, start + length) of a parameter's flattened tensor, at `offset` of flat partition `flat`.
+
+    There may be none.
+    """
 
     parameter: Tensor
     shard: ShardSpec
@@ -91,7 +95,13 @@ class ShardedEngine(ZeroEngine):
         self.flats: list[Tensor] = (
             self.optimizer.single_partition_of_fp32_groups if stage < 3 else self.optimizer.fp32_partitioned_groups_flat
         )
-        self.pieces = list(self._pieces_below_3() if stage < 3 else self._pieces_3())
+        pieces = list(self._pieces_below_3() if stage < 3 else self._pieces_3())
+        self.pieces = [piece for piece in pieces if piece.length]
+        parts: dict[Tensor, list[Part]] = {flat: [] for flat in self.flats}
+        for p in pieces:
+            counted = counted_here(p.parameter, mesh, self.tied_weight)
+            parts[self.flats[p.flat]].append(Part(p.shard, p.offset, p.start, p.length, counted))
+        place(self.optimizer.optimizer, parts, mesh, divided=True)
 
     def _tag(self, parameter: Any) -> None:
         """Tell DeepSpeed's gradient norm which ranks count the parameter."""
@@ -123,9 +133,10 @@ class ShardedEngine(ZeroEngine):
             size = self.flats[flat].numel()
             first, last = index * size, (index + 1) * size
             for parameter, at in zip(parameters, self.optimizer.round_robin_bit16_offsets[flat], strict=True):
-                start, stop = max(first, at), min(last, at + parameter.numel())
-                if start < stop:
-                    yield _Piece(parameter, shard_of(parameter), flat, start - first, start - at, stop - start)
+                start = min(max(first, at), at + parameter.numel())
+                stop = max(start, min(last, at + parameter.numel()))
+                offset = start - first if stop > start else 0
+                yield _Piece(parameter, shard_of(parameter), flat, offset, start - at, stop - start)
 
     def _pieces_3(self) -> Iterator[_Piece]:
         index = self.mesh.coordinates.data
@@ -133,9 +144,8 @@ class ShardedEngine(ZeroEngine):
             offset = 0
             for parameter in parameters:
                 size = parameter.partition_numel()
-                start, stop = index * size, min((index + 1) * size, parameter.ds_numel)
-                if start < stop:
-                    yield _Piece(parameter, shard_of(parameter), flat, offset, start, stop - start)
+                start, stop = (min(edge * size, parameter.ds_numel) for edge in (index, index + 1))
+                yield _Piece(parameter, shard_of(parameter), flat, offset, start, stop - start)
                 offset += size
 
     def microbatch_done(self) -> None:
@@ -243,6 +253,7 @@ class ShardedEngine(ZeroEngine):
             for kind, values in {"weight": flat.detach(), **states}.items():
                 at = slice(piece.offset, piece.offset + piece.length)
                 yield Fragment(piece.shard, kind, piece.start, values.view(-1)[at])
+        yield from own_fragments(self.optimizer.optimizer, self.mesh)
         yield from self.frozen.state()
 
     def load(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
@@ -250,14 +261,17 @@ class ShardedEngine(ZeroEngine):
         with torch.no_grad():
             for group, flats in self._state_groups():
                 group["params"] = flats
-            states = restore_optimizer(self.optimizer.optimizer, kinds, steps)
+            alike = elementwise(self.optimizer.optimizer, kinds)
+            states = restore_optimizer(self.optimizer.optimizer, alike, steps)
             for piece in self.pieces:
                 flat = self.flats[piece.flat]
                 at = slice(piece.offset, piece.offset + piece.length)
-                for kind in ("weight", *kinds):
+                for kind in ("weight", *alike):
                     target = flat if kind == "weight" else states[flat][kind]
                     stop = piece.start + piece.length
                     target.view(-1)[at].copy_(read(piece.shard, kind, piece.start, stop))
+            for _, shard, kind, values in own_states(self.optimizer.optimizer):
+                values.view(-1).copy_(read(shard, kind, 0, values.numel()))
             self.frozen.load(read)
             self.spread_weights()
 
@@ -302,6 +316,7 @@ class ShardedEngine(ZeroEngine):
         weights += [copy for copy in copies if copy is not None]
         masters = [f for f in self.flats if not _same_storage(f, weights)]
         states = [v for f in self.flats for _, v in tensor_states(self.optimizer.optimizer.state.get(f, {}), f.numel())]
+        states += [values for *_, values in own_states(self.optimizer.optimizer)]
         return HeldBytes(
             weights=storage_bytes(weights),
             master_weights=storage_bytes(masters),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megalm.distributed import random
 from megalm.distributed.sharding import ShardSpec
+from tests.shards import global_indices
 
 CPU = torch.device("cpu")
 ONES = 0xFFFFFFFF
@@ -160,3 +161,18 @@ def test_keep_decides_exactly_at_the_rate_of_an_element(offset):
         kept = random.keep_slice(9, number + offset, (8,), (0,), (8,), CPU)
         assert kept[index].item() is (offset <= 0)
         assert torch.equal(kept, u >= number + offset)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_words_of_a_part_are_those_of_its_elements_in_the_whole(data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
+    dim = data.draw(st.sampled_from([None, *range(len(shape))]))
+    count = data.draw(st.integers(1, 3))
+    index = data.draw(st.integers(0, count - 1))
+    spec = ShardSpec.whole("w", shape) if dim is None else ShardSpec.split("w", shape, dim, index, count)
+    size = math.prod(spec.local_shape)
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    expected = [word(5, n) if n >= 0 else 0 for n in global_indices(spec)[start:stop].tolist()]
+    assert random.words_of_part(5, spec, start, stop, CPU).tolist() == expected

@@ -161,7 +161,7 @@ def build_trainer(mesh: ParallelMesh, config: RunConfig) -> Trainer:
     torch.use_deterministic_algorithms(True)
     model = build_stage(config, VOCAB, mesh, partitioner(config, mesh), DOCUMENT_START)
     freeze(config.optim, model.parameters())
-    make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor)
+    make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor, seed=config.seed)
     if config.train.compile:
         compile_blocks(config, model, mesh.device)
     engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)

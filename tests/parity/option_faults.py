@@ -13,13 +13,14 @@ from megalm.config.patterns import BlockPattern
 from megalm.models import transformer
 from megalm.nn import attention, pattern_attention, positions, rotary
 from megalm.nn.dropout import StochasticDepth
-from megalm.train import gradients, trainer
+from megalm.train import adafactor, gradients, trainer
 from megalm.zero import replicated
 from tests.parity.cases import SEQUENCE, zero
 from tests.parity.faults import Mutant, Patches, _identity
 from tests.parity.harness import Case
 
 WINDOW = {"model.window": 5, "model.window_pattern": "SSL"}
+ADAFACTOR = {"optim.kind": "adafactor"}
 MULTI_QUERY = {"model.kv_heads": 1}
 
 
@@ -154,6 +155,19 @@ def strides_counted_from_the_first_block() -> Patches:
     yield mock.patch.object(BlockPattern, "sees", sees)
 
 
+def adafactor_means_of_one_ranks_rows() -> Patches:
+    yield mock.patch.object(adafactor, "_is_shared", lambda job, kind: False)
+
+
+def adafactor_means_of_one_ranks_partition() -> Patches:
+    original = adafactor.Adafactor.place
+
+    def place(self: Any, parts: Any, mesh: Any, divided: bool) -> None:
+        original(self, parts, mesh, divided=False)
+
+    yield mock.patch.object(adafactor.Adafactor, "place", place)
+
+
 STRIDED = {
     "model.attention_pattern": "strided",
     "model.block_size": 2,
@@ -182,6 +196,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(row_means_of_one_ranks_columns, Case(1, 1, 2, {"optim.centralize": True}), "sgd"),
     Mutant(row_means_of_one_ranks_partition, Case(1, 2, 2, {"optim.centralize": True, **zero(2)}), "sgd"),
     Mutant(gradients_cut_before_they_are_summed, Case(1, 2, 1, {"train.clip_grad_value": 0.002}), "sgd"),
+    Mutant(adafactor_means_of_one_ranks_rows, Case(1, 1, 2, ADAFACTOR)),
+    Mutant(adafactor_means_of_one_ranks_partition, Case(1, 2, 1, {**ADAFACTOR, **zero(2)})),
     Mutant(strides_counted_from_the_first_block, Case(1, 1, 1, STRIDED)),
     Mutant(masks_of_keys_as_they_are_gathered, Case(1, 1, 2, {**STRIDED, "model.attention_dropout": 0.2})),
 )

@@ -96,6 +96,7 @@ FACTORS: dict[str, list[Any]] = {
         {"optim.kind": "sgd", "optim.momentum": 0.5, "optim.nesterov": True, "optim.lr": 0.1},
         {"optim.kind": "rmsprop", "optim.momentum": 0.5, "optim.eps": 1e-4},
         {"optim.kind": "adagrad"},
+        {"optim.kind": "adafactor"},
     ],
     "rules": [
         NONE,

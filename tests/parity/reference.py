@@ -195,6 +195,8 @@ class Reference:
             return torch.optim.RMSprop(groups, optim.lr, alpha=optim.alpha, eps=optim.eps, momentum=optim.momentum)
         if optim.kind == "adagrad":
             return torch.optim.Adagrad(groups, lr=optim.lr, eps=optim.eps)
+        if optim.kind == "adafactor":
+            return torch.optim.Adafactor(groups, lr=optim.lr)
         if optim.kind == "lion":
             return Lion(groups, {"lr": optim.lr, "betas": optim.betas})
         kind = torch.optim.Adam if optim.kind == "adam" else torch.optim.AdamW

@@ -14,6 +14,7 @@ from torch import Tensor
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment
+from megalm.train.narrow_state import NarrowState
 from megalm.train.trainer import Trainer, TrainState
 from tests.parity.harness import VOCAB, Case, build_trainer
 from tests.parity.reference import Reference, parameter_shapes
@@ -31,7 +32,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "adagrad": {"optim.kind": "adagrad", "optim.lr": 0.01},
     "adam": {"optim.kind": "adam", "optim.lr": 0.01, "optim.rules": [{"match": "*.qkv.*", "lr": 0.5}]},
 }
-CHOSEN = {"adamw": ADAMW, "sgd": SGD, **OTHERS}
+PLACED: dict[str, dict[str, Any]] = {
+    "adafactor": {"optim.kind": "adafactor", "optim.lr": 0.01, "optim.rules": [{"match": "*.bias", "lr": 0.5}]},
+    "narrow adamw": {**ADAMW, "optim.state_dtype": "bf16"},
+    "narrow sgd": {**SGD, "optim.state_dtype": "bf16"},
+}
+EIGHT_BITS: dict[str, Any] = {"optim.kind": "adamw8bit", "optim.lr": 0.01, "model.hidden": 64}
+CHOSEN = {"adamw": ADAMW, "sgd": SGD, **OTHERS, **PLACED, "adamw8bit": EIGHT_BITS}
 KINDS = {
     "adamw": {"weight", "exp_avg", "exp_avg_sq"},
     "adam": {"weight", "exp_avg", "exp_avg_sq"},
@@ -39,6 +46,8 @@ KINDS = {
     "lion": {"weight", "exp_avg"},
     "rmsprop": {"weight", "momentum_buffer", "square_avg"},
     "adagrad": {"weight", "sum"},
+    "adafactor": {"weight", "row_var", "col_var", "variance"},
+    "adamw8bit": {"weight"} | {f"exp_avg{end}" for end in ("", "_codes", "_scales", "_sq", "_sq_codes", "_sq_scales")},
 }
 STEPS = 3
 LOW_MEMORY = "low-memory-bf16"
@@ -93,19 +102,25 @@ def assert_equal(one: list[Tensor], other: list[Tensor]) -> None:
 def check_state_is_whole(store: Store, config: RunConfig) -> None:
     """Fail unless every logical tensor of every kind is there, each element once, in the dtype of the masters.
 
-    Frozen weights are there as the model has them, and nothing else of them.
+    Frozen weights are there as the model has them, and nothing else of them. Adafactor's means have other shapes.
     """
     store.assert_tiled_once()
     assert store.kinds() == KINDS[config.optim.kind] | ({"ema"} if config.optim.ema_decay else set())
     shapes = parameter_shapes(config, VOCAB)
     trained = Reference(config, VOCAB, torch.float64).trained().keys()
-    for kind in store.kinds():
-        expected = shapes.keys() if kind == "weight" else trained
-        assert {name for name, other in store.wholes if other == kind} == expected, kind
-    assert store.shapes == shapes
     wide = torch.float64 if config.precision == "fp64" else torch.float32
     wide = torch.bfloat16 if config.zero.config == LOW_MEMORY else wide
-    assert {whole.dtype for (name, _), whole in store.wholes.items() if name in trained} == {wide}
+    for kind in store.kinds():
+        expected = shapes.keys() if kind == "weight" else trained
+        own = {name: whole for (name, other), whole in store.wholes.items() if other == kind}
+        if kind in ("weight", "ema") or config.optim.kind not in ("adafactor", "adamw8bit"):
+            assert own.keys() == set(expected), kind
+            assert {name: store.shapes[name, kind] for name in own} == {name: shapes[name] for name in expected}
+            narrow = config.optim.state_dtype is not None and kind not in ("weight", "ema")
+            found = {whole.dtype for name, whole in own.items() if name in trained}
+            assert found == {torch.bfloat16 if narrow else wide}, kind
+    for name in trained:  # each has some state, if not of each kind
+        assert any(other == name and kind not in ("weight", "ema") for other, kind in store.wholes), name
 
 
 def check_resume(
@@ -121,6 +136,10 @@ def check_resume(
     resumed = build_trainer(mesh, config.model_copy(update={"seed": 99}))
     run_steps(resumed, past_steps)
     resumed.config = config
+    optimizer = getattr(resumed.engine, "optimizer")  # noqa: B009
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(inner, NarrowState):
+        inner._seed = config.seed
     resumed.engine.load(store.read, sorted(store.kinds() - {"weight"}), STEPS)
     resumed.state = TrainState(**vars(unbroken.state))
     store.assert_same(saved(resumed))

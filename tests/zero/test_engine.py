@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
+from tests.parity.harness import build_trainer
+from tests.shards import Store, assert_close
 from tests.worker_pool import WorkerPool
-from tests.zero.runs import OTHERS, Cell, check_cells, check_resume, check_skipped
+from tests.zero.runs import OTHERS, PLACED, Cell, check_cells, check_resume, check_skipped, run_steps, saved
 
 ENGINES = ("zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload")
 
@@ -24,6 +27,44 @@ def test_two_data_ranks_resume_bit_for_bit(pool: WorkerPool, zero: str) -> None:
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 def test_every_optimizer_resumes_bit_for_bit(pool: WorkerPool, zero: str) -> None:
     pool.run(check_cells, check_resume, [Cell(zero, "fp32", kind) for kind in OTHERS], layout=RankLayout(data=2))
+
+
+@pytest.mark.parametrize("zero", ENGINES)
+def test_optimizers_that_know_their_parameters_resume_bit_for_bit(pool: WorkerPool, zero: str) -> None:
+    cells = [Cell(zero, precision, kind) for precision in ("fp32", "bf16") for kind in PLACED]
+    pool.run(check_cells, check_resume, cells, layout=RankLayout(data=2))
+    pool.run(check_cells, check_resume, cells[:2], layout=RankLayout(data=2, tensor=2))
+    if zero in ("zero0", "zero1"):
+        pool.run(check_cells, check_resume, cells[:2], layout=RankLayout(pipeline=2, data=2))
+
+
+def test_eight_bits_resume_bit_for_bit(pool: WorkerPool) -> None:
+    average = {"optim.ema_decay": 0.6}
+    pool.run(check_cells, check_resume, [Cell("zero0", "bf16", "adamw8bit")], 1, average, layout=RankLayout(data=2))
+
+
+@pytest.mark.parametrize("layout", [RankLayout(data=2), RankLayout(tensor=2), RankLayout(pipeline=2, data=2)], ids=str)
+def test_a_narrow_state_is_rounded_alike_in_every_layout(pool: WorkerPool, layout: RankLayout) -> None:
+    """In float64, where the layouts' gradients differ by 1e-16, the same bits are kept."""
+    (alone,) = pool.run(steps_of, "zero0", layout=RankLayout())
+    for zero in ("zero0", "zero1", "zero2", *(["zero3"] if layout.pipeline == 1 else [])):
+        store = pool.run(steps_of, zero, layout=layout)[0]
+        assert store.wholes.keys() == alone.wholes.keys()
+        for (name, kind), whole in alone.wholes.items():
+            found = store.wholes[name, kind]
+            if kind == "weight":
+                assert_close(found, whole, f"{zero}: {name}", limit=1e-10)
+            else:
+                assert whole.dtype is torch.bfloat16 and torch.equal(found, whole), f"{zero}: {kind} of {name}"
+
+
+def steps_of(mesh: ParallelMesh, zero: str) -> Store:
+    """Return what is saved after some steps without dropout; a key's bias, whose gradient is rounding, is frozen."""
+    rules = [{"match": "*.qkv.bias", "freeze": True}]
+    overrides = {"model.layers": 2, "model.dropout": 0.0, "optim.rules": rules, "train.global_batch": 4}
+    trainer = build_trainer(mesh, Cell(zero, "fp64", "narrow adamw").config(mesh, **overrides))
+    run_steps(trainer, 3)
+    return saved(trainer)
 
 
 def check_skipped_cells(mesh: ParallelMesh, zero: str) -> None:

@@ -21,6 +21,14 @@ def test_the_table_says_what_a_rank_holds(pool: WorkerPool, stage: int, precisio
     check_table(pool, {"zero.stage": stage, "precision": precision, "optim.ema_decay": 0.9})
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_table_knows_narrow_states(pool: WorkerPool, stage: int) -> None:
+    chosen = {"zero.stage": stage, "precision": "bf16", "optim.ema_decay": 0.9}
+    check_table(pool, {**chosen, "optim.state_dtype": "bf16"})
+    if stage == 0:
+        check_table(pool, {**chosen, "optim.kind": "adamw8bit"})
+
+
 def check_table(pool: WorkerPool, chosen: dict[str, Any]) -> None:
     case = Case(1, DATA, 1, {**SHAPE, **chosen})
     stage = case.config().zero.stage
