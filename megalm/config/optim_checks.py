@@ -64,14 +64,14 @@ def _there_is_a_state_to_narrow(config: RunConfig) -> Iterator[str]:
     if optim.state_dtype is None:
         return
     why = {
-        "adafactor": "keeps hardly any",
-        "adamw8bit": "keeps 8 bits",
-        "apex_adamw": "updates by a kernel that reads fp32",
+        "adafactor": "keeps hardly any state",
+        "adamw8bit": "has a format of its own",
+        "apex_adamw": "has a kernel that reads fp32",
     }.get(optim.kind)
     if optim.kind == "sgd" and not optim.momentum:
-        why = "keeps none without optim.momentum"
+        why = "keeps no state without optim.momentum"
     if why is not None:
         yield (
-            f"optim.state_dtype={optim.state_dtype} is about the optimizer's state, of which optim.kind={optim.kind} "
-            f"{why}; use {_TORCHS}, or leave it out"
+            f"optim.state_dtype={optim.state_dtype} does not work with optim.kind={optim.kind}, which {why}; "
+            f"use {_TORCHS}, or leave it out"
         )

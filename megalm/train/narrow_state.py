@@ -7,6 +7,7 @@ function of seed, update, parameter and element, so that a run does not depend o
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from megalm.distributed.random import key, words_of_part
 from megalm.zero.parts import Part, PlacedOptimizer
 
-_ELEMENTS = 1 << 22  # that are widened at once
+_ELEMENTS = {"cpu": 1 << 19}  # that are widened at once: as many as stay in the cache
+_ELEMENTS_ACCELERATOR = 1 << 22
 _BITS = 16  # fewer in a bf16 than in a fp32 number
+_UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
 
 class NarrowState(PlacedOptimizer):
@@ -38,9 +41,10 @@ class NarrowState(PlacedOptimizer):
                     continue
                 state = self.state[tensor]
                 kinds = sorted(kind for kind, kept in state.items() if kept.dtype is self.state_dtype)
+                most = _ELEMENTS.get(tensor.device.type, _ELEMENTS_ACCELERATOR)
                 for part in self.parts[tensor]:
-                    for start in range(0, part.length, _ELEMENTS):
-                        self._update(group, tensor, part, start, min(_ELEMENTS, part.length - start), kinds)
+                    for start in range(0, part.length, most):
+                        self._update(group, tensor, part, start, min(most, part.length - start), kinds)
                 state["step"] = state.get("step", torch.zeros(())) + 1
 
     def _update(self, group: dict[str, Any], tensor: Tensor, part: Part, start: int, length: int, kinds: Any) -> None:
@@ -69,11 +73,10 @@ class NarrowState(PlacedOptimizer):
 
 
 def round_stochastically(values: Tensor, words: Tensor) -> Tensor:
-    """Return the values in bf16: with chance d the neighbour farther from 0, d being how far the value is on to it.
+    """Return 1-D values in bf16: with chance d the neighbour farther from 0, d being how far the value is on to it.
 
-    `words`: int64, whose lowest 16 bits are uniformly random. What is not finite stays what it is.
+    `words`: integers, whose lowest 16 bits are uniformly random. What is not finite stays what it is.
     """
-    bits = values.float().view(torch.int32).to(torch.int64)  # sign and magnitude: adding is away from 0
-    carried = (bits + (words & ((1 << _BITS) - 1))).bitwise_and_(-(1 << _BITS)).to(torch.int32)
-    rounded = carried.view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values.float()).to(torch.bfloat16)
+    bits = values.float().view(torch.int32)  # sign and magnitude: adding is away from 0
+    carried = words.to(torch.int32).bitwise_and_((1 << _BITS) - 1).add_(bits)
+    return carried.view(torch.int16)[_UPPER_HALF::2].view(torch.bfloat16)
