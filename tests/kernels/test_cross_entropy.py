@@ -282,3 +282,21 @@ def test_large_vocabularies(vocab: int) -> None:
         lambda x, t: reference.cross_entropy(x, t, **OPTIONS),
         [normal(512, vocab, dtype=torch.bfloat16, scale=3.0), targets(512, vocab)],
     )
+
+
+@pytest.mark.parametrize("gradient_", [reference.cross_entropy_gradient_, cross_entropy_gradient_])
+def test_what_fp16_could_not_hold_of_probabilities_survives_under_a_loss_scale(gradient_: Any) -> None:
+    """A probability of 1e-8 is 0 in fp16; times a scale of 2^16 it is a number like another."""
+    scale, rest = 65536.0, -18.4
+    logits = torch.full((3, 40), rest, dtype=torch.float16, device=DEVICE)
+    logits[:, 5] = 0.0
+    exact = logits.double()
+    lse_N = exact.logsumexp(1).float()
+    target_N = torch.tensor([5, 5, 5], device=DEVICE)
+    expected = scale * torch.softmax(exact, 1)
+    expected[:, 5] -= scale
+    assert float(torch.softmax(exact, 1)[0, 0].half()) == 0.0
+    nothing = torch.zeros_like(lse_N)
+    gradient_(logits, target_N, lse_N, torch.full_like(lse_N, scale), columns=40, vocab=40, lse_rest_N=nothing)
+    others = [column for column in range(40) if column != 5]
+    torch.testing.assert_close(logits.double()[:, others], expected[:, others], rtol=2e-3, atol=0.0)
