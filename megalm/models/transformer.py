@@ -17,8 +17,9 @@ from megalm.models.losses import token_loss_sum, valid_sum
 from megalm.nn.block import TransformerBlock
 from megalm.nn.context import Context
 from megalm.nn.dropout import Dropout
+from megalm.nn.masks import Documents, DropoutKeys, document_starts
 from megalm.nn.norms import build_norm
-from megalm.nn.ops import REFERENCE, Documents, DropoutKeys, document_starts, select_operations
+from megalm.nn.ops import REFERENCE, select_operations
 from megalm.nn.positions import POSITIONS
 from megalm.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_weight
 from megalm.tensor_parallel.initialize import Initializer

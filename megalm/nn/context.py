@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megalm.nn.ops import Documents, DropoutKeys
+from megalm.nn.masks import Documents, DropoutKeys
 
 Rotation = Callable[[Tensor], Tensor]
 """What is applied to queries and keys, BTHE -> BTHE."""

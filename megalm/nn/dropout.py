@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megalm.nn.ops import Drop, DropoutKeys, Site, kept
+from megalm.nn.masks import Drop, DropoutKeys, Site, kept
 
 
 class Dropout:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalm.config.patterns import BlockPattern
-from megalm.nn.ops import Documents
+from megalm.nn.masks import Documents
 
 QUERIES = 256
 """Of a longer row so many queries are looked at, evenly spaced."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from megalm.config.model import ModelSection
 from megalm.distributed.collectives import sum_gradient
 from megalm.distributed.sharding import ShardSpec
-from megalm.nn.ops import Drop, Operations
+from megalm.nn.masks import Drop
+from megalm.nn.ops import Operations
 from megalm.registry import Registry
 from megalm.tensor_parallel.initialize import Initializer
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megalm.config.patterns import BlockPattern
-from megalm.nn.ops import Documents, Drop, dropout_keep, plain_attention
+from megalm.nn.masks import Documents, Drop
+from megalm.nn.ops import dropout_keep, plain_attention
 
 CHUNKS = 8
 """Of the blocks of a row, each with as many keys as its last block: more waste less, and gather gradients more often.

@@ -25,7 +25,7 @@ from megalm.distributed.communication_time import CommunicationClock
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.progress import progress
 from megalm.errors import MegalmError
-from megalm.nn.ops import DropoutKeys
+from megalm.nn.masks import DropoutKeys
 from megalm.pipeline_parallel.executor import Microbatch, PipelineExecutor
 from megalm.train.gradients import condition_gradients, scale_gradients
 from megalm.train.interruption import Interruption

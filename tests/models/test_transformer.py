@@ -14,7 +14,7 @@ from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import ShardSpec
 from megalm.models.transformer import StagePlan, Transformer
-from megalm.nn.ops import DropoutKeys
+from megalm.nn.masks import DropoutKeys
 from megalm.tensor_parallel.initialize import Initializer
 from tests.parity.harness import LLAMA, Case
 from tests.parity.reference import Reference

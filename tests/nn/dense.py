@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megalm.config.model import ModelSection
-from megalm.nn.ops import DropoutKeys
+from megalm.nn.masks import DropoutKeys
 from tests.parity.reference import dropped
 from tests.parity.reference_model import Formulas, Weights
 

@@ -9,7 +9,7 @@ from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.nn.attention import Attention
 from megalm.nn.context import Context
-from megalm.nn.ops import DropoutKeys
+from megalm.nn.masks import DropoutKeys
 from megalm.nn.positions import POSITIONS
 from tests.nn.dense import formulas
 from tests.nn.layers import INIT, MODELS, check_layer, model_section

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from megalm.nn.dropout import Dropout
-from megalm.nn.ops import REFERENCE, DropoutKeys
+from megalm.nn.masks import DropoutKeys
+from megalm.nn.ops import REFERENCE
 
 SHAPE = (6, 10, 7)
 ONES = torch.ones(SHAPE, dtype=torch.float64)

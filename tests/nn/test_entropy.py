@@ -11,7 +11,7 @@ from torch import Tensor
 from megalm.kernels import reference
 from megalm.nn import entropy
 from megalm.nn.entropy import head_entropy
-from megalm.nn.ops import Documents
+from megalm.nn.masks import Documents
 
 ROWS, TOKENS, HEADS, GROUPS, SIZE = 2, 24, 6, 3, 8
 NUMBERS = torch.tensor([0, 1])[:, None] + torch.arange(TOKENS) // 7

@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from megalm.errors import ConfigError
+from megalm.nn.masks import Documents, Drop, DropoutKeys, Site, document_starts
 from megalm.nn.ops import (
     REFERENCE,
-    Documents,
-    Drop,
-    DropoutKeys,
     Operations,
-    Site,
-    document_starts,
     fused_operations,
     select_operations,
 )

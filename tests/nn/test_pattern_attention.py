@@ -11,7 +11,7 @@ from torch import Tensor
 from megalm.config.patterns import BlockPattern
 from megalm.kernels import reference
 from megalm.nn.entropy import head_entropy
-from megalm.nn.ops import Documents, Drop, DropoutKeys, Site
+from megalm.nn.masks import Documents, Drop, DropoutKeys, Site
 from megalm.nn.pattern_attention import pattern_attention
 
 ROWS, HEADS, GROUPS, SIZE = 2, 4, 2, 8
