@@ -26,6 +26,7 @@ def one(key: str, *values: Any) -> list[Value]:
 ROTARY: Value = {"model.position": "rotary"}
 SCALED: Value = {**ROTARY, "model.rotary_factor": 4.0}
 STRIDED: Value = {"model.attention_pattern": "strided", "model.block_size": 2, "model.local_blocks": 2}
+HIERARCHICAL: Value = {**STRIDED, "model.attention_pattern": "hierarchical"}
 LAYOUT = "layout"
 FACTORS: dict[str, list[Any]] = {
     LAYOUT: [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (2, 2, 2)],
@@ -47,6 +48,8 @@ FACTORS: dict[str, list[Any]] = {
         NONE,
         {**STRIDED, "model.block_stride": 3},
         {**STRIDED, "model.block_size": 4, "model.global_tokens": 3},
+        HIERARCHICAL,
+        {**HIERARCHICAL, "model.block_size": 4, "model.local_blocks": 1},
     ],
     "norm place": one("model.norm_place", "post", "sandwich"),
     "norm": one("model.norm", "rmsnorm"),
