@@ -15,7 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm_place": ("pre", "post", "sandwich"),
     "activation": ("relu", "relu2", "gelu", "gelu_erf", "silu", "geglu", "swiglu"),
     "position": ("none", "learned", "sinusoidal", "rotary", "alibi", "t5"),
-    "attention_pattern": ("full", "strided"),
+    "attention_pattern": ("full", "strided", "hierarchical"),
     "init": ("normal", "truncated_normal", "xavier", "he"),
     "rotary_scaling": ("none", "linear", "ntk", "yarn", "llama3"),
     "schedule": ("gpipe", "1f1b"),

@@ -39,10 +39,10 @@ USES: dict[str, Use] = {
     "model.nope_every": _when("model", "position", "rotary", "alibi", "t5"),
     "model.window_pattern": Use("model.window", lambda config: config.model.window is not None),
     "model.window": Use("an S in model.window_pattern", lambda config: "S" in config.model.window_pattern),
-    **{
-        f"model.{key}": _when("model", "attention_pattern", "strided")
-        for key in ("block_size", "local_blocks", "block_stride", "global_tokens")
-    },
+    "model.block_size": _when("model", "attention_pattern", "strided", "hierarchical"),
+    "model.local_blocks": _when("model", "attention_pattern", "strided", "hierarchical"),
+    "model.block_stride": _when("model", "attention_pattern", "strided"),
+    "model.global_tokens": _when("model", "attention_pattern", "strided"),
     "model.mup_base_head_dim": Use("model.mup_base", lambda config: config.model.mup_base is not None),
     "early_stop.patience": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),
     "early_stop.min_delta": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),

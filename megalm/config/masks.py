@@ -7,7 +7,7 @@ from megalm.config.patterns import BlockPattern
 
 CELLS = 32
 """A drawing has at most so many rows and columns, each of as many tokens as it takes."""
-ALL, SOME, NONE = "#", "+", "."
+ALL, SOME, NONE, MEAN = "#", "+", ".", "~"
 
 
 def draw_masks(model: ModelSection) -> str:
@@ -17,17 +17,21 @@ def draw_masks(model: ModelSection) -> str:
         kinds.setdefault(model.window_of(layer), []).append(layer)
     drawings = [f"{_heading(model, window, layers)}\n{_drawing(model, window)}" for window, layers in kinds.items()]
     step = -(-model.sequence // CELLS)
-    scale = f"{model.sequence} tokens, {step} a cell: {ALL} all visible, {SOME} some, {NONE} none"
+    seen = f"{ALL} all visible, {SOME} some, {NONE} none"
+    if model.attention_pattern == "hierarchical":
+        seen = f"{ALL} all visible, {MEAN} in the means of their blocks, {SOME} some or both, {NONE} none"
+    scale = f"{model.sequence} tokens, {step} a cell: {seen}"
     documents = "\ndocuments in a row do not see each other besides" if model.document_mask else ""
     return "\n\n".join([*drawings, scale + documents])
 
 
 def _heading(model: ModelSection, window: int | None, layers: list[int]) -> str:
     seen = "itself and all tokens before it" if window is None else f"the last {window} tokens, its own included"
-    if model.attention_pattern == "strided":
+    if model.attention_pattern != "full":
         seen = f"of blocks of {model.block_size} tokens the last {model.local_blocks}, its own included"
         seen += "" if model.block_stride is None else f", each {model.block_stride}-th before its own"
         seen += f", the first {model.global_tokens} tokens" if model.global_tokens else ""
+        seen += ", and of each block before these the mean" if model.attention_pattern == "hierarchical" else ""
     spans: list[list[int]] = []
     for layer in layers:
         if spans and layer == spans[-1][-1] + 1:
@@ -57,8 +61,15 @@ def _corners(places: range, pattern: BlockPattern) -> list[int]:
 
 def _pattern_cell(pattern: BlockPattern, queries: list[int], keys: list[int]) -> str:
     """Judge the corners of a cell: between them a token is seen or not by its order alone."""
-    seen = {bool(pattern.sees(query, key)) for query in queries for key in keys}
-    return SOME if len(seen) == 2 else ALL if True in seen else NONE
+    seen = {_sight(pattern, query, key) for query in queries for key in keys}
+    return seen.pop() if len(seen) == 1 else SOME
+
+
+def _sight(pattern: BlockPattern, query: int, key: int) -> str:
+    """Return how a token sees another: by itself, in the summary of its block, or not."""
+    if pattern.sees(query, key):
+        return ALL
+    return MEAN if pattern.summaries and pattern.sees(query, -1 - key // pattern.block) else NONE
 
 
 def _cell(query: int, key: int, tokens: int, step: int, window: int | None) -> str:

@@ -26,7 +26,8 @@ class ModelSection(Section):
     layer's input. The caps bound scores and logits by tanh.
 
     With the `attention_pattern` strided a query sees blocks of `block_size` tokens: the last `local_blocks`, its own
-    included, and each `block_stride`-th before its own; and the first `global_tokens` tokens.
+    included, and each `block_stride`-th before its own; and the first `global_tokens` tokens. With hierarchical it sees
+    of each block before the local ones the mean key and the mean value, after norm and rotation, as those of one token.
 
     Block: the norm stands before each half (pre), after the sum (post), or before and after the half (sandwich); with
     `parallel_residual` both halves read the same input. What a half adds is multiplied by `residual_scale`, and left
@@ -168,6 +169,8 @@ class ModelSection(Section):
         """Which blocks a query sees; None: attention does not go by blocks."""
         if self.attention_pattern == "strided":
             return BlockPattern(self.block_size, self.local_blocks, self.block_stride, self.global_tokens)
+        if self.attention_pattern == "hierarchical":
+            return BlockPattern(self.block_size, self.local_blocks, summaries=True)
         return None
 
     def window_of(self, layer: int) -> int | None:

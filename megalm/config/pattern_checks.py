@@ -19,9 +19,9 @@ def _blocks_divide_the_sequence(config: RunConfig) -> Iterator[str]:
 
 
 @rule("model.attention_pattern", "model.sequence", "model.block_size", "model.local_blocks", "model.global_tokens")
-def _a_strided_pattern_hides_something(config: RunConfig) -> Iterator[str]:
+def _a_pattern_hides_something(config: RunConfig) -> Iterator[str]:
     model = config.model
-    if model.attention_pattern != "strided":
+    if model.attention_pattern == "full":
         return
     near = model.local_blocks * model.block_size
     if near >= model.sequence:
@@ -29,7 +29,7 @@ def _a_strided_pattern_hides_something(config: RunConfig) -> Iterator[str]:
             f"model.local_blocks={model.local_blocks} of model.block_size={model.block_size} tokens are all of "
             f"model.sequence={model.sequence}, so nothing is hidden; use fewer, or model.attention_pattern=full"
         )
-    elif model.global_tokens > model.sequence - near:
+    elif model.attention_pattern == "strided" and model.global_tokens > model.sequence - near:
         yield (
             f"model.global_tokens={model.global_tokens} and {near} local tokens are all of model.sequence="
             f"{model.sequence}, so nothing is hidden; use at most {model.sequence - near}"
@@ -40,6 +40,34 @@ def _a_strided_pattern_hides_something(config: RunConfig) -> Iterator[str]:
 def _strides_leave_blocks_out(config: RunConfig) -> Iterator[str]:
     if config.model.attention_pattern == "strided" and config.model.block_stride == 1:
         yield "model.block_stride=1 takes every block, so nothing is hidden; use 2 or more, or none"
+
+
+@rule("model.attention_pattern", "model.block_size")
+def _summaries_are_of_several_tokens(config: RunConfig) -> Iterator[str]:
+    if config.model.attention_pattern == "hierarchical" and config.model.block_size == 1:
+        yield (
+            "model.block_size=1 makes each token its own summary, so nothing is hidden; use 2 or more, or "
+            "model.attention_pattern=full"
+        )
+
+
+@rule("model.attention_pattern", "model.position")
+def _summaries_have_no_place_in_a_table(config: RunConfig) -> Iterator[str]:
+    if config.model.attention_pattern == "hierarchical" and config.model.position == "t5":
+        yield (
+            "model.position=t5 learns a bias for each distance of two tokens, and a summary of "
+            "model.attention_pattern=hierarchical is at many; use another position, such as rotary or alibi, or "
+            "model.attention_pattern=strided"
+        )
+
+
+@rule("model.attention_pattern", "model.document_mask")
+def _summaries_are_of_one_document(config: RunConfig) -> Iterator[str]:
+    if config.model.attention_pattern == "hierarchical" and config.model.document_mask:
+        yield (
+            "model.document_mask=true hides other documents, which a summary of model.attention_pattern=hierarchical "
+            "may mix with a query's own; use model.document_mask=false, or model.attention_pattern=strided"
+        )
 
 
 @rule("model.attention_pattern", "model.window")

@@ -10,27 +10,36 @@ class BlockPattern(NamedTuple):
 
     A query sees the last `local` blocks, its own included; with `stride` also each stride-th block before its own
     (Child et al. 2019, the strided pattern, of blocks); and the first `first` tokens (the global tokens of Beltagy et
-    al. 2020 and Zaheer et al. 2020, here causal).
+    al. 2020 and Zaheer et al. 2020, here causal). With `summaries` it sees each block before the local ones as one key
+    and one value, the means of its tokens', at place -1 - b for block b: in front of the row, whatever its length. They
+    stand under one softmax with the tokens, each for one. Source: the means of H-Transformer-1D (Zhu & Soricut 2021)
+    and the compressed branch of Native Sparse Attention (Yuan et al. 2025), whose softmax is its own.
     """
 
     block: int
     local: int = 1
     stride: int | None = None
     first: int = 0
+    summaries: bool = False
 
     def sees(self, query: Any, key: Any) -> Any:
-        """Return whether the token at place `query` sees that at `key`; integers, or tensors that broadcast."""
+        """Return whether the token at place `query` sees what is at `key`; integers, or tensors that broadcast."""
         back = query // self.block - key // self.block
         near = (back < self.local) | (key < self.first)
         if self.stride is not None:
             near = near | (back % self.stride == 0)
-        return near & (key <= query)
+        seen = near & (key <= query)
+        if not self.summaries:
+            return seen
+        before = query // self.block + 1 + key  # the query's block less the one that a summary at `key` is of
+        return (key >= 0) & seen | (key < 0) & (before >= self.local)
 
     def live_keys(self, query_block: int) -> list[int]:
-        """Return the places of the tokens that the last token of a block of queries sees."""
+        """Return the places that the last token of a block of queries sees: summaries, then tokens."""
         size = self.block
         last = query_block * size + size - 1
         whole = [block for block in range(query_block + 1) if self.sees(last, block * size + size - 1)]
         parted = range(self.first // size * size, min(self.first, last + 1))
         rest = [] if self.first // size in whole else list(parted)
-        return rest + [place for block in whole for place in range(block * size, block * size + size)]
+        summaries = range(-1, self.local - query_block - 2, -1) if self.summaries else ()
+        return [*summaries, *rest] + [place for block in whole for place in range(block * size, block * size + size)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megalm.config.patterns import BlockPattern
 from megalm.nn.masks import Documents
+from megalm.nn.pattern_attention import mean_places, with_summaries
 
 QUERIES = 256
 """Of a longer row so many queries are looked at, evenly spaced."""
@@ -37,22 +38,24 @@ def head_entropy(
     wide = torch.promote_types(q_BTHE.dtype, torch.float32)
     places_T = torch.arange(tokens, device=q_BTHE.device)
     places_Q = places_T[torch.linspace(0, tokens - 1, min(tokens, QUERIES), device=q_BTHE.device).round().long()]
-    k_TE = k_BTGE[0, :, head * k_BTGE.shape[2] // heads].to(wide)
-    scores_QT = q_BTHE[0, places_Q, head].to(wide) @ k_TE.T * size**-0.5
+    keys_BSGE = k_BTGE[:1] if pattern is None else with_summaries(k_BTGE[:1], pattern)
+    places_S = torch.arange(tokens - keys_BSGE.shape[1], tokens, device=q_BTHE.device)
+    k_SE = keys_BSGE[0, :, head * k_BTGE.shape[2] // heads].to(wide)
+    scores_QS = q_BTHE[0, places_Q, head].to(wide) @ k_SE.T * size**-0.5
     if softcap is not None:
-        scores_QT = softcap * torch.tanh(scores_QT / softcap)
-    distance_QT = places_Q[:, None] - places_T
+        scores_QS = softcap * torch.tanh(scores_QS / softcap)
+    distance_QS = places_Q[:, None] - (places_S if pattern is None else mean_places(places_S, pattern))
     if slopes_H is not None:
-        scores_QT = scores_QT - slopes_H[head] * distance_QT
+        scores_QS = scores_QS - slopes_H[head] * distance_QS
     if bias_HTS is not None:
-        scores_QT = scores_QT + bias_HTS[head, places_Q]
-    hidden_QT = distance_QT < 0
+        scores_QS = scores_QS + bias_HTS[head, places_Q]
+    hidden_QS = distance_QS < 0
     if window is not None:
-        hidden_QT |= distance_QT >= window
+        hidden_QS |= distance_QS >= window
     if pattern is not None:
-        hidden_QT |= ~pattern.sees(places_Q[:, None], places_T)
+        hidden_QS |= ~pattern.sees(places_Q[:, None], places_S)
     if documents is not None:
         numbers_T = documents.numbers_BT[0]
-        hidden_QT |= numbers_T[places_Q][:, None] != numbers_T
-    log_p_QT = scores_QT.masked_fill(hidden_QT, float("-inf")).log_softmax(-1)
-    return torch.special.entr(log_p_QT.exp()).sum(-1).mean()
+        hidden_QS |= numbers_T[places_Q][:, None] != numbers_T
+    log_p_QS = scores_QS.masked_fill(hidden_QS, float("-inf")).log_softmax(-1)
+    return torch.special.entr(log_p_QS.exp()).sum(-1).mean()

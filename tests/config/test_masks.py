@@ -7,7 +7,7 @@ import math
 import pytest
 
 from megalm.cli import main
-from megalm.config.masks import ALL, CELLS, NONE, SOME, draw_masks
+from megalm.config.masks import ALL, CELLS, MEAN, NONE, SOME, draw_masks
 from megalm.config.model import ModelSection
 
 
@@ -47,6 +47,27 @@ def test_each_cell_of_a_pattern_is_what_its_pairs_are(tokens: int, pattern: dict
             queries, keys = (range(at * step, min(at * step + step, tokens)) for at in (number, place))
             seen = [sees(t, s) for t in queries for s in keys]
             assert cell == (ALL if all(seen) else SOME if any(seen) else NONE), (number, place)
+
+
+@pytest.mark.parametrize("tokens", [48, 96])
+@pytest.mark.parametrize("blocks", [(2, 1), (3, 4), (8, 2)], ids=str)
+def test_blocks_in_summary_have_a_letter_of_their_own(tokens: int, blocks: tuple[int, int]) -> None:
+    size, local = blocks
+    pattern = {"attention_pattern": "hierarchical", "block_size": size, "local_blocks": local}
+    model = ModelSection(layers=1, hidden=8, heads=2, sequence=tokens, **pattern)  # type: ignore[arg-type]
+    heading, *rows, _, legend = draw_masks(model).splitlines()
+    assert heading.endswith(f"the last {local}, its own included, and of each block before these the mean")
+    assert f"{MEAN} in the means of their blocks, {SOME} some or both" in legend
+    step = math.ceil(tokens / CELLS)
+
+    def sight(t: int, s: int) -> str:
+        return NONE if s > t else ALL if t // size - s // size < local else MEAN
+
+    for number, row in enumerate(rows):
+        for place, cell in enumerate(row):
+            queries, keys = (range(at * step, min(at * step + step, tokens)) for at in (number, place))
+            seen = {sight(t, s) for t in queries for s in keys}
+            assert cell == (seen.pop() if len(seen) == 1 else SOME), (number, place)
 
 
 def test_layers_of_a_kind_are_drawn_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,3 +181,22 @@ def test_stages_in_a_row_are_the_model_tied_heads_share_one_parameter_and_recomp
     pool: WorkerPool,
 ) -> None:
     pool.run(check_one_rank, layout=RankLayout())
+
+
+def check_prefixes(mesh: ParallelMesh) -> None:
+    tokens = torch.randint(VOCAB, (ROWS, 24), generator=torch.Generator().manual_seed(0))
+    blocks = {"model.attention_pattern": "hierarchical", "model.block_size": 4, "model.local_blocks": 2}
+    for position in ("rotary", "alibi", "learned"):
+        model = make(recipe(**{**blocks, "model.sequence": 24, "model.position": position}), mesh)
+        logits = model(tokens)
+        for first in range(1, 24):
+            changed = torch.cat((tokens[:, :first], (tokens[:, first:] + 1) % VOCAB), dim=1)
+            assert torch.equal(model(changed)[:, :first], logits[:, :first]), f"{position}: tokens from {first} on"
+            assert not torch.equal(model(changed)[:, first:], logits[:, first:])
+            with torch.no_grad():
+                assert_close(model(tokens[:, :first]), logits[:, :first], f"{position}: a row of {first} tokens")
+
+
+def test_a_prefix_has_the_logits_it_has_in_a_longer_row(pool: WorkerPool) -> None:
+    """Summaries are of blocks that are over: no token sees one to come, and a text that grows keeps its logits."""
+    pool.run(check_prefixes, layout=RankLayout())

@@ -138,9 +138,9 @@ def gradients_cut_before_they_are_summed() -> Patches:
 def masks_of_keys_as_they_are_gathered() -> Patches:
     original = pattern_attention._dropout_scale
 
-    def scale(q_BTHE: Tensor, chunk: Any, drop: Any) -> Tensor | None:
+    def scale(q_BTHE: Tensor, columns: int, chunk: Any, drop: Any) -> Tensor | None:
         places_NK = torch.arange(chunk.keys_NK.shape[1]).expand_as(chunk.keys_NK)
-        return original(q_BTHE, pattern_attention._Chunk(chunk.queries_NQ, places_NK), drop)
+        return original(q_BTHE, columns, pattern_attention._Chunk(chunk.queries_NQ, places_NK), drop)
 
     yield mock.patch.object(pattern_attention, "_dropout_scale", scale)
 
@@ -168,12 +168,32 @@ def adafactor_means_of_one_ranks_partition() -> Patches:
     yield mock.patch.object(adafactor.Adafactor, "place", place)
 
 
+def summaries_of_blocks_that_are_seen_besides() -> Patches:
+    original = BlockPattern.sees
+
+    def sees(self: BlockPattern, query: Any, key: Any) -> Any:
+        return original(self, query, key) | ((key < 0) & ((-key) * self.block <= query))
+
+    yield mock.patch.object(BlockPattern, "sees", sees)
+    yield mock.patch.object(
+        BlockPattern, "live_keys", lambda self, block: [*range(-block, 0), *range((block + 1) * self.block)]
+    )
+
+
+def summaries_at_the_first_of_their_tokens() -> Patches:
+    def first_places(keys: Tensor, pattern: BlockPattern) -> Tensor:
+        return torch.where(keys < 0, (-1 - keys) * pattern.block, keys)
+
+    yield mock.patch.object(pattern_attention, "mean_places", first_places)
+
+
 STRIDED = {
     "model.attention_pattern": "strided",
     "model.block_size": 2,
     "model.local_blocks": 2,
     "model.block_stride": 3,
 }
+HIERARCHICAL = {"model.attention_pattern": "hierarchical", "model.block_size": 2, "model.local_blocks": 2}
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(slopes_of_the_first_heads_on_every_rank, Case(1, 1, 2, {"model.position": "alibi"})),
     Mutant(window_of_one_token_more, Case(1, 1, 1, WINDOW)),
@@ -200,4 +220,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(adafactor_means_of_one_ranks_partition, Case(1, 2, 1, {**ADAFACTOR, **zero(2)})),
     Mutant(strides_counted_from_the_first_block, Case(1, 1, 1, STRIDED)),
     Mutant(masks_of_keys_as_they_are_gathered, Case(1, 1, 2, {**STRIDED, "model.attention_dropout": 0.2})),
+    Mutant(summaries_of_blocks_that_are_seen_besides, Case(1, 1, 1, HIERARCHICAL)),
+    Mutant(summaries_at_the_first_of_their_tokens, Case(1, 1, 2, {**HIERARCHICAL, "model.position": "alibi"})),
 )

@@ -26,6 +26,7 @@ def one(key: str, *values: Any) -> list[Value]:
 ROTARY: Value = {"model.position": "rotary"}
 SCALED: Value = {**ROTARY, "model.rotary_factor": 4.0}
 STRIDED: Value = {"model.attention_pattern": "strided", "model.block_size": 2, "model.local_blocks": 2}
+HIERARCHICAL: Value = {**STRIDED, "model.attention_pattern": "hierarchical"}
 LAYOUT = "layout"
 FACTORS: dict[str, list[Any]] = {
     LAYOUT: [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (2, 2, 2)],
@@ -47,6 +48,8 @@ FACTORS: dict[str, list[Any]] = {
         NONE,
         {**STRIDED, "model.block_stride": 3},
         {**STRIDED, "model.block_size": 4, "model.global_tokens": 3},
+        HIERARCHICAL,
+        {**HIERARCHICAL, "model.block_size": 4, "model.local_blocks": 1},
     ],
     "norm place": one("model.norm_place", "post", "sandwich"),
     "norm": one("model.norm", "rmsnorm"),
@@ -140,9 +143,21 @@ def may_be(row: Sequence[Any]) -> bool:
 @functools.cache
 def _rows() -> list[list[Any]]:
     rows = [list(row) for row in AllPairs(list(FACTORS.values()), filter_func=may_be)]
-    for pair in missing_pairs(rows):
-        rows.append(only(pair))
-    return rows
+    return [*rows, *map(only, _joined(missing_pairs(rows)))]
+
+
+def _joined(pairs: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return few choices in which the pairs stand: each joins the first that it may, or is one by itself."""
+    choices: list[dict[str, Any]] = []
+    for pair in pairs:
+        for choice in choices:
+            agrees = all(choice.get(name, value) == value for name, value in pair.items())
+            if agrees and may_be(only(choice | pair)):
+                choice |= pair
+                break
+        else:
+            choices.append(pair)
+    return choices
 
 
 def covering_array() -> tuple[Case, ...]:
@@ -156,7 +171,7 @@ def only(pair: dict[str, Any]) -> list[Any]:
 
 
 def missing_pairs(rows: Sequence[Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the pairs of values that meet in none of the rows, though they may; rows may grow meanwhile."""
+    """Yield the pairs of values that meet in none of the rows, though they may."""
     for (place, first), (other, second) in combinations(enumerate(FACTORS), 2):
         for pair in product(FACTORS[first], FACTORS[second]):
             met = any((row[place], row[other]) == pair for row in rows)

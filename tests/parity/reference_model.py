@@ -149,12 +149,15 @@ class Formulas:
         if model.position == "rotary" and _knows_positions(model, layer):
             q, k = rotated(q, model), rotated(k, model)
         k, v = k.repeat_interleave(each, dim=1), v.repeat_interleave(each, dim=1)
+        places = torch.arange(length, dtype=self.wide)[:, None]
+        if model.attention_pattern == "hierarchical":
+            k, v, places = (summarised(x, model.block_size) for x in (k, v, places))  # T below grows by their number
         scores = (q @ k.transpose(-1, -2)).to(self.wide) / math.sqrt(model.head_size)  # [rows,H,T,T]
         if model.mup_base_head_dim is not None:  # sqrt(base) / size in all
             scores = scores * math.sqrt(model.mup_base_head_dim) / math.sqrt(model.head_size)
         if model.attention_softcap is not None:
             scores = torch.tanh(scores / model.attention_softcap) * model.attention_softcap
-        distance = torch.arange(length)[:, None] - torch.arange(length)
+        distance = torch.arange(length)[:, None] - places[:, 0]
         if model.position == "alibi" and _knows_positions(model, layer):
             scores = scores - torch.tensor(slopes(model.heads), dtype=self.wide)[:, None, None] * distance.abs()
         if model.position == "t5" and _knows_positions(model, layer):
@@ -223,7 +226,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def visible(model: ModelSection, layer: int, tokens: Tensor) -> Tensor:
-    """Return which key s query t sees, bool [rows,T,T], from the definition: one pair at a time."""
+    """Return which key s query t sees, bool [rows,T,T], from the definition: one pair at a time.
+
+    Where blocks are seen in summary, [rows,T,C+T]: the keys of `summarised`.
+    """
     rows, length = tokens.shape
     windowed = model.window is not None and model.window_pattern[layer % len(model.window_pattern)] == "S"
     seen = torch.zeros(rows, length, length, dtype=torch.bool)
@@ -234,7 +240,12 @@ def visible(model: ModelSection, layer: int, tokens: Tensor) -> Tensor:
                 # A document begins with its start token: none lies between them, or at t itself.
                 parted = model.document_mask and bool((tokens[row, s + 1 : t + 1] == DOCUMENT_START).any())
                 seen[row, t, s] = near and not parted and (model.attention_pattern == "full" or strided(model, t, s))
-    return seen
+    if model.attention_pattern != "hierarchical":
+        return seen
+    starts = [block * model.block_size for block in reversed(range(length // model.block_size))]
+    # A block is seen in summary where it is over and none of its tokens is seen by itself.
+    before = [[s + model.block_size <= t and not strided(model, t, s) for s in starts] for t in range(length)]
+    return torch.cat((torch.tensor(before, dtype=torch.bool).expand(rows, -1, -1), seen), dim=-1)
 
 
 def strided(model: ModelSection, t: int, s: int) -> bool:
@@ -244,6 +255,13 @@ def strided(model: ModelSection, t: int, s: int) -> bool:
         back += 1
     jumped = model.block_stride is not None and back % model.block_stride == 0
     return s < model.global_tokens or back <= model.local_blocks - 1 or jumped
+
+
+def summarised(x: Tensor, block: int) -> Tensor:
+    """Put the mean of each whole block of [...,T,E] in front, the last block's first: [...,C+T,E]."""
+    ends = range(x.shape[-2] // block * block, 0, -block)
+    means = [x[..., end - block : end, :].mean(dim=-2, keepdim=True) for end in ends]
+    return torch.cat((*means, x), dim=-2)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
