@@ -43,8 +43,8 @@ class _Json(NamedTuple):
     def contradiction(self, key: str, value: Any, recipe: str, remedy: str) -> None:
         self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]} contradicts the recipe's {recipe}; {remedy}")
 
-    def refuse(self, key: str, value: Any, reason: str) -> None:
-        self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]}: {reason}; take it out")
+    def refuse(self, key: str, value: Any, reason: str, remedy: str = "take it out") -> None:
+        self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]}: {reason}; {remedy}")
 
     def compare(self, key: str, value: Any, recipe_key: str, recipe_value: Any) -> None:
         """Note a contradiction unless the JSON's value is absent, "auto", or equal to the recipe's."""
@@ -230,7 +230,8 @@ def _check_zero(given: _Json, config: RunConfig, data_size: int | None) -> None:
         given.contradiction("zero_optimization.overlap_comm", True, recipe, remedy)
     for key in sorted(REFUSED.keys() & zero.keys()):
         if zero[key] not in (None, False, AUTO, {"device": "none"}):
-            given.refuse(f"zero_optimization.{key}", zero[key], REFUSED[key])
+            is_nvme = key == "offload_param" and _device(zero[key]) == "nvme"
+            given.refuse(f"zero_optimization.{key}", zero[key], NVME if is_nvme else REFUSED[key])
     if zero.get("compute_grad_norm") is False:
         remedy = "take it out; the norm is logged and clipped by"
         given.contradiction("zero_optimization.compute_grad_norm", False, f"zero.stage={stage}", remedy)
@@ -267,17 +268,22 @@ def _check_plus_plus(given: _Json, zero: dict[str, Any], config: RunConfig, data
         given.contradiction("zero_optimization.zero_quantized_weights", True, "run.device=cpu", remedy)
 
 
+def _device(offload: Any) -> Any:
+    """Return where an offload section puts things."""
+    return offload.get("device", "none") if isinstance(offload, dict) else "none"
+
+
 def _check_offload(given: _Json, value: Any, stage: int) -> None:
     key = "zero_optimization.offload_optimizer"
     if value is not None and not isinstance(value, dict):
         given.problems.append(f"{given.name}:{key}={json.dumps(value)[:60]} is not an object; write {{...}}")
         return
+    device = _device(value)
+    if device not in ("none", "cpu"):
+        given.refuse(f"{key}.device", device, NVME if device == "nvme" else NOT_GATED, "use cpu")
+        return
     for name in sorted((value or {}).keys() - OFFLOAD_KEYS):
         given.refuse(f"{key}.{name}", (value or {})[name], REFUSED_OFFLOAD.get(name, NOT_GATED))
-    device = (value or {}).get("device", "none")
-    if device not in ("none", "cpu"):
-        remedy = f"use cpu; {NVME}"
-        given.contradiction(f"{key}.device", device, f"zero.stage={stage}", remedy)
-    elif device != "none" and stage < 1:
+    if device != "none" and stage < 1:
         remedy = "offload needs zero.stage 1 or more, here it would have no effect"
         given.contradiction(f"{key}.device", device, f"zero.stage={stage}", remedy)

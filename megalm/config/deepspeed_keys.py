@@ -53,7 +53,10 @@ OFFLOAD_KEYS = frozenset({"device", "pin_memory"})
 REFUSED_OFFLOAD = {
     "super_offload": "SuperOffload keeps the optimizer's state in a process of its own, where no checkpoint reaches it",
 }
-NVME = "on other devices DeepSpeed keeps what checkpoints are written from out of their reach"
+NVME = (
+    "DeepSpeed moves what is offloaded there into files and leaves empty tensors, from which neither the gradient norm "
+    "nor a checkpoint can be taken"
+)
 LOW_MEMORY_BF16 = frozenset({"bf16_master_weights_and_grads", "bf16_optimizer_states"})
 PASSED_ON = frozenset({
     "comms_logger", "disable_allgather", "disable_python_gc",

@@ -202,7 +202,7 @@ def test_a_json_that_is_wrong_in_itself_is_one_line(tmp_path: Path, content: Any
         ("zero4", "zero.config=zero4: no shipped DeepSpeed JSON; did you mean zero"),
         (
             "zero3-nvme",
-            "no shipped DeepSpeed JSON, as on other devices DeepSpeed keeps what checkpoints are written from",
+            "no shipped DeepSpeed JSON, as DeepSpeed moves what is offloaded there into files and leaves empty tensors",
         ),
         ("zenflow", "as ZenFlow keeps gradients back over several updates"),
         (
@@ -231,6 +231,10 @@ def test_the_known_zero_keys_are_those_of_the_pinned_deepspeed() -> None:
     ("content", "key"),
     [
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "tape"}}},
+            "zero_optimization.offload_optimizer.device",
+        ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             "zero_optimization.offload_optimizer.device",
@@ -322,3 +326,19 @@ def test_states_in_bf16_are_not_offloaded(tmp_path: Path) -> None:
     content = {"bf16": bf16, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     error = error_of(config_with(tmp_path, content, "precision=bf16", "zero.stage=2"))
     assert "DeepSpeed's own Adam alone keeps bf16 states in the host's memory; take it out" in error
+
+
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+def test_offload_to_nvme_is_one_line_with_the_reason(tmp_path: Path, part: str) -> None:
+    content = {"zero_optimization": {part: {"device": "nvme", "nvme_path": "/scratch", "buffer_count": 4}}}
+    error = error_of(config_with(tmp_path, content, "zero.stage=3"))
+    assert "DeepSpeed moves what is offloaded there into files and leaves empty tensors" in error and "\n" not in error
+
+
+def test_what_is_offloaded_to_nvme_is_an_empty_tensor() -> None:
+    """That is why it is refused: once this fails, checkpoints may be able to read it."""
+    swapping = pytest.importorskip("deepspeed.runtime.swap_tensor.optimizer_utils")
+    master = pytest.importorskip("torch").ones(8)
+    master.ds_id = 1
+    swapping.OptimizerStateSwapInfo(master, 8, "/nowhere", None).release_memory()
+    assert master.numel() == 0
