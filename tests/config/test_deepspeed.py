@@ -101,12 +101,18 @@ def test_values_equal_to_the_recipe_and_auto_are_accepted(tmp_path: Path) -> Non
         "zero_optimization": {"stage": "auto", "reduce_bucket_size": 7},
         "communication_data_type": "fp32",
         "steps_per_print": 5,
+        "dump_state": False,
+        "wall_clock_breakdown": False,
+        "flops_profiler": {"enabled": False, "profile_step": 1},
+        "comms_logger": {"enabled": False},
     }
-    joined = deepspeed_config(config_with(tmp_path, content, "precision=bf16", "zero.stage=1"), data_size=2)
+    joined = deepspeed_config(
+        config_with(tmp_path, content, "precision=bf16", "zero.stage=1", "log.every=5"), data_size=2
+    )
     assert joined["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7}
-    assert joined["steps_per_print"] == 5
+    assert joined["steps_per_print"] == 10**9 and joined["wall_clock_breakdown"] is False
     assert joined["gradient_accumulation_steps"] == joined["train_micro_batch_size_per_gpu"] == 1
-    assert not {"optimizer", "scheduler", "fp16", "train_batch_size"} & joined.keys()
+    assert not {"optimizer", "scheduler", "fp16", "train_batch_size", "flops_profiler", "comms_logger"} & joined.keys()
 
 
 def test_clipping_of_zero_is_no_clipping(tmp_path: Path) -> None:
@@ -134,6 +140,7 @@ def test_clipping_of_zero_is_no_clipping(tmp_path: Path) -> None:
         ({"optimizer": {"params": {"torch_adam": True}}}, "optimizer.params.torch_adam=true", "optim.kind=adamw"),
         ({"scheduler": {"type": "WarmupLR"}}, 'scheduler.type="WarmupLR"', "lr_schedule.kind=cosine"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage=2", "zero.stage=1"),
+        ({"steps_per_print": 3}, "steps_per_print=3", "log.every=1"),
         ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer=true", "optim.kind=adamw"),
     ],
 )  # fmt: skip
@@ -174,7 +181,20 @@ def test_overlapped_communication_is_refused_under_a_pipeline(tmp_path: Path) ->
     [
         ({"zero_optimisation": {}}, "mine.json:zero_optimisation: unknown key; did you mean zero_optimization?"),
         ({"zero_optimization": {"reduce_bucket": 1}}, "reduce_bucket: unknown key; did you mean reduce_bucket_size?"),
-        ({"flops_profiler": {}}, "mine.json:flops_profiler: unknown key; it would have no effect here, take it out"),
+        ({"tensorboard": {}}, "mine.json:tensorboard: unknown key; it would have no effect here, take it out"),
+        ({"disable_allgather": True}, "disable_allgather=true: DeepSpeed 0.19.8 reads it and does nothing with it; t"),
+        ({"dump_state": True}, "dump_state=true: what it prints goes to a log that megalm keeps quiet; use megalm con"),
+        ({"flops_profiler": {"enabled": True}}, "it counts torch's functions on rank 0, so neither fused kernels"),
+        ({"memory_breakdown": True}, "it knows nothing of the backward pass, which DeepSpeed does not run"),
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown=true: it gives 0.00 ms for the backward pass"),
+        ({"log_level": "loud"}, 'log_level="loud" is no level; use debug, info, warning, error, critical'),
+        ({"disable_python_gc": 1}, "disable_python_gc=1 is no flag; write true or false"),
+        ({"comms_logger": True}, "comms_logger=true is not an object; write {...}"),
+        ({"comms_logger": {"debug": True}}, 'comms_logger={"debug": true} does not say whether; write "enabled": t'),
+        ({"comms_logger": {"enabled": 1}}, "comms_logger.enabled=1 is no flag; write true or false"),
+        ({"comms_logger": {"enabled": True, "verbose": True}}, "verbose=true: a line for each call would drown the r"),
+        ({"comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]}}, "the table has every call; take it out"),
+        ({"comms_logger": {"enabled": True, "prof": 1}}, "comms_logger.prof=1 is an unknown key; DeepSpeed 0.19.8 h"),
         ({"fp16": True}, "mine.json:fp16=true is not an object"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, 'offload_optimizer="cpu" is not an object'),
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, 'reduce_bucket_size="big" is no size; write a whole'),
@@ -321,13 +341,6 @@ def test_states_in_bf16_that_fit_nothing(tmp_path: Path, flags: list[Any], overr
     assert message in error_of(config_with(tmp_path, content, *overrides))
 
 
-def test_states_in_bf16_are_not_offloaded(tmp_path: Path) -> None:
-    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    content = {"bf16": bf16, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    error = error_of(config_with(tmp_path, content, "precision=bf16", "zero.stage=2"))
-    assert "DeepSpeed's own Adam alone keeps bf16 states in the host's memory; take it out" in error
-
-
 @pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
 def test_offload_to_nvme_is_one_line_with_the_reason(tmp_path: Path, part: str) -> None:
     content = {"zero_optimization": {part: {"device": "nvme", "nvme_path": "/scratch", "buffer_count": 4}}}
@@ -342,3 +355,19 @@ def test_what_is_offloaded_to_nvme_is_an_empty_tensor() -> None:
     master.ds_id = 1
     swapping.OptimizerStateSwapInfo(master, 8, "/nowhere", None).release_memory()
     assert master.numel() == 0
+
+
+@pytest.mark.parametrize("content", [{"comms_logger": {"enabled": True}}, {"log_level": "info"}])
+def test_what_watches_deepspeed_is_refused_without_it(tmp_path: Path, content: dict[str, Any]) -> None:
+    assert "contradicts the recipe's zero.stage=0; set zero.stage to 1, 2 or 3" in error_of(
+        config_with(tmp_path, content)
+    )
+    (key, value), joined = *content.items(), deepspeed_config(config_with(tmp_path, content, "zero.stage=1"))
+    assert joined[key] == value
+
+
+def test_states_in_bf16_are_not_offloaded(tmp_path: Path) -> None:
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    content = {"bf16": bf16, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    error = error_of(config_with(tmp_path, content, "precision=bf16", "zero.stage=2"))
+    assert "DeepSpeed's own Adam alone keeps bf16 states in the host's memory; take it out" in error
