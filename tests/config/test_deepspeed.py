@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,36 @@ def error_of(config: RunConfig, data_size: int | None = None) -> str:
     return str(caught.value)
 
 
-def joined_of(folder: Path, name: str) -> dict[str, Any]:
-    """Return a shipped file joined with a small recipe of its stage, 2 where it has any."""
-    stage = json.loads(shipped_configs()[name].read_text())["zero_optimization"]["stage"]
-    overrides = [f"zero.stage={2 if stage == 'auto' else stage}", f"zero.config={name}", "precision=bf16"]
+def stages() -> list[tuple[str, int]]:
+    """Return every shipped file's name with each of the stages that it is for."""
+    found = []
+    for name, path in shipped_configs().items():
+        stage = json.loads(path.read_text())["zero_optimization"]["stage"]
+        found += [(name, each) for each in ([1, 2, 3] if stage == "auto" else [stage])]
+    return found
+
+
+def joined_of(folder: Path, name: str, stage: int) -> dict[str, Any]:
+    """Return a shipped file joined with a small recipe of the stage."""
+    overrides = [f"zero.stage={stage}", f"zero.config={name}", "precision=bf16"]
     return deepspeed_config(load_recipe(write_recipe(folder), overrides))
 
 
-@pytest.mark.parametrize("name", shipped_configs())
-def test_shipped_files_join_with_a_recipe_of_their_stage(tmp_path: Path, name: str) -> None:
-    zero = joined_of(tmp_path, name)["zero_optimization"]
-    assert zero["stage"] == (int(name[4]) if name.startswith("zero") else 2)
+@pytest.mark.parametrize(("name", "stage"), stages())
+def test_shipped_files_join_with_a_recipe_of_their_stage(tmp_path: Path, name: str, stage: int) -> None:
+    zero = joined_of(tmp_path, name, stage)["zero_optimization"]
+    assert zero["stage"] == stage and (not name.startswith("zero") or int(name[4]) == stage)
     assert zero.get("overlap_comm", False) is False
     assert ("offload_optimizer" in zero) == name.endswith("offload")
 
 
-@pytest.mark.parametrize("name", shipped_configs())
-def test_deepspeeds_own_parser_takes_every_shipped_file(tmp_path: Path, name: str) -> None:
-    joined = joined_of(tmp_path, name)
+@pytest.mark.parametrize(("name", "stage"), stages())
+def test_deepspeeds_own_parser_takes_every_shipped_file(tmp_path: Path, name: str, stage: int) -> None:
+    joined = joined_of(tmp_path, name, stage)
     parsed = pytest.importorskip("deepspeed.runtime.config").DeepSpeedConfig(joined)
     assert parsed.bfloat16_config.enabled
     assert parsed.bfloat16_config.bf16_master_weights_and_grads == (name == "low-memory-bf16")
+    assert parsed.comms_config.comms_logger_enabled == (name == "profiling")
     understood = parsed.zero_config.model_dump(by_alias=True, mode="json")
     for key, value in joined["zero_optimization"].items():
         wanted = value.items() if isinstance(value, dict) else [(None, value)]
@@ -64,6 +74,13 @@ def test_every_shipped_file_says_when_to_take_it() -> None:
     abouts = about_configs()
     assert abouts.keys() == shipped_configs().keys() and len(set(abouts.values())) == len(abouts)
     assert all(about.endswith(".") and len(about) > 40 for about in abouts.values())
+
+
+def test_the_readme_lists_every_shipped_file() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| `zero.config` | when |") :].split("\n\n")[0]
+    rows = [re.findall(r"`([^`]+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    assert sorted(chain.from_iterable(rows)) == sorted(shipped_configs())
 
 
 def test_the_stage_names_the_file_by_default(tmp_path: Path) -> None:
