@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 from megalm.config.checks import divisors, list_values, report
 from megalm.config.deepspeed_files import find_config, read_config
 from megalm.config.deepspeed_keys import (
+    CALL_LOG,
     CHECKED,
     COUNTS,
     FLAGS,
+    IDLE,
+    LOG_LEVELS,
     LOW_MEMORY_BF16,
     NOT_GATED,
     NVME,
@@ -43,8 +46,11 @@ class _Json(NamedTuple):
     def contradiction(self, key: str, value: Any, recipe: str, remedy: str) -> None:
         self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]} contradicts the recipe's {recipe}; {remedy}")
 
-    def refuse(self, key: str, value: Any, reason: str) -> None:
-        self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]}: {reason}; take it out")
+    def refuse(self, key: str, value: Any, reason: str, remedy: str = "take it out") -> None:
+        self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]}: {reason}; {remedy}")
+
+    def wrong(self, key: str, value: Any, mistake: str) -> None:
+        self.problems.append(f"{self.name}:{key}={json.dumps(value)[:60]} {mistake}")
 
     def compare(self, key: str, value: Any, recipe_key: str, recipe_value: Any) -> None:
         """Note a contradiction unless the JSON's value is absent, "auto", or equal to the recipe's."""
@@ -88,10 +94,11 @@ def deepspeed_config(config: RunConfig, data_size: int | None = None) -> dict[st
     _check_low_memory(given, config)
     _check_optimizer(given, config)
     _check_zero(given, config, data_size)
+    _check_watching(given, config)
     if given.problems:
         raise ConfigError(report(given.problems, given.name))
     joined: dict[str, Any] = {"steps_per_print": NEVER, "wall_clock_breakdown": False}
-    joined |= {key: value for key, value in given.values.items() if key in PASSED_ON}
+    joined |= {key: value for key, value in given.values.items() if key in PASSED_ON and not _is_off(value)}
     joined |= {
         "zero_optimization": {**given.section("zero_optimization"), "stage": config.zero.stage},
         "train_micro_batch_size_per_gpu": 1,
@@ -111,7 +118,7 @@ def deepspeed_config(config: RunConfig, data_size: int | None = None) -> dict[st
 
 def _check_keys(given: _Json) -> None:
     """Note keys that DeepSpeed would silently pass over, or that drive parts which megalm does not use."""
-    for key in given.values.keys() - PASSED_ON - CHECKED:
+    for key in given.values.keys() - PASSED_ON - CHECKED - IDLE.keys():
         guess = nearest(key, PASSED_ON | CHECKED)
         remedy = f"did you mean {guess}?" if guess else "it would have no effect here, take it out"
         given.problems.append(f"{given.name}:{key}: unknown key; {remedy}")
@@ -233,13 +240,54 @@ def _check_zero(given: _Json, config: RunConfig, data_size: int | None) -> None:
         given.contradiction("zero_optimization.overlap_comm", True, recipe, remedy)
     for key in sorted(REFUSED.keys() & zero.keys()):
         if zero[key] not in (None, False, AUTO, {"device": "none"}):
-            given.refuse(f"zero_optimization.{key}", zero[key], REFUSED[key])
+            is_nvme = key == "offload_param" and _device(zero[key]) == "nvme"
+            given.refuse(f"zero_optimization.{key}", zero[key], NVME if is_nvme else REFUSED[key])
     if zero.get("compute_grad_norm") is False:
         remedy = "take it out; the norm is logged and clipped by"
         given.contradiction("zero_optimization.compute_grad_norm", False, f"zero.stage={stage}", remedy)
     _check_values(given, zero)
     _check_plus_plus(given, zero, config, data_size)
     _check_offload(given, zero.get("offload_optimizer"), stage)
+
+
+def _is_off(value: Any) -> bool:
+    """Return whether a key's value turns nothing on; of an object, whether its "enabled" does not."""
+    if isinstance(value, dict):
+        value = value.get("enabled")
+    return value is None or value is False or value == AUTO
+
+
+def _check_watching(given: _Json, config: RunConfig) -> None:
+    """Note what DeepSpeed would print or measure if it ran the steps, and nonsense in what it can."""
+    values = given.values
+    for key in sorted(IDLE.keys() & values.keys()):
+        if not _is_off(values[key]):
+            given.refuse(key, values[key], *IDLE[key])
+    given.compare("steps_per_print", values.get("steps_per_print"), "log.every", config.log.every)
+    level, collect = values.get("log_level"), values.get("disable_python_gc")
+    if level not in (None, AUTO) and not (isinstance(level, str) and level.lower() in LOG_LEVELS):
+        given.wrong("log_level", level, f"is no level; use {', '.join(LOG_LEVELS)}")
+    if not isinstance(collect, bool) and collect not in (None, AUTO):
+        given.wrong("disable_python_gc", collect, "is no flag; write true or false")
+    for key in ("comms_logger", "disable_python_gc", "log_level"):
+        if config.zero.stage < 1 and not _is_off(values.get(key)):
+            remedy = "set zero.stage to 1, 2 or 3; stage 0 does without DeepSpeed, here it would have no effect"
+            given.contradiction(key, values[key], f"zero.stage={config.zero.stage}", remedy)
+    _check_call_log(given, given.section("comms_logger"))
+
+
+def _check_call_log(given: _Json, log: dict[str, Any]) -> None:
+    """Note keys of `comms_logger` that megalm's table has no use for, and one that DeepSpeed passes over."""
+    if log and "enabled" not in log:  # DeepSpeed logs wherever there is an object, "enabled" or not
+        given.wrong("comms_logger", log, 'does not say whether; write "enabled": true')
+    for key, value in log.items():
+        where = f"comms_logger.{key}"
+        if key in CALL_LOG and not _equal(value, CALL_LOG[key][0]):
+            given.refuse(where, value, CALL_LOG[key][1])
+        elif key in ("enabled", "debug") and not isinstance(value, bool):
+            given.wrong(where, value, "is no flag; write true or false")
+        elif key not in ("enabled", "debug", *CALL_LOG):
+            given.wrong(where, value, "is an unknown key; DeepSpeed 0.19.8 has none such, take it out")
 
 
 def _check_values(given: _Json, zero: dict[str, Any]) -> None:
@@ -270,17 +318,22 @@ def _check_plus_plus(given: _Json, zero: dict[str, Any], config: RunConfig, data
         given.contradiction("zero_optimization.zero_quantized_weights", True, "run.device=cpu", remedy)
 
 
+def _device(offload: Any) -> Any:
+    """Return where an offload section puts things."""
+    return offload.get("device", "none") if isinstance(offload, dict) else "none"
+
+
 def _check_offload(given: _Json, value: Any, stage: int) -> None:
     key = "zero_optimization.offload_optimizer"
     if value is not None and not isinstance(value, dict):
         given.problems.append(f"{given.name}:{key}={json.dumps(value)[:60]} is not an object; write {{...}}")
         return
+    device = _device(value)
+    if device not in ("none", "cpu"):
+        given.refuse(f"{key}.device", device, NVME if device == "nvme" else NOT_GATED, "use cpu")
+        return
     for name in sorted((value or {}).keys() - OFFLOAD_KEYS):
         given.refuse(f"{key}.{name}", (value or {})[name], REFUSED_OFFLOAD.get(name, NOT_GATED))
-    device = (value or {}).get("device", "none")
-    if device not in ("none", "cpu"):
-        remedy = f"use cpu; {NVME}"
-        given.contradiction(f"{key}.device", device, f"zero.stage={stage}", remedy)
-    elif device != "none" and stage < 1:
+    if device != "none" and stage < 1:
         remedy = "offload needs zero.stage 1 or more, here it would have no effect"
         given.contradiction(f"{key}.device", device, f"zero.stage={stage}", remedy)

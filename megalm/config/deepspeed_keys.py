@@ -53,16 +53,39 @@ OFFLOAD_KEYS = frozenset({"device", "pin_memory"})
 REFUSED_OFFLOAD = {
     "super_offload": "SuperOffload keeps the optimizer's state in a process of its own, where no checkpoint reaches it",
 }
-NVME = "on other devices DeepSpeed keeps what checkpoints are written from out of their reach"
+NVME = (
+    "DeepSpeed moves what is offloaded there into files and leaves empty tensors, from which neither the gradient norm "
+    "nor a checkpoint can be taken"
+)
 LOW_MEMORY_BF16 = frozenset({"bf16_master_weights_and_grads", "bf16_optimizer_states"})
-PASSED_ON = frozenset({
-    "comms_logger", "disable_allgather", "disable_python_gc",
-    "dump_state", "log_level", "memory_breakdown", "steps_per_print", "wall_clock_breakdown",
-    "zero_optimization",
-})
+PASSED_ON = frozenset({"comms_logger", "disable_python_gc", "log_level", "zero_optimization"})
+# What DeepSpeed would do in an engine that it drives itself: why that is not so here, and what is instead.
+IDLE = {
+    "disable_allgather": ("DeepSpeed 0.19.8 reads it and does nothing with it", "take it out"),
+    "dump_state": ("what it prints goes to a log that megalm keeps quiet", "use megalm config show"),
+    "flops_profiler": (
+        "it counts torch's functions on rank 0, so neither fused kernels nor other pipeline stages",
+        "take it out; metrics.jsonl has FLOP/s and MFU, profile.start=STEP traces the time of each kernel",
+    ),
+    "memory_breakdown": (
+        "it knows nothing of the backward pass, which DeepSpeed does not run, and collects garbage each time",
+        "use profile.memory_at=STEP",
+    ),
+    "wall_clock_breakdown": (
+        "it gives 0.00 ms for the backward pass and its reduction, which DeepSpeed does not run",
+        "take it out; metrics.jsonl has time/compute_s and time/communication_s, profile.start=STEP traces all phases",
+    ),
+}
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+# comms_logger's keys beside "enabled" and "debug", as they must be if they are there.
+CALL_LOG = {
+    "prof_all": (True, "the table has every call"),
+    "prof_ops": ([], "the table has every call"),
+    "verbose": (False, "a line for each call would drown the run's own; the table at its end has every call"),
+}
 CHECKED = frozenset({
     "about", "amp", "bf16", "bfloat16", "communication_data_type", "data_types", "fp16", "gradient_accumulation_steps",
-    "gradient_clipping", "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "gradient_clipping", "optimizer", "scheduler", "steps_per_print", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 })
 # fmt: on

@@ -135,6 +135,8 @@ def _train(
             trainer.before_update = [layers.before_update, memory.before_update]
             habits = (layers, profile, memory, log, tell, stragglers, compare, evaluate, stop_early, save)
             interrupted = trainer.fit(habits, interruption, recovery)
+        for line in engine.report():
+            tracker.note(line)
     if interrupted is not None:
         raise Interrupted(
             f"{interrupted.name}: saved at step {trainer.state.step} of {trainer.last_step}; start again to go on"

@@ -24,6 +24,7 @@ from torch import nn
 
 from megalm.distributed.mesh import ParallelMesh
 from megalm.errors import ConfigError
+from megalm.zero.call_log import CallLog, wait_for_each_call
 from megalm.zero.engine import LARGEST_NORM, shard_of
 
 # The shared-memory collectives would be compiled at start-up (40 s); gloo and NCCL do without.
@@ -32,6 +33,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 # DeepSpeed's stages sum the norm in different dtypes, so they differ on what is too large.
 stage_1_and_2.is_invalid_grad_norm = stage3.is_invalid_grad_norm = lambda norm: not float(norm) <= LARGEST_NORM
+
+_CALLS = CallLog(lambda name: deepspeed.comm.comm.timers(name).reset())
+deepspeed.comm.comm.comms_logger = _CALLS
 
 _PLAIN_LINEAR = F.linear
 _ENGINES: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()  # of this world
@@ -45,6 +49,7 @@ def make_engine(
     elements = sum(math.prod(shard_of(p).local_shape) for p in module.parameters())
     fitting = _with_fitting_bucket(config, elements)
     mpu = _ModelParallelUnit(mesh)
+    _CALLS.enabled = False  # or DeepSpeed, which turns it on only, would go on as the JSON of the engine before says
     engine = _Engine(
         args=None,
         model=module,
@@ -53,8 +58,17 @@ def make_engine(
         config=fitting,
         config_class=DeepSpeedConfig(fitting, mpu),
     )
+    engine._configure_python_gc()  # as `deepspeed.initialize` does
     _ENGINES.add(engine)
+    if _CALLS.enabled:
+        wait_for_each_call(deepspeed.comm.comm.cdb)
+        _CALLS.forget()
     return engine
+
+
+def call_table() -> list[str]:
+    """Return DeepSpeed's calls since the engine was made, in lines with a head; none where they are not logged."""
+    return _CALLS.table() if _CALLS.enabled else []
 
 
 def partition_weights(module: nn.Module, mesh: ParallelMesh, config: dict[str, Any]) -> None:
@@ -109,6 +123,8 @@ def forget_world() -> None:
     while _ENGINES:
         _ENGINES.pop().destroy()
     deepspeed.comm.comm.cdb = None
+    _CALLS.enabled = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed_groups._release_process_group_references()
     deepspeed.zero.Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0

@@ -124,6 +124,10 @@ class ZeroEngine(ABC):
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """Yield, with their names and in the same order, the tensors that every data rank holds whole and alike."""
 
+    def report(self) -> list[str]:
+        """Return what the engine has to say at the end of a run, in lines; this rank's alone."""
+        return []
+
     @abstractmethod
     def held_bytes(self) -> HeldBytes:
         """Return what this rank holds now; gradients are whole between `reduce` and `update`."""

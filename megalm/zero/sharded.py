@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.sharding import Fragment, ShardSpec
-from megalm.zero.deepspeed_engine import make_engine
+from megalm.zero.deepspeed_engine import call_table, make_engine
 from megalm.zero.engine import (
     HeldBytes,
     MakeOptimizer,
@@ -308,6 +308,10 @@ class ShardedEngine(ZeroEngine):
         """Yield the weights of stages 1 and 2; all else, and under stage 3 all, exists once."""
         for parameter in self.parameters if self.stage < 3 else ():
             yield f"the weight {shard_of(parameter).name}", parameter
+
+    def report(self) -> list[str]:
+        """Return DeepSpeed's calls, where its JSON has them logged."""
+        return call_table()
 
     def held_bytes(self) -> HeldBytes:
         """Return this rank's bytes; weights that stage 3 keeps whole on every rank (small ones) are counted whole."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,36 @@ def error_of(config: RunConfig, data_size: int | None = None) -> str:
     return str(caught.value)
 
 
-def joined_of(folder: Path, name: str) -> dict[str, Any]:
-    """Return a shipped file joined with a small recipe of its stage, 2 where it has any."""
-    stage = json.loads(shipped_configs()[name].read_text())["zero_optimization"]["stage"]
-    overrides = [f"zero.stage={2 if stage == 'auto' else stage}", f"zero.config={name}", "precision=bf16"]
+def stages() -> list[tuple[str, int]]:
+    """Return every shipped file's name with each of the stages that it is for."""
+    found = []
+    for name, path in shipped_configs().items():
+        stage = json.loads(path.read_text())["zero_optimization"]["stage"]
+        found += [(name, each) for each in ([1, 2, 3] if stage == "auto" else [stage])]
+    return found
+
+
+def joined_of(folder: Path, name: str, stage: int) -> dict[str, Any]:
+    """Return a shipped file joined with a small recipe of the stage."""
+    overrides = [f"zero.stage={stage}", f"zero.config={name}", "precision=bf16"]
     return deepspeed_config(load_recipe(write_recipe(folder), overrides))
 
 
-@pytest.mark.parametrize("name", shipped_configs())
-def test_shipped_files_join_with_a_recipe_of_their_stage(tmp_path: Path, name: str) -> None:
-    zero = joined_of(tmp_path, name)["zero_optimization"]
-    assert zero["stage"] == (int(name[4]) if name.startswith("zero") else 2)
+@pytest.mark.parametrize(("name", "stage"), stages())
+def test_shipped_files_join_with_a_recipe_of_their_stage(tmp_path: Path, name: str, stage: int) -> None:
+    zero = joined_of(tmp_path, name, stage)["zero_optimization"]
+    assert zero["stage"] == stage and (not name.startswith("zero") or int(name[4]) == stage)
     assert zero.get("overlap_comm", False) is False
     assert ("offload_optimizer" in zero) == name.endswith("offload")
 
 
-@pytest.mark.parametrize("name", shipped_configs())
-def test_deepspeeds_own_parser_takes_every_shipped_file(tmp_path: Path, name: str) -> None:
-    joined = joined_of(tmp_path, name)
+@pytest.mark.parametrize(("name", "stage"), stages())
+def test_deepspeeds_own_parser_takes_every_shipped_file(tmp_path: Path, name: str, stage: int) -> None:
+    joined = joined_of(tmp_path, name, stage)
     parsed = pytest.importorskip("deepspeed.runtime.config").DeepSpeedConfig(joined)
     assert parsed.bfloat16_config.enabled
     assert parsed.bfloat16_config.bf16_master_weights_and_grads == (name == "low-memory-bf16")
+    assert parsed.comms_config.comms_logger_enabled == (name == "profiling")
     understood = parsed.zero_config.model_dump(by_alias=True, mode="json")
     for key, value in joined["zero_optimization"].items():
         wanted = value.items() if isinstance(value, dict) else [(None, value)]
@@ -64,6 +74,13 @@ def test_every_shipped_file_says_when_to_take_it() -> None:
     abouts = about_configs()
     assert abouts.keys() == shipped_configs().keys() and len(set(abouts.values())) == len(abouts)
     assert all(about.endswith(".") and len(about) > 40 for about in abouts.values())
+
+
+def test_the_readme_lists_every_shipped_file() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| `zero.config` | when |") :].split("\n\n")[0]
+    rows = [re.findall(r"`([^`]+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    assert sorted(chain.from_iterable(rows)) == sorted(shipped_configs())
 
 
 def test_the_stage_names_the_file_by_default(tmp_path: Path) -> None:
@@ -101,12 +118,18 @@ def test_values_equal_to_the_recipe_and_auto_are_accepted(tmp_path: Path) -> Non
         "zero_optimization": {"stage": "auto", "reduce_bucket_size": 7},
         "communication_data_type": "fp32",
         "steps_per_print": 5,
+        "dump_state": False,
+        "wall_clock_breakdown": False,
+        "flops_profiler": {"enabled": False, "profile_step": 1},
+        "comms_logger": {"enabled": False},
     }
-    joined = deepspeed_config(config_with(tmp_path, content, "precision=bf16", "zero.stage=1"), data_size=2)
+    joined = deepspeed_config(
+        config_with(tmp_path, content, "precision=bf16", "zero.stage=1", "log.every=5"), data_size=2
+    )
     assert joined["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7}
-    assert joined["steps_per_print"] == 5
+    assert joined["steps_per_print"] == 10**9 and joined["wall_clock_breakdown"] is False
     assert joined["gradient_accumulation_steps"] == joined["train_micro_batch_size_per_gpu"] == 1
-    assert not {"optimizer", "scheduler", "fp16", "train_batch_size"} & joined.keys()
+    assert not {"optimizer", "scheduler", "fp16", "train_batch_size", "flops_profiler", "comms_logger"} & joined.keys()
 
 
 def test_clipping_of_zero_is_no_clipping(tmp_path: Path) -> None:
@@ -134,6 +157,7 @@ def test_clipping_of_zero_is_no_clipping(tmp_path: Path) -> None:
         ({"optimizer": {"params": {"torch_adam": True}}}, "optimizer.params.torch_adam=true", "optim.kind=adamw"),
         ({"scheduler": {"type": "WarmupLR"}}, 'scheduler.type="WarmupLR"', "lr_schedule.kind=cosine"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage=2", "zero.stage=1"),
+        ({"steps_per_print": 3}, "steps_per_print=3", "log.every=1"),
         ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer=true", "optim.kind=adamw"),
     ],
 )  # fmt: skip
@@ -174,7 +198,20 @@ def test_overlapped_communication_is_refused_under_a_pipeline(tmp_path: Path) ->
     [
         ({"zero_optimisation": {}}, "mine.json:zero_optimisation: unknown key; did you mean zero_optimization?"),
         ({"zero_optimization": {"reduce_bucket": 1}}, "reduce_bucket: unknown key; did you mean reduce_bucket_size?"),
-        ({"flops_profiler": {}}, "mine.json:flops_profiler: unknown key; it would have no effect here, take it out"),
+        ({"tensorboard": {}}, "mine.json:tensorboard: unknown key; it would have no effect here, take it out"),
+        ({"disable_allgather": True}, "disable_allgather=true: DeepSpeed 0.19.8 reads it and does nothing with it; t"),
+        ({"dump_state": True}, "dump_state=true: what it prints goes to a log that megalm keeps quiet; use megalm con"),
+        ({"flops_profiler": {"enabled": True}}, "it counts torch's functions on rank 0, so neither fused kernels"),
+        ({"memory_breakdown": True}, "it knows nothing of the backward pass, which DeepSpeed does not run"),
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown=true: it gives 0.00 ms for the backward pass"),
+        ({"log_level": "loud"}, 'log_level="loud" is no level; use debug, info, warning, error, critical'),
+        ({"disable_python_gc": 1}, "disable_python_gc=1 is no flag; write true or false"),
+        ({"comms_logger": True}, "comms_logger=true is not an object; write {...}"),
+        ({"comms_logger": {"debug": True}}, 'comms_logger={"debug": true} does not say whether; write "enabled": t'),
+        ({"comms_logger": {"enabled": 1}}, "comms_logger.enabled=1 is no flag; write true or false"),
+        ({"comms_logger": {"enabled": True, "verbose": True}}, "verbose=true: a line for each call would drown the r"),
+        ({"comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]}}, "the table has every call; take it out"),
+        ({"comms_logger": {"enabled": True, "prof": 1}}, "comms_logger.prof=1 is an unknown key; DeepSpeed 0.19.8 h"),
         ({"fp16": True}, "mine.json:fp16=true is not an object"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, 'offload_optimizer="cpu" is not an object'),
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, 'reduce_bucket_size="big" is no size; write a whole'),
@@ -202,7 +239,7 @@ def test_a_json_that_is_wrong_in_itself_is_one_line(tmp_path: Path, content: Any
         ("zero4", "zero.config=zero4: no shipped DeepSpeed JSON; did you mean zero"),
         (
             "zero3-nvme",
-            "no shipped DeepSpeed JSON, as on other devices DeepSpeed keeps what checkpoints are written from",
+            "no shipped DeepSpeed JSON, as DeepSpeed moves what is offloaded there into files and leaves empty tensors",
         ),
         ("zenflow", "as ZenFlow keeps gradients back over several updates"),
         (
@@ -231,6 +268,10 @@ def test_the_known_zero_keys_are_those_of_the_pinned_deepspeed() -> None:
     ("content", "key"),
     [
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "tape"}}},
+            "zero_optimization.offload_optimizer.device",
+        ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             "zero_optimization.offload_optimizer.device",
@@ -315,6 +356,31 @@ def test_states_in_bf16_that_fit_nothing(tmp_path: Path, flags: list[Any], overr
     names = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
     content = {"bf16": {"enabled": "auto", **dict(zip(names, flags, strict=True))}}
     assert message in error_of(config_with(tmp_path, content, *overrides))
+
+
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+def test_offload_to_nvme_is_one_line_with_the_reason(tmp_path: Path, part: str) -> None:
+    content = {"zero_optimization": {part: {"device": "nvme", "nvme_path": "/scratch", "buffer_count": 4}}}
+    error = error_of(config_with(tmp_path, content, "zero.stage=3"))
+    assert "DeepSpeed moves what is offloaded there into files and leaves empty tensors" in error and "\n" not in error
+
+
+def test_what_is_offloaded_to_nvme_is_an_empty_tensor() -> None:
+    """That is why it is refused: once this fails, checkpoints may be able to read it."""
+    swapping = pytest.importorskip("deepspeed.runtime.swap_tensor.optimizer_utils")
+    master = pytest.importorskip("torch").ones(8)
+    master.ds_id = 1
+    swapping.OptimizerStateSwapInfo(master, 8, "/nowhere", None).release_memory()
+    assert master.numel() == 0
+
+
+@pytest.mark.parametrize("content", [{"comms_logger": {"enabled": True}}, {"log_level": "info"}])
+def test_what_watches_deepspeed_is_refused_without_it(tmp_path: Path, content: dict[str, Any]) -> None:
+    assert "contradicts the recipe's zero.stage=0; set zero.stage to 1, 2 or 3" in error_of(
+        config_with(tmp_path, content)
+    )
+    (key, value), joined = *content.items(), deepspeed_config(config_with(tmp_path, content, "zero.stage=1"))
+    assert joined[key] == value
 
 
 def test_states_in_bf16_are_not_offloaded(tmp_path: Path) -> None:
