@@ -9,9 +9,12 @@ and `bench`, which are imported only once a command is to be run, so that `megal
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import importlib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -320,6 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (None: this process's own) and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    with contextlib.suppress(OSError, ValueError):  # where there is no standard error, or no such signal
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # at any time: who hangs shows where
     try:
         parsed = parse(arguments)
         if parsed.function is None:

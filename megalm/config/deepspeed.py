@@ -195,6 +195,8 @@ def _check_low_memory(given: _Json, config: RunConfig) -> None:
             given.problems.append(f"{given.name}:{where}=true needs bf16.{other}=true beside it; set both or neither")
         elif given.section("zero_optimization").get("offload_optimizer") not in (None, {"device": "none"}):
             given.refuse(where, value, "DeepSpeed's own Adam alone keeps bf16 states in the host's memory")
+        elif config.optim.kind == "apex_adamw":
+            given.refuse(where, value, "optim.kind=apex_adamw has a kernel that reads fp32")
         elif config.optim.ema_decay is not None:
             given.refuse(where, value, "optim.ema_decay moves an average by less than bf16 can hold")
 
@@ -247,7 +249,7 @@ def _check_zero(given: _Json, config: RunConfig, data_size: int | None) -> None:
         given.contradiction("zero_optimization.compute_grad_norm", False, f"zero.stage={stage}", remedy)
     _check_values(given, zero)
     _check_plus_plus(given, zero, config, data_size)
-    _check_offload(given, zero.get("offload_optimizer"), stage)
+    _check_offload(given, zero.get("offload_optimizer"), config)
 
 
 def _is_off(value: Any) -> bool:
@@ -323,8 +325,8 @@ def _device(offload: Any) -> Any:
     return offload.get("device", "none") if isinstance(offload, dict) else "none"
 
 
-def _check_offload(given: _Json, value: Any, stage: int) -> None:
-    key = "zero_optimization.offload_optimizer"
+def _check_offload(given: _Json, value: Any, config: RunConfig) -> None:
+    key, stage = "zero_optimization.offload_optimizer", config.zero.stage
     if value is not None and not isinstance(value, dict):
         given.problems.append(f"{given.name}:{key}={json.dumps(value)[:60]} is not an object; write {{...}}")
         return
@@ -337,3 +339,7 @@ def _check_offload(given: _Json, value: Any, stage: int) -> None:
     if device != "none" and stage < 1:
         remedy = "offload needs zero.stage 1 or more, here it would have no effect"
         given.contradiction(f"{key}.device", device, f"zero.stage={stage}", remedy)
+    elif device != "none" and config.optim.kind == "apex_adamw":
+        given.contradiction(
+            f"{key}.device", device, "optim.kind=apex_adamw", "apex's kernel runs on the GPU; use adamw"
+        )

@@ -29,7 +29,7 @@ def _heading(model: ModelSection, window: int | None, layers: list[int]) -> str:
     seen = "itself and all tokens before it" if window is None else f"the last {window} tokens, its own included"
     if model.attention_pattern != "full":
         seen = f"of blocks of {model.block_size} tokens the last {model.local_blocks}, its own included"
-        seen += "" if model.block_stride is None else f", each {model.block_stride}-th before its own"
+        seen += "" if model.block_stride is None else f", those a multiple of {model.block_stride} before its own"
         seen += f", the first {model.global_tokens} tokens" if model.global_tokens else ""
         seen += ", and of each block before these the mean" if model.attention_pattern == "hierarchical" else ""
     spans: list[list[int]] = []

@@ -18,7 +18,14 @@ def _blocks_divide_the_sequence(config: RunConfig) -> Iterator[str]:
         yield not_divisible("model.sequence", model.sequence, "model.block_size", model.block_size)
 
 
-@rule("model.attention_pattern", "model.sequence", "model.block_size", "model.local_blocks", "model.global_tokens")
+@rule(
+    "model.attention_pattern",
+    "model.sequence",
+    "model.block_size",
+    "model.local_blocks",
+    "model.block_stride",
+    "model.global_tokens",
+)
 def _a_pattern_hides_something(config: RunConfig) -> Iterator[str]:
     model = config.model
     if model.attention_pattern == "full":
@@ -29,17 +36,31 @@ def _a_pattern_hides_something(config: RunConfig) -> Iterator[str]:
             f"model.local_blocks={model.local_blocks} of model.block_size={model.block_size} tokens are all of "
             f"model.sequence={model.sequence}, so nothing is hidden; use fewer, or model.attention_pattern=full"
         )
-    elif model.attention_pattern == "strided" and model.global_tokens > model.sequence - near:
+        return
+    pattern = model.block_pattern
+    if pattern is None or pattern.summaries or model.sequence % pattern.block or model.block_stride == 1:
+        return
+    if not pattern.hides_any(model.sequence):
         yield (
-            f"model.global_tokens={model.global_tokens} and {near} local tokens are all of model.sequence="
-            f"{model.sequence}, so nothing is hidden; use at most {model.sequence - near}"
+            f"model.local_blocks={model.local_blocks}, model.global_tokens={model.global_tokens} and "
+            f"model.block_stride={model.block_stride} leave no token of model.sequence={model.sequence} hidden; "
+            "use less of one, or model.attention_pattern=full"
         )
 
 
-@rule("model.attention_pattern", "model.block_stride")
+@rule("model.attention_pattern", "model.sequence", "model.block_size", "model.block_stride")
 def _strides_leave_blocks_out(config: RunConfig) -> Iterator[str]:
-    if config.model.attention_pattern == "strided" and config.model.block_stride == 1:
+    model = config.model
+    if model.attention_pattern != "strided" or model.block_stride is None:
+        return
+    blocks = model.sequence // model.block_size
+    if model.block_stride == 1:
         yield "model.block_stride=1 takes every block, so nothing is hidden; use 2 or more, or none"
+    elif model.block_stride >= blocks:
+        yield (
+            f"model.block_stride={model.block_stride} reaches beyond the {blocks} blocks of model.sequence="
+            f"{model.sequence}, so it has no effect; use less than {blocks}, or none"
+        )
 
 
 @rule("model.attention_pattern", "model.block_size")

@@ -34,6 +34,11 @@ class BlockPattern(NamedTuple):
         before = query // self.block + 1 + key  # the query's block less the one that a summary at `key` is of
         return (key >= 0) & seen | (key < 0) & (before >= self.local)
 
+    def hides_any(self, tokens: int) -> bool:
+        """Return whether the last of so many tokens, whole blocks of them, misses any token before it."""
+        last = tokens - 1
+        return any(not self.sees(last, end) for end in range(self.block - 1, tokens, self.block))
+
     def live_keys(self, query_block: int) -> list[int]:
         """Return the places that the last token of a block of queries sees: summaries, then tokens."""
         size = self.block

@@ -93,6 +93,9 @@ def words_of_part(stream_key: int, spec: ShardSpec, start: int, stop: int, devic
     width, whole = (math.prod(shape[dim:]) for shape in (spec.local_shape, spec.global_shape))
     held, left = (width, 0) if spec.dim is None else (spec.length * inner, spec.start * inner)
     first, last = start // width, -(-stop // width)
+    if last - first == 2:  # the whole of two runs may be much more than a piece that lies across their border
+        halves = ((start, last * width - width), (last * width - width, stop))
+        return torch.cat([words_of_part(stream_key, spec, *half, device) for half in halves])
     if last - first <= 1:  # within one run of the whole, however long
         low, high = start - first * width, min(stop - first * width, held)
         lengths, begin = (last - first, max(high - low, 0)), low

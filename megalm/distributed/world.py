@@ -25,6 +25,8 @@ def check_device(config: RunConfig) -> None:
         raise ConfigError("run.device=cuda, but torch sees no GPU here; megalm doctor says why; run.device=cpu works")
     if config.model.kernels == "fused" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError("model.kernels=fused needs a CUDA device and this run computes on cpu; use auto")
+    if config.optim.kind == "apex_adamw":
+        raise ConfigError("optim.kind=apex_adamw needs a GPU and this run computes on cpu; use adamw")
 
 
 @contextmanager

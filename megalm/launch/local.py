@@ -43,9 +43,9 @@ def run_workers(command: Sequence[str], nproc: int, log_dir: Path | None, held: 
 
     0 if all ended with 0, 75 if they were interrupted and can go on later; otherwise the first failure's (2, the user's
     mistake, goes before others within a second; a worker that a signal ended counts as 1), after the others have been
-    ended: SIGTERM, and SIGKILL 10 s later. SIGINT, SIGTERM and SIGUSR1 are passed on; if the workers end by them the
-    status is 128 + signal. Workers start with the signals in `held` blocked, for a command that takes them later. No
-    worker outlives this process.
+    ended: SIGTERM, and SIGKILL 10 s later. SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on; if the workers end by
+    one of the first three the status is 128 + signal. Workers start with the signals in `held` blocked, for a command
+    that takes them later. No worker outlives this process.
 
     Rank 0's output goes to the console as it is; of the others only standard error, as `[rank N] line`; a line of
     standard error that another rank has shown already is left out. Every rank's output is appended to
@@ -221,20 +221,22 @@ def _end(workers: list[_Worker]) -> None:
 
 @contextlib.contextmanager
 def _forwarded_signals(workers: list[_Worker]) -> Iterator[list[int]]:
-    """Pass SIGINT, SIGTERM and SIGUSR1 on to the workers; gives the list of those that came."""
+    """Pass SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 on to the workers; gives the list of those that came to stop them."""
     received: list[int] = []
 
     def forward(number: int, frame: object) -> None:
-        received.append(number)
+        if number != signal.SIGUSR2:  # has them write their stacks
+            received.append(number)
         for worker in workers:
             worker.send(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if handler is None else handler)  # None: faulthandler's, see cli
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Adafactor (Shazeer and Stern 2018): of a matrix's squared gradients, means of rows and columns only are kept.
 
-The update is torch.optim.Adafactor's, whatever the layout: a mean over a side that tensor ranks share is summed over
-them, and under ZeRO the data ranks, which have any ranges of the weights, add up theirs. The means themselves are
-whole on all data ranks, being small; vectors have a mean for each element.
+The update is that of torch.optim.Adafactor with the paper's eps, whatever the layout: a mean over a side that tensor
+ranks share is summed over them, and under ZeRO the data ranks, which have any ranges of the weights, add up theirs. The
+means themselves are whole on all data ranks, being small; vectors have a mean for each element.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from megalm.zero.parts import Part, PlacedOptimizer
 
 _SMALLEST_SCALE = 1e-3  # the root mean square of a weight counts as this at least
 _LARGEST_UPDATE = 1.0  # an update of a larger root mean square is scaled down to it
+_ADDED = 1e-30  # to each mean where it is used: a row or column without gradients has one to divide by
+_ELEMENTS = 1 << 22  # of a parameter that are worked on at once, in whole rows
 _DECAY = 0.8  # means are averaged with the new ones by 1 - step^-0.8
 
 
@@ -88,11 +90,12 @@ class Adafactor(PlacedOptimizer):
             scales.append(scale * min(job.group["lr"], job.step**-0.5))
             self._average(job, new)
             _make_update(job, self.means[job.part.shard.name])
-        sizes = self._sum([(job.gradients.square().sum().view(1), job.split) for job in jobs])
+        sizes = self._sum([(_square_sum(job.gradients), job.split) for job in jobs])
         for job, size, scale in zip(jobs, sizes, scales, strict=True):
             root = (size / prod(job.part.shard.global_shape)).sqrt()
+            factor = scale / (root / _LARGEST_UPDATE).clamp_(min=1.0)
             job.weights.mul_(1.0 - job.group["lr"] * job.group["weight_decay"])
-            job.weights.sub_(job.gradients * (scale / (root / _LARGEST_UPDATE).clamp_(min=1.0)))
+            job.weights.addcmul_(job.gradients, factor.to(job.weights.dtype), value=-1.0)
 
     def _jobs(self) -> Iterator[_Job]:
         for group in self.param_groups:
@@ -125,7 +128,7 @@ class Adafactor(PlacedOptimizer):
                 dist.all_reduce(flat, group=self.mesh.group("data"))
             if over_tensor and tensor > 1:
                 dist.all_reduce(flat, group=self.mesh.group("tensor"))
-                if not self.divided and data > 1:  # else the order of each tensor group's sum would part the replicas
+                if data > 1:  # the order of each tensor group's sum would part the replicas
                     first = dist.get_global_rank(self.mesh.group("data"), 0)
                     dist.broadcast(flat, first, group=self.mesh.group("data"))
             result |= zip(chosen, flat.split([value.numel() for value in chosen.values()]), strict=True)
@@ -155,20 +158,37 @@ def _is_shared(job: _Job, kind: str) -> bool:
     return job.split and over[kind] == job.part.shard.dim
 
 
+def _square_sum(values: Tensor) -> Tensor:
+    """Return the sum of squares [1], in fp32 or wider, without a tensor of the squares."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return torch.linalg.vector_norm(values, dtype=wide).square_().view(1)
+
+
 def _squares(job: _Job) -> list[tuple[str, Tensor]]:
     """Return this part's sums of squares: of the weights, and of the gradients for each mean."""
     dtype = torch.promote_types(job.weights.dtype, torch.float32)
-    found = [("weight", job.weights.to(dtype).square().sum().view(1))]
+    found = [("weight", _square_sum(job.weights))]
     for kind, shard in mean_shards(job.part.shard).items():
         found.append((kind, torch.zeros(shard.local_shape, dtype=dtype, device=job.weights.device)))
-    if job.part.length:
-        squares = job.gradients.to(dtype).square()
-        if len(found) == 2:
-            found[1][1][job.part.start : job.part.start + job.part.length] = squares
+    means = [values for _, values in found[1:]]
+    for part in _pieces(job.part):
+        squares = job.gradients[part.offset : part.offset + part.length].to(dtype).square()
+        if len(means) == 1:
+            means[0][part.start : part.start + part.length] = squares
         else:
-            rows, columns = (values for _, values in found[1:])
-            _add_sums(job.part, squares, rows, columns)
+            _add_sums(part, squares, *means)
     return found
+
+
+def _pieces(part: Part) -> Iterator[Part]:
+    """Cut a part into pieces of bounded size, at the ends of rows; offsets count from its first element."""
+    width = part.shard.local_shape[-1]
+    most = max(1, _ELEMENTS // width) * width
+    start, end = part.start, part.start + part.length
+    while start < end:
+        stop = min(end, (start // most + 1) * most)
+        yield Part(part.shard, start - part.start, start, stop - start, part.counted)
+        start = stop
 
 
 def _add_sums(part: Part, squares: Tensor, rows: Tensor, columns: Tensor) -> None:
@@ -192,24 +212,23 @@ def _as_rows(part: Part, values: Tensor, width: int) -> tuple[int, Tensor]:
 
 def _make_update(job: _Job, means: Mapping[str, Tensor]) -> None:
     """Replace a part's gradients by them over the root of the estimate of their squares' mean."""
-    part = job.part
-    if not part.length:
-        return
-    tiny = torch.finfo(job.weights.dtype).eps
     if "variance" in means:
-        estimate = means["variance"][part.start : part.start + part.length].clone()
-        job.gradients.mul_(estimate.clamp_(min=tiny**2).rsqrt_())
+        estimate = means["variance"][job.part.start : job.part.start + job.part.length]
+        job.gradients.mul_((estimate + _ADDED).rsqrt_())
         return
-    height, width = part.shard.local_shape[-2:]
-    rows, columns = means["row_var"].view(-1, height), means["col_var"].view(-1, width)
+    shard = job.part.shard
+    height, width = shard.local_shape[-2:]
+    rows, columns = means["row_var"].view(-1, height) + _ADDED, means["col_var"].view(-1, width) + _ADDED
     # The mean of all squares is that of the rows' means and of the columns': the side is taken that is whole here.
-    whole_rows = part.shard.dim != len(part.shard.local_shape) - 2
-    total = (rows if whole_rows else columns).mean(1, keepdim=True).clamp_(min=tiny)
-    columns = columns / total
-    first, update = _as_rows(part, job.gradients, width)
-    of_rows = rows.reshape(-1)[first : first + len(update), None]
-    batch = torch.arange(first, first + len(update), device=rows.device) // height
-    of_columns = columns if len(columns) == 1 else columns[batch]
-    update = update * (of_rows * of_columns).clamp_(min=tiny**2).rsqrt_()
-    before = part.start - first * width
-    job.gradients.copy_(update.view(-1)[before : before + part.length])
+    whole_rows = shard.dim != len(shard.local_shape) - 2
+    columns = columns / (rows if whole_rows else columns).mean(1, keepdim=True)
+    for part in _pieces(job.part):
+        gradients = job.gradients[part.offset : part.offset + part.length]
+        first, update = _as_rows(part, gradients, width)
+        of_rows = rows.reshape(-1)[first : first + len(update), None]
+        batch = torch.arange(first, first + len(update), device=rows.device) // height
+        estimate = of_rows * (columns if len(columns) == 1 else columns[batch])
+        # Where row and column have no gradients their product may be too small for a number; the gradient is 0 there.
+        update = update * estimate.clamp_(min=torch.finfo(estimate.dtype).tiny).rsqrt_()
+        before = part.start - first * width
+        gradients.copy_(update.view(-1)[before : before + part.length])

@@ -58,7 +58,7 @@ class Memory:
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Take requests, and turn an error for want of memory into OutOfMemory, which says what holds it."""
-        before = signal.signal(signal.SIGRTMIN, self._ask)  # SIGUSR2 is the watchdog's
+        before = signal.signal(signal.SIGRTMIN, self._ask)  # SIGUSR2 shows stacks
         try:
             yield
         except Exception as error:

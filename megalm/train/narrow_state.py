@@ -40,7 +40,7 @@ class NarrowState(PlacedOptimizer):
                 if tensor.grad is None:
                     continue
                 state = self.state[tensor]
-                kinds = sorted(kind for kind, kept in state.items() if kept.dtype is self.state_dtype)
+                kinds = sorted(kind for kind, kept in state.items() if kind not in ("ema", "step"))
                 most = _ELEMENTS.get(tensor.device.type, _ELEMENTS_ACCELERATOR)
                 for part in self.parts[tensor]:
                     for start in range(0, part.length, most):
@@ -64,11 +64,13 @@ class NarrowState(PlacedOptimizer):
         stream = key(self._seed, "optimizer state", steps, part.shard.name)
         begin = part.start + start
         words = words_of_part(stream, part.shard, begin, begin + length, weights.device)
-        for kind in sorted(kind for kind, value in result.items() if value.shape == weights.shape):
+        made = sorted(kind for kind in result if kind != "step")
+        assert len(made) <= 2, f"{made}: a word has bits for two"
+        for kind in made:
             if kind not in state:
                 state[kind] = torch.zeros_like(tensor, dtype=self.state_dtype, requires_grad=False)
             state[kind].view(-1)[at] = round_stochastically(result[kind], words)
-            words = words >> _BITS  # the other half, for the second kind; no optimizer has three
+            words = words >> _BITS  # the other half, for the second kind
         inner.param_groups = []
 
 
@@ -79,4 +81,5 @@ def round_stochastically(values: Tensor, words: Tensor) -> Tensor:
     """
     bits = values.float().view(torch.int32)  # sign and magnitude: adding is away from 0
     carried = words.to(torch.int32).bitwise_and_((1 << _BITS) - 1).add_(bits)
-    return carried.view(torch.int16)[_UPPER_HALF::2].view(torch.bfloat16)
+    rounded = carried.view(torch.int16)[_UPPER_HALF::2].view(torch.bfloat16)
+    return torch.where(values.isnan(), values.to(torch.bfloat16), rounded)  # a carry could reach a NaN's sign

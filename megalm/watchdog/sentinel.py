@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import secrets
 import selectors
 import signal
@@ -87,6 +88,8 @@ class Hub:
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(16)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection a rank
         self._listener = socket.create_server(("", 0), backlog=4096)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
@@ -99,7 +102,10 @@ class Hub:
         """Take in what the watchers say within `wait_s`."""
         for key, _ in self._selector.select(wait_s):
             if key.fileobj is self._listener:
-                connection, _ = self._listener.accept()
+                try:
+                    connection, _ = self._listener.accept()
+                except OSError:  # gone again, or no file is left: who could not come is on its own
+                    continue
                 lines = Lines(connection)
                 self._members[lines] = None
                 self._selector.register(connection, selectors.EVENT_READ, lines)
@@ -171,6 +177,7 @@ class Sentinel:
         self._lines: Lines | None = None
         self._hub: Hub | None = None
         self._progress: Any = None
+        self._last_read: tuple[float, dict[str, Any]] = (0.0, {})
         self._went_on = self._reported = time.monotonic()
         self._told = False
         self._ending_since: float | None = None
@@ -221,8 +228,15 @@ class Sentinel:
         if self._ending_since is not None and now - self._ending_since > _END_S:
             _send(self._pid, signal.SIGKILL)
 
+    def _read(self) -> tuple[float, dict[str, Any]]:
+        """Return what the rank last wrote: what it was stopped in writing is no record."""
+        found = self._pulse.read()
+        if found[1]:
+            self._last_read = found
+        return self._last_read
+
     def _report_if_due(self, now: float) -> None:
-        _, record = self._pulse.read()
+        _, record = self._read()
         progress = [record.get(name) for name in ("progress", "step", "phase")]
         if progress != self._progress:
             self._progress, self._went_on = progress, now
@@ -230,7 +244,9 @@ class Sentinel:
             self._report(leaving=False)
 
     def _report(self, leaving: bool) -> None:
-        written, record = self._pulse.read()
+        written, record = self._read()
+        if not record:
+            return
         self._reported = time.monotonic()
         message = {
             "rank": self._rank,

@@ -10,7 +10,6 @@ import ctypes
 import faulthandler
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -129,11 +128,11 @@ class _Action(ctypes.Structure):
 
 
 def _obey_in_c() -> None:
-    """Have three signals obeyed without the interpreter, which may be locked.
+    """Have two signals obeyed without the interpreter, which may be locked.
 
-    SIGUSR2 writes the stacks, for whoever wants to see them. FROZEN does, and then its thread, which is the main one
-    unless that blocks it, stays in libc's `pause`, where no other signal reaches it than HUNG. The handler of HUNG is
-    libc's `_exit` itself, called with the signal's number, which thus is the exit status.
+    FROZEN writes the stacks, and then its thread, which is the main one unless that blocks it, stays in libc's `pause`,
+    where no other signal reaches it than HUNG. The handler of HUNG is libc's `_exit` itself, called with the signal's
+    number, which thus is the exit status.
     """
     libc = ctypes.CDLL(None)
     end = _Action(handler=ctypes.cast(libc._exit, ctypes.c_void_p))
@@ -144,4 +143,3 @@ def _obey_in_c() -> None:
     libc.sigaction(HUNG, ctypes.byref(end), None)
     libc.sigaction(FROZEN, ctypes.byref(stay), None)
     faulthandler.register(FROZEN, all_threads=True, chain=True)
-    faulthandler.register(signal.SIGUSR2, all_threads=True)

@@ -8,6 +8,7 @@ that is over; reckons bandwidths by the world's size in any group; and says noth
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ class CallLog:
         self.enabled = self.debug = False
         self._reset_timer = reset_timer
         self._calls: dict[tuple[str, int], tuple[int, float]] = {}
+        self._lock = threading.Lock()
 
     def configure(self, config: Any) -> None:
         """Begin anew, as the JSON's `comms_logger` says. DeepSpeed calls it where there is one."""
@@ -33,8 +35,9 @@ class CallLog:
 
     def append(self, function: str, name: str, milliseconds: float, size: int) -> None:
         """Take in one call of `size` bytes. DeepSpeed calls it after each, on any thread."""
-        calls, total = self._calls.get((name, size), (0, 0.0))
-        self._calls[name, size] = calls + 1, total + milliseconds
+        with self._lock:
+            calls, total = self._calls.get((name, size), (0, 0.0))
+            self._calls[name, size] = calls + 1, total + milliseconds
         self._reset_timer(name)
 
     def forget(self) -> None:
@@ -43,7 +46,7 @@ class CallLog:
 
     def table(self) -> list[str]:
         """Return the calls so far in lines with a head, those that took longest first."""
-        head = f"{'call of DeepSpeed':<28} {'bytes':>14} {'calls':>8} {'total ms':>12} {'mean ms':>10}"
+        head = f"{'call of DeepSpeed':<28} {'bytes a call':>14} {'calls':>8} {'total ms':>12} {'mean ms':>10}"
         rows = sorted(self._calls.items(), key=lambda row: -row[1][1])
         return [head, *(_row(name, size, calls, total) for (name, size), (calls, total) in rows)]
 

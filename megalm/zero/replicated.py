@@ -82,18 +82,21 @@ class ReplicatedEngine(ZeroEngine):
             weight.grad = None
 
     def reduce(self) -> None:
-        """Sum tied gradients over the embedding group, then all gradients over the data group."""
+        """Sum all gradients over the data group, then tied ones over the embedding group.
+
+        In this order: the two stages have the tied gradient at different places of their buckets, so that its sum over
+        the data group may differ in the last bit between them, and the sum of the two sums does not.
+        """
         for master in self.masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
+        if self.mesh.size("data") > 1:
+            for bucket in _buckets([m.grad for m in self.masters if m.grad is not None]):
+                flat = _flatten_dense_tensors(bucket).to(self.reduce_dtype or self.dtype)
+                dist.all_reduce(flat, group=self.mesh.group("data"))
+                torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
         if self.tied_master is not None:
             dist.all_reduce(self.tied_master.grad, group=self.mesh.group("embedding"))
-        if self.mesh.size("data") == 1:
-            return
-        for bucket in _buckets([m.grad for m in self.masters if m.grad is not None]):
-            flat = _flatten_dense_tensors(bucket).to(self.reduce_dtype or self.dtype)
-            dist.all_reduce(flat, group=self.mesh.group("data"))
-            torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
 
     def update(self, lr: float) -> float:
         """Clip by the norm over the whole model, update, and round the masters to the weights' dtype."""
@@ -147,7 +150,10 @@ class ReplicatedEngine(ZeroEngine):
         return master.numel() * index // count, master.numel() * (index + 1) // count
 
     def state(self) -> Iterator[Fragment]:
-        """Yield this data rank's share of every tensor, so that the ranks write equal parts of one copy."""
+        """Yield this data rank's share of every tensor, so that the ranks write equal parts of one copy.
+
+        What an optimizer keeps by parameter is the first rank's: it is small, or adamw8bit's two bytes a weight.
+        """
         for weight, master, counted in zip(self.weights, self.masters, self.counted, strict=True):
             if not counted:
                 continue

@@ -102,6 +102,9 @@ class ShardedEngine(ZeroEngine):
             counted = counted_here(p.parameter, mesh, self.tied_weight)
             parts[self.flats[p.flat]].append(Part(p.shard, p.offset, p.start, p.length, counted))
         place(self.optimizer.optimizer, parts, mesh, divided=True)
+        if self.tied_weight is not None and mesh.size("embedding") > 1 and any(f.is_cpu for f in self.flats):
+            for group in self.optimizer.optimizer.param_groups:
+                group["fused"] = False  # which rounds by an element's place in memory, which differs on the two stages
 
     def _tag(self, parameter: Any) -> None:
         """Tell DeepSpeed's gradient norm which ranks count the parameter."""

@@ -129,7 +129,7 @@ def test_workers_die_with_a_launcher_that_is_killed(platform, tmp_path):
         assert wait_for(lambda: not any(alive(pid) for pid in pids))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_signals_are_passed_on(number, tmp_path):
     code = f"import signal\nsignal.signal({int(number)}, lambda *_: sys.exit(0))\n"
     code += f"open(f'{tmp_path}/{{rank}}', 'w').close(); time.sleep(600)"

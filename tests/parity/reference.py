@@ -196,7 +196,7 @@ class Reference:
         if optim.kind == "adagrad":
             return torch.optim.Adagrad(groups, lr=optim.lr, eps=optim.eps)
         if optim.kind == "adafactor":
-            return torch.optim.Adafactor(groups, lr=optim.lr)
+            return torch.optim.Adafactor(groups, lr=optim.lr, eps=(1e-15, 1e-3))
         if optim.kind == "lion":
             return Lion(groups, {"lr": optim.lr, "betas": optim.betas})
         kind = torch.optim.Adam if optim.kind == "adam" else torch.optim.AdamW

@@ -57,7 +57,7 @@ def test_twenty_steps_of_adafactor_are_those_of_torchs(lr: float) -> None:
     """A rate of 0.5 is more than step^-1/2 in the later steps; gradients have many scales."""
     ours, theirs = start(), start()
     optimizer = placed(section("adafactor", lr=lr), ours)
-    reference = torch.optim.Adafactor(in_groups(theirs, 0.2), lr=lr)
+    reference = torch.optim.Adafactor(in_groups(theirs, 0.2), lr=lr, eps=(1e-15, 1e-3))  # squared: the paper's 1e-30
     for step in range(STEPS):
         give_gradients(ours, step)
         give_gradients(theirs, step)
@@ -65,6 +65,40 @@ def test_twenty_steps_of_adafactor_are_those_of_torchs(lr: float) -> None:
         reference.step()
         for (spec, own), (_, other) in zip(ours, theirs, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12, msg=f"{spec.name}, step {step}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adafactor_forgets_the_scale_of_the_gradients_however_small(dtype: torch.dtype) -> None:
+    """Rows a hundred times as large as others too, and a row and a column of zeros; masters may be bf16."""
+    moved = {}
+    for scale in (1.0, 1e-7):
+        weight = torch.zeros(256, 256, dtype=dtype)
+        optimizer = placed(section("adafactor", lr=1e-2), [(ShardSpec.whole("a.weight", (256, 256)), weight)])
+        gradient = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * scale
+        gradient[:128] *= 0.01
+        gradient[7], gradient[:, 9] = 0.0, 0.0
+        weight.grad = gradient.to(dtype)
+        optimizer.step()
+        moved[scale] = weight.float()
+    assert bool(moved[1.0].isfinite().all()) and not moved[1.0][7].any() and not moved[1.0][:, 9].any()
+    near = {"rtol": 1e-3, "atol": 1e-9} if dtype is torch.float32 else {"rtol": 0.05, "atol": 1e-7}
+    torch.testing.assert_close(moved[1e-7], moved[1.0], **near)
+    lower, upper = moved[1.0][:128].norm(), moved[1.0][128:].norm()
+    assert float(lower) == pytest.approx(float(upper), rel=0.05)
+
+
+def test_adafactor_in_pieces_is_adafactor(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for most in (1 << 22, 70):
+        monkeypatch.setattr("megalm.train.adafactor._ELEMENTS", most)
+        held = start()
+        optimizer = placed(section("adafactor", lr=1e-2), held)
+        for step in range(3):
+            give_gradients(held, step)
+            optimizer.step()
+        runs.append(held)
+    for (spec, whole), (_, pieces) in zip(*runs, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-14, msg=spec.name)
 
 
 def test_means_have_their_place_in_the_whole() -> None:
@@ -166,6 +200,10 @@ def test_the_mean_of_what_is_rounded_is_right_and_each_is_a_neighbour(value: flo
 
 def test_numbers_of_bf16_and_what_is_not_finite_stay() -> None:
     values = torch.tensor([0.0, -0.0, 1.0, -2.5, 2.0**-133, math.inf, -math.inf, math.nan])
+    other_nans = torch.tensor([0x7FFFFFFF, -1, -0x00400000], dtype=torch.int32).view(
+        torch.float32
+    )  # CUDA's is the first
+    values = torch.cat((values, other_nans))
     rounded = round_stochastically(values, words(len(values)))
     torch.testing.assert_close(rounded, values.to(torch.bfloat16), rtol=0.0, atol=0.0, equal_nan=True)
     assert math.copysign(1.0, float(rounded[1])) == -1.0
@@ -214,3 +252,11 @@ def test_the_rounding_depends_on_seed_and_step() -> None:
         return optimizer.state[held[0][1]]["exp_avg"]
 
     assert torch.equal(state(1, 2), state(1, 2)) and not torch.equal(state(1, 2), state(2, 2))
+    gradient = torch.full((6, 10), 1.003)  # of which a first step of Lion keeps a share, the same in each element
+    held = [(ShardSpec.whole("a.weight", (6, 10)), torch.zeros(6, 10))]
+    optimizer, found = placed(section("lion", state_dtype="bf16", betas=[0.9, 0.5]), held), []
+    for _ in range(2):
+        held[0][1].grad = gradient
+        optimizer.step()
+        found.append(optimizer.state[held[0][1]].pop("exp_avg"))
+    assert not torch.equal(*found)

@@ -90,11 +90,18 @@ def test_a_frozen_rank_writes_its_stacks_and_goes_on_for_no_other_signal_than_th
     assert "most recent call first" in stacks
 
 
-def test_the_stacks_can_be_asked_for_at_any_time_and_the_rank_goes_on() -> None:
-    with Popen([sys.executable, "-c", ENDURING], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as rank:
-        assert rank.stdout is not None and rank.stderr is not None and rank.stdout.readline() == "ready\n"
-        rank.send_signal(signal.SIGUSR2)
-        assert "most recent call first" in rank.stderr.readline()
-        rank.send_signal(signal.SIGTERM)
-        assert any("went on" in line for line in rank.stdout)
-        rank.kill()
+def test_the_stacks_of_all_ranks_can_be_asked_for_from_the_start(tmp_path: Path) -> None:
+    """By a signal to the launcher, while its ranks still import, and they go on."""
+    make_workplace(tmp_path)
+    command = [sys.executable, "-m", "megalm", "train", "recipe.yaml", "--nproc", "2"]
+    with Popen(command, cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True) as launcher:
+        logs = [tmp_path / "run" / "logs" / f"rank-{rank}.log" for rank in range(2)]
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not all(log.exists() for log in logs):
+            time.sleep(0.05)
+        time.sleep(1.0)
+        launcher.send_signal(signal.SIGUSR2)
+        launcher.communicate(timeout=300)
+    assert launcher.returncode == 0
+    for log in logs:
+        assert "most recent call first" in log.read_text(), log

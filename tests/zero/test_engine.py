@@ -38,6 +38,13 @@ def test_optimizers_that_know_their_parameters_resume_bit_for_bit(pool: WorkerPo
         pool.run(check_cells, check_resume, cells[:2], layout=RankLayout(pipeline=2, data=2))
 
 
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2"])
+def test_the_two_stages_of_a_tied_weight_stay_alike(pool: WorkerPool, zero: str) -> None:
+    """Among three data ranks the order of a sum shows, and where in memory the weight lies; a load makes them alike."""
+    cells = [Cell(zero, "fp32", kind) for kind in ("adamw", "sgd", "adafactor")]
+    pool.run(check_cells, check_resume, cells, 20, {"train.global_batch": 6}, layout=RankLayout(pipeline=2, data=3))
+
+
 def test_eight_bits_resume_bit_for_bit(pool: WorkerPool) -> None:
     average = {"optim.ema_decay": 0.6}
     pool.run(check_cells, check_resume, [Cell("zero0", "bf16", "adamw8bit")], 1, average, layout=RankLayout(data=2))
