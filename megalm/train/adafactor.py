@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.mesh import Axis, ParallelMesh
 from megalm.distributed.sharding import ShardSpec
 from megalm.zero.parts import Part, PlacedOptimizer
 
@@ -41,6 +41,14 @@ class _Job:
     def split(self) -> bool:
         """Whether tensor ranks have a shard each."""
         return self.part.shard.dim is not None
+
+
+class _Share(NamedTuple):
+    """What this rank has of a sum: 1-D; data ranks have theirs under ZeRO, tensor ranks where it is `over_tensor`."""
+
+    values: Tensor
+    over_tensor: bool
+    tied: bool
 
 
 class Adafactor(PlacedOptimizer):
@@ -82,7 +90,7 @@ class Adafactor(PlacedOptimizer):
         wanted = [
             (job, kind, values.view(-1)) for job, found in zip(jobs, squares, strict=True) for kind, values in found
         ]
-        sums = iter(self._sum([(values, _is_shared(job, kind)) for job, kind, values in wanted]))
+        sums = iter(self._sum([_Share(values, _is_shared(job, kind), job.part.tied) for job, kind, values in wanted]))
         scales = []
         for job, found in zip(jobs, squares, strict=True):
             new = {kind: next(sums).view_as(values) for kind, values in found}
@@ -90,7 +98,7 @@ class Adafactor(PlacedOptimizer):
             scales.append(scale * min(job.group["lr"], job.step**-0.5))
             self._average(job, new)
             _make_update(job, self.means[job.part.shard.name])
-        sizes = self._sum([(_square_sum(job.gradients), job.split) for job in jobs])
+        sizes = self._sum([_Share(_square_sum(job.gradients), job.split, job.part.tied) for job in jobs])
         for job, size, scale in zip(jobs, sizes, scales, strict=True):
             root = (size / prod(job.part.shard.global_shape)).sqrt()
             factor = scale / (root / _LARGEST_UPDATE).clamp_(min=1.0)
@@ -115,24 +123,27 @@ class Adafactor(PlacedOptimizer):
         for kind, mean in self.means[job.part.shard.name].items():
             mean.lerp_(sums[kind] / counts[kind], job.step**-_DECAY)
 
-    def _sum(self, values: Sequence[tuple[Tensor, bool]]) -> list[Tensor]:
-        """Return 1-D tensors, summed over the data ranks where they have parts, and where said over tensor ranks."""
+    def _sum(self, shares: Sequence[_Share]) -> list[Tensor]:
+        """Return the whole sums, alike on all ranks that have a part of the same parameter."""
         data, tensor = (self.mesh.size(axis) for axis in ("data", "tensor"))
         result: dict[int, Tensor] = {}
-        for over_tensor in (False, True):
-            chosen = {index: value for index, (value, shared) in enumerate(values) if shared is over_tensor}
-            if not chosen:
-                continue
+        for over_tensor, tied in sorted({share[1:] for share in shares}):
+            chosen = {index: share.values for index, share in enumerate(shares) if share[1:] == (over_tensor, tied)}
             flat = torch.cat(list(chosen.values()))
             if self.divided and data > 1:
                 dist.all_reduce(flat, group=self.mesh.group("data"))
             if over_tensor and tensor > 1:
                 dist.all_reduce(flat, group=self.mesh.group("tensor"))
                 if data > 1:  # the order of each tensor group's sum would part the replicas
-                    first = dist.get_global_rank(self.mesh.group("data"), 0)
-                    dist.broadcast(flat, first, group=self.mesh.group("data"))
+                    self._take_from_the_first(flat, "data")
+            if tied:  # whose parts are others on the other stage, and so the order of the sum
+                self._take_from_the_first(flat, "embedding")
             result |= zip(chosen, flat.split([value.numel() for value in chosen.values()]), strict=True)
-        return [result[index] for index in range(len(values))]
+        return [result[index] for index in range(len(shares))]
+
+    def _take_from_the_first(self, values: Tensor, axis: Axis) -> None:
+        group = self.mesh.group(axis)
+        dist.broadcast(values, dist.get_global_rank(group, 0), group=group)
 
 
 def mean_shards(shard: ShardSpec) -> dict[str, ShardSpec]:

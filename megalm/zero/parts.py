@@ -21,6 +21,7 @@ class Part:
     """Elements [start, start + length) of a parameter's flattened local tensor, at `offset` of an optimizer's tensor.
 
     None of them (length 0): other data ranks have them all. `counted`: this rank saves what belongs to the parameter.
+    `tied`: another stage has the parameter too, and must update it alike.
     """
 
     shard: ShardSpec
@@ -28,6 +29,7 @@ class Part:
     start: int
     length: int
     counted: bool
+    tied: bool = False
 
 
 class PlacedOptimizer(torch.optim.Optimizer):

@@ -98,11 +98,13 @@ class ShardedEngine(ZeroEngine):
         pieces = list(self._pieces_below_3() if stage < 3 else self._pieces_3())
         self.pieces = [piece for piece in pieces if piece.length]
         parts: dict[Tensor, list[Part]] = {flat: [] for flat in self.flats}
+        two_stages = self.tied_weight is not None and mesh.size("embedding") > 1
         for p in pieces:
             counted = counted_here(p.parameter, mesh, self.tied_weight)
-            parts[self.flats[p.flat]].append(Part(p.shard, p.offset, p.start, p.length, counted))
+            tied = two_stages and p.parameter is self.tied_weight
+            parts[self.flats[p.flat]].append(Part(p.shard, p.offset, p.start, p.length, counted, tied))
         place(self.optimizer.optimizer, parts, mesh, divided=True)
-        if self.tied_weight is not None and mesh.size("embedding") > 1 and any(f.is_cpu for f in self.flats):
+        if two_stages and any(f.is_cpu for f in self.flats):
             for group in self.optimizer.optimizer.param_groups:
                 group["fused"] = False  # which rounds by an element's place in memory, which differs on the two stages
 
