@@ -184,3 +184,9 @@ class _ReduceScatterSequence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_BTtD: Tensor) -> tuple[Tensor, None]:
         return _gather(gradient_BTtD, ctx.group), None
+
+
+def copy_from_first(x: Tensor, group: dist.ProcessGroup) -> None:
+    """Overwrite x by that of the group's first rank: sums of other groups, in an order of their own, become one."""
+    if group.size() > 1:
+        dist.broadcast(x, dist.get_global_rank(group, 0), group=group)

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.distributed.mesh import Axis, ParallelMesh
+from megalm.distributed.collectives import copy_from_first
+from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import ShardSpec
 from megalm.zero.parts import Part, PlacedOptimizer
 
@@ -134,16 +135,11 @@ class Adafactor(PlacedOptimizer):
                 dist.all_reduce(flat, group=self.mesh.group("data"))
             if over_tensor and tensor > 1:
                 dist.all_reduce(flat, group=self.mesh.group("tensor"))
-                if data > 1:  # the order of each tensor group's sum would part the replicas
-                    self._take_from_the_first(flat, "data")
+                copy_from_first(flat, self.mesh.group("data"))  # else each group's order would part the replicas
             if tied:  # whose parts are others on the other stage, and so the order of the sum
-                self._take_from_the_first(flat, "embedding")
+                copy_from_first(flat, self.mesh.group("embedding"))
             result |= zip(chosen, flat.split([value.numel() for value in chosen.values()]), strict=True)
         return [result[index] for index in range(len(shares))]
-
-    def _take_from_the_first(self, values: Tensor, axis: Axis) -> None:
-        group = self.mesh.group(axis)
-        dist.broadcast(values, dist.get_global_rank(group, 0), group=group)
 
 
 def mean_shards(shard: ShardSpec) -> dict[str, ShardSpec]:

@@ -8,6 +8,7 @@ function of seed, update, parameter and element, so that a run does not depend o
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ class NarrowState(PlacedOptimizer):
                         self._update(group, tensor, part, start, min(most, part.length - start), kinds)
                 state["step"] = state.get("step", torch.zeros(())) + 1
 
-    def _update(self, group: dict[str, Any], tensor: Tensor, part: Part, start: int, length: int, kinds: Any) -> None:
+    def _update(
+        self, group: dict[str, Any], tensor: Tensor, part: Part, start: int, length: int, kinds: Sequence[str]
+    ) -> None:
         """Update `length` elements from `start` on of a part; `kinds` of state were there before this step."""
         state, inner = self.state[tensor], self._inner
         steps = int(state.get("step", 0))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from megalm.distributed.collectives import copy_from_first
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment
 from megalm.zero.engine import (
@@ -126,9 +127,8 @@ class ReplicatedEngine(ZeroEngine):
             square = self.grad_norm(counted, squared=True)
         if self.mesh.size("model") > 1:
             dist.all_reduce(square, group=self.mesh.group("model"))
-        if self.mesh.size("data") > 1:
-            # Each data index has summed over a group of its own; an order of its own would let replicas drift apart.
-            dist.broadcast(square, dist.get_global_rank(self.mesh.group("data"), 0), group=self.mesh.group("data"))
+        # Each data index has summed over a group of its own; an order of its own would let replicas drift apart.
+        copy_from_first(square, self.mesh.group("data"))
         return square.sqrt().item()
 
     def gradients(self) -> Iterator[Fragment]:

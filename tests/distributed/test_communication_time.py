@@ -50,6 +50,8 @@ def waits(rank: int) -> dict[str, float]:
             dist.all_reduce(x, group="no group")  # type: ignore[arg-type]
         except Exception:
             clock.take()
+        else:
+            raise AssertionError("a group of that name was found")
         dist.barrier()
         assert clock.take() > 0.0, "a failed call leaves the clock running"
     assert (dist.all_reduce, dist.Work.wait) == originals

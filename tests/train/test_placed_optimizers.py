@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalm.config.load import load_recipe
 from megalm.config.optim import OptimSection
 from megalm.distributed.sharding import ShardSpec
+from megalm.distributed.world import check_device
 from megalm.errors import ConfigError
 from megalm.train.adafactor import mean_shards
 from megalm.train.narrow_state import round_stochastically
@@ -152,7 +154,7 @@ def test_without_torchao_its_optimizer_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_apex_is_refused_without_a_gpu_and_without_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="apex_adamw needs a GPU and this run computes on cpu"):
-        build_optimizer(section("apex_adamw"), start())
+        check_device(load_recipe("gpt-tiny", ["optim.kind=apex_adamw", "run.device=cpu"]))
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setitem(sys.modules, "amp_C", None)
     with pytest.raises(ConfigError, match="needs NVIDIA apex built with --cuda_ext"):

@@ -136,8 +136,8 @@ def check_resume(
     resumed = build_trainer(mesh, config.model_copy(update={"seed": 99}))
     run_steps(resumed, past_steps)
     resumed.config = config
-    optimizer = getattr(resumed.engine, "optimizer")  # noqa: B009
-    inner = getattr(optimizer, "optimizer", optimizer)
+    engine: Any = resumed.engine
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if isinstance(inner, NarrowState):
         inner._seed = config.seed
     resumed.engine.load(store.read, sorted(store.kinds() - {"weight"}), STEPS)
