@@ -41,6 +41,7 @@ from megalm.config.load import load_recipe
 from megalm.config.run import RunConfig
 from megalm.data.datasets import open_prepared
 from megalm.data.loader import HeldOut
+from megalm.data.windows import all_windows
 from megalm.distributed.world import joined_mesh
 from megalm.evaluation.perplexity import held_out_loss
 from megalm.files import write_durably
@@ -123,7 +124,8 @@ def trained_loss(config: RunConfig) -> float:
         for _ in range(config.steps):
             if trainer.train_step().wrong is not None:
                 return DIVERGED
-        held_out, sizes = HeldOut(data.validation, config.model.sequence), data.tokenizer().byte_lengths
+        windows = all_windows(data.validation, config.model.sequence, config.data.rows)
+        held_out, sizes = HeldOut(data.validation, windows), data.tokenizer().byte_lengths
         model: Any = trainer.engine.module
         return held_out_loss(trainer.executor, model, held_out, sizes, mesh, config.train.micro_batch).loss
 

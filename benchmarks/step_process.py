@@ -21,8 +21,9 @@ from plain import PlainBatches, PlainLoop, PlainModel, PlainShape
 
 from megalm.config.run import RunConfig
 from megalm.data.loader import Loader
-from megalm.data.sampler import GlobalOrder, training_windows
+from megalm.data.sampler import GlobalOrder
 from megalm.data.token_file import HEADER_BYTES, TokenFile
+from megalm.data.windows import training_windows
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.world import joined_mesh
 from megalm.models.build import DTYPES, build_executor, build_stage
@@ -50,8 +51,8 @@ def build_trainer(config: RunConfig, tokens: TokenFile, mesh: ParallelMesh) -> T
     assert vocab is not None, "a measured shape gives its vocabulary"
     model = build_stage(config, vocab, mesh, partitioner(config, mesh), document_start=0)
     engine = build_engine(config, model, mesh, partial(build_optimizer, config.optim), model.tied_weight)
-    order = GlobalOrder(training_windows(len(tokens), config.model.sequence), config.seed)
-    loader = Loader(tokens, config.model.sequence, order, mesh.coordinates.data, mesh.size("data"))
+    windows = training_windows(tokens, config.model.sequence, config.data.rows)
+    loader = Loader(tokens, windows, GlobalOrder(len(windows), config.seed), mesh.coordinates.data, mesh.size("data"))
     return Trainer(config, mesh, build_executor(config, engine.module, mesh), engine, loader, TrainState())
 
 
@@ -84,7 +85,7 @@ def build_plain(config: RunConfig, tokens: TokenFile, trainer: Trainer, samples:
         weight_decay=optim.weight_decay,
         clip_grad_norm=config.train.clip_grad_norm,
     )
-    order = GlobalOrder(training_windows(len(tokens), model.sequence), config.seed)
+    order = GlobalOrder(len(training_windows(tokens, model.sequence, config.data.rows)), config.seed)
     starts = order.indices(0, samples) * model.sequence
     dtype = np.dtype(tokens.tokens.dtype)
     return loop, PlainBatches(tokens.path, dtype, HEADER_BYTES, starts, model.sequence, trainer.mesh.device)

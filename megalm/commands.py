@@ -87,7 +87,7 @@ def train(args: Namespace) -> int:
     world, starts_workers = _world(config, args.nproc)
     check_world(config, world)
     data = check_data(config)
-    config = config.with_windows(data.windows(config.model.sequence))
+    config = config.with_windows(len(data.windows(config.model.sequence, config.data.rows)))
     check_device(config)
     check_sinks(config)
     restarted = _is_restart()

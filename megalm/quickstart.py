@@ -142,7 +142,7 @@ def _evaluate(run: Path, data: PreparedData, config: RunConfig) -> Perplexities:
 
     answer = evaluate(str(run))
     assert answer is not None, "this process is rank 0 of one"
-    bigrams = bigram_baselines(data, config.model.sequence, config.evaluate.sequences)
+    bigrams = bigram_baselines(data, config.model.sequence, config.evaluate.sequences, config.data.rows)
     _say(f"      on the same {answer['tokens']:,} held-out tokens:")
     _say(f"        bigram, add-one smoothing   perplexity {bigrams['add_one']:8.2f}")
     _say(f"        bigram, interpolated        perplexity {bigrams['interpolated']:8.2f}")

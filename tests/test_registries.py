@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megalm.config.choices import CHOICES
+from megalm.data.windows import WINDOWS
 from megalm.models.build import DTYPES
 from megalm.nn.mlp import ACTIVATIONS
 from megalm.nn.norms import NORMS
@@ -19,6 +20,7 @@ from megalm.train.sinks import SINKS
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "norm": NORMS,
+    "rows": WINDOWS,
     "activation": ACTIVATIONS,
     "position": POSITIONS,
     "schedule": SCHEDULES,

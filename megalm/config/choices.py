@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention_pattern": ("full", "strided", "hierarchical"),
     "init": ("normal", "truncated_normal", "xavier", "he"),
     "rotary_scaling": ("none", "linear", "ntk", "yarn", "llama3"),
+    "rows": ("stream", "documents"),
     "schedule": ("gpipe", "1f1b"),
     "recompute": ("none", "selective", "full"),
     "optimizer": (

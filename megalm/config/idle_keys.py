@@ -43,6 +43,7 @@ USES: dict[str, Use] = {
     "model.local_blocks": _when("model", "attention_pattern", "strided", "hierarchical"),
     "model.block_stride": _when("model", "attention_pattern", "strided"),
     "model.global_tokens": _when("model", "attention_pattern", "strided"),
+    "model.document_mask": _when("data", "rows", "stream"),
     "model.mup_base_head_dim": Use("model.mup_base", lambda config: config.model.mup_base is not None),
     "early_stop.patience": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),
     "early_stop.min_delta": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),

@@ -147,9 +147,15 @@ class LossScaleSection(Section):
 
 
 class DataSection(Section):
-    """A directory made by `megalm data prepare`; `seed` orders the samples (None: the run's seed)."""
+    """A directory made by `megalm data prepare`; `seed` orders the samples (None: the run's seed).
+
+    A row is the next `model.sequence` tokens of the text, all documents one behind the other (stream), or a document
+    (documents): a shorter one is padded, and its padding has no loss but counts where tokens are counted; a longer one
+    has several rows. Held-out text is cut alike.
+    """
 
     path: Text = "data/builtin"
+    rows: Annotated[str, one_of("rows")] = "stream"
     seed: Seed | None = None
 
 

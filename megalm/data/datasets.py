@@ -23,9 +23,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megalm.data.corpus import Corpus
-from megalm.data.sampler import training_windows
 from megalm.data.token_file import REMEDY, TokenFile, TokenFileWriter
 from megalm.data.tokenizer import FILE_NAME, Tokenizer, fingerprint_of, read_tokenizer_file, train_bpe
+from megalm.data.windows import Windows, training_windows
 from megalm.errors import DataError
 from megalm.files import require_regular, sync_directory, write_durably
 
@@ -103,9 +103,9 @@ class PreparedData:
         """Id of the token that each document begins with."""
         return self.description.tokenizer.end_of_text
 
-    def windows(self, sequence: int) -> int:
-        """Return the number of training samples of that many tokens. Raises DataError if there is none."""
-        return training_windows(len(self.train), sequence)
+    def windows(self, sequence: int, rows: str) -> Windows:
+        """Return the training samples of that many tokens. Raises DataError if there is none."""
+        return training_windows(self.train, sequence, rows)
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that made the tokens."""

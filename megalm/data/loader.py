@@ -1,19 +1,21 @@
 """Batches as torch tensors, for one data rank at a time.
 
-Owns the cut of windows into tokens, labels and mask. The order of samples is the `sampler`'s; a rank is told
-its place as two integers, so nothing here knows of process groups. All tensors are on the CPU.
+Owns the cut of windows into tokens, labels and mask. Which windows there are is told by `windows`, their order by the
+`sampler`; a rank is told its place as two integers, so nothing here knows of process groups. All tensors are on the
+CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megalm.data.sampler import GlobalOrder, held_out_labels, held_out_windows, training_windows
+from megalm.data.sampler import GlobalOrder
 from megalm.data.token_file import TokenFile
+from megalm.data.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,18 @@ class Batch:
 
 
 class Loader:
-    """The training batches of one data rank. The text is one stream of documents; a sample may span several.
+    """The training batches of one data rank: windows of a token file, in the order of training.
 
-    `order` None goes through the file from the start. Raises DataError if the file is too small for one
-    window.
+    `order` None goes through the file from the start.
     """
 
     def __init__(
-        self, token_file: TokenFile, sequence: int, order: GlobalOrder | None, data_rank: int, data_size: int
+        self, token_file: TokenFile, windows: Windows, order: GlobalOrder | None, data_rank: int, data_size: int
     ) -> None:
         assert 0 <= data_rank < data_size, f"data_rank={data_rank} data_size={data_size}"
-        self.windows = training_windows(len(token_file), sequence)
-        assert order is None or order.windows == self.windows, f"an order of {order and order.windows} windows"
+        assert order is None or order.windows == len(windows), f"an order of {order and order.windows} windows"
         self._file = token_file
-        self._sequence = sequence
+        self._windows = windows
         self._order = order
         self._data_rank = data_rank
         self._data_size = data_size
@@ -58,47 +58,41 @@ class Loader:
         assert rest == 0, f"global_batch={global_batch} over {self._data_size} data ranks"
         first = first_sample + self._data_rank * rows
         if self._order is None:
-            windows = np.arange(first, first + rows) % self.windows
+            numbers = np.arange(first, first + rows) % len(self._windows)
         else:
-            windows = self._order.indices(first, rows)
-        length = self._sequence
-        spans = np.stack([self._file.window(int(window) * length, length + 1) for window in windows])
-        mask = torch.ones(rows, length, dtype=torch.bool)
-        return Batch(_tensor(spans[:, :-1]), _tensor(spans[:, 1:]), mask)
+            numbers = self._order.indices(first, rows)
+        return cut(self._file, self._windows, numbers.tolist(), rows)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The windows of a held-out file, in its order; they predict every token but the first exactly once.
-
-    `sequences`: only the first so many windows, None for all.
-    """
+    """The windows of a held-out file, in its order. `sequences`: only the first so many, None for all."""
 
     token_file: TokenFile
-    sequence: int
+    windows: Windows
     sequences: int | None = None
 
-    @property
-    def windows(self) -> int:
-        """Number of windows. Raises DataError if there is nothing to predict."""
-        return held_out_windows(len(self.token_file), self.sequence, self.sequences)
-
-    @property
-    def labels(self) -> int:
-        """Number of predicted tokens, over all windows and all ranks: the tokens at positions 1 to this."""
-        return held_out_labels(len(self.token_file), self.sequence, self.sequences)
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return len(self.windows) if self.sequences is None else min(len(self.windows), self.sequences)
 
     def rows(self, first: int, count: int) -> Batch:
-        """Return windows `first` to `first + count - 1`; what lies beyond the last one is masked."""
-        tokens = np.zeros((count, self.sequence), dtype=np.int64)
-        labels = np.zeros((count, self.sequence), dtype=np.int64)
-        mask = np.zeros((count, self.sequence), dtype=np.bool_)
-        for row, window in enumerate(range(first, min(first + count, self.windows))):
-            start = window * self.sequence
-            length = min(self.sequence, self.labels - start)
-            span = self.token_file.window(start, length + 1)
-            tokens[row, :length], labels[row, :length], mask[row, :length] = span[:-1], span[1:], True
-        return Batch(_tensor(tokens), _tensor(labels), torch.from_numpy(mask))
+        """Return windows `first` to `first + count - 1`; rows beyond the last one are masked."""
+        return cut(self.token_file, self.windows, range(first, min(first + count, len(self))), count)
+
+
+def cut(token_file: TokenFile, windows: Windows, numbers: Sequence[int], rows: int) -> Batch:
+    """Return windows as a batch of `rows` rows; what lies behind a window, and behind the last one, is masked.
+
+    Padding stands at a row's end, where causal attention shows it to no token whose loss counts.
+    """
+    tokens, labels = np.zeros((2, rows, windows.sequence), dtype=np.int64)
+    mask = np.zeros((rows, windows.sequence), dtype=np.bool_)
+    for row, window in enumerate(numbers):
+        start, length = windows.span(window)
+        span = token_file.window(start, length + 1)
+        tokens[row, :length], labels[row, :length], mask[row, :length] = span[:-1], span[1:], True
+    return Batch(*map(torch.from_numpy, (tokens, labels, mask)))
 
 
 def held_out_batches(held_out: HeldOut, micro_batch: int, data_rank: int, data_size: int) -> Iterator[Batch]:
@@ -108,9 +102,5 @@ def held_out_batches(held_out: HeldOut, micro_batch: int, data_rank: int, data_s
     masked.
     """
     assert 0 <= data_rank < data_size, f"data_rank={data_rank} data_size={data_size}"
-    for first in range(0, held_out.windows, micro_batch * data_size):
+    for first in range(0, len(held_out), micro_batch * data_size):
         yield held_out.rows(first + data_rank * micro_batch, micro_batch)
-
-
-def _tensor(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values))

@@ -1,7 +1,6 @@
-"""Which windows a token file has, and the order in which training goes through them.
+"""The order in which training goes through the windows of a token file.
 
-Owns the arithmetic of samples: no file is read here, and nothing depends on how many ranks share the work.
-Window w of T tokens holds tokens[w*T : w*T + T] and predicts tokens[w*T + 1 : w*T + T + 1].
+No file is read here, and nothing depends on how many ranks share the work.
 """
 
 from __future__ import annotations
@@ -11,37 +10,8 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from megalm.errors import DataError
-
 ROUNDS = 8
 SMALLEST_HALF_BITS = 3  # a Feistel network on fewer bits reaches only some of the permutations
-
-
-def training_windows(tokens: int, sequence: int) -> int:
-    """Return the number of whole windows of `sequence` tokens. Raises DataError if there is none."""
-    windows = (tokens - 1) // sequence
-    if windows < 1:
-        raise DataError(
-            f"{tokens} tokens are too few for one window of model.sequence={sequence}; "
-            f"use more text, or a sequence of at most {max(1, tokens - 1)}"
-        )
-    return windows
-
-
-def held_out_windows(tokens: int, sequence: int, sequences: int | None = None) -> int:
-    """Return the number of windows, the last one perhaps short, that predict each token but the first once.
-
-    `sequences` is an upper bound on them, None for all. Raises DataError if there is nothing to predict.
-    """
-    if tokens < 2:
-        raise DataError(f"{tokens} held-out tokens leave nothing to predict; use more text or a larger held-out share")
-    windows = -(-(tokens - 1) // sequence)
-    return windows if sequences is None else min(windows, sequences)
-
-
-def held_out_labels(tokens: int, sequence: int, sequences: int | None = None) -> int:
-    """Return how many tokens those windows predict: the tokens at positions 1 to this."""
-    return min(held_out_windows(tokens, sequence, sequences) * sequence, tokens - 1)
 
 
 class GlobalOrder:

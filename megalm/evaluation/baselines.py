@@ -7,18 +7,20 @@ evaluation.
 from __future__ import annotations
 
 from megalm.data.datasets import PreparedData
-from megalm.data.sampler import held_out_labels
+from megalm.data.windows import all_windows, predicted_tokens
 from megalm.models.ngram import AddOneBigram, InterpolatedBigram, perplexity
 
 
-def bigram_baselines(prepared: PreparedData, sequence: int, sequences: int | None = None) -> dict[str, float]:
+def bigram_baselines(
+    prepared: PreparedData, sequence: int, sequences: int | None = None, rows: str = "stream"
+) -> dict[str, float]:
     """Return the held-out perplexities {"add_one", "interpolated"} of bigram models of the training split.
 
-    They predict what a model with windows of `sequence` tokens predicts, in the first `sequences` windows
-    (None: all). Raises DataError if there is nothing to predict.
+    They predict what a model with windows of `sequence` tokens, cut as `rows` says, predicts in the first `sequences`
+    (None: all) of them. Raises DataError if there is nothing to predict.
     """
     validation = prepared.validation
-    labels = held_out_labels(len(validation), sequence, sequences)
+    labels = predicted_tokens(all_windows(validation, sequence, rows), sequences)
     predicted = validation.window(0, labels + 1)
     train, vocabulary = prepared.train.tokens, prepared.vocabulary
     return {

@@ -13,6 +13,7 @@ from megalm.config.trained import trained_config
 from megalm.data.datasets import TRAIN, VALIDATION, PreparedData, open_prepared
 from megalm.data.loader import HeldOut
 from megalm.data.tokenizer import Tokenizer
+from megalm.data.windows import all_windows
 from megalm.distributed.world import joined_mesh
 from megalm.errors import DataError
 from megalm.evaluation.perplexity import held_out_loss
@@ -36,11 +37,9 @@ def evaluate(
     tokenizer = Tokenizer.load(directory)
     _refuse_other_tokenizer(directory, tokenizer, data)
     require_checkpoint(directory)
-    held_out = HeldOut(
-        {TRAIN: data.train, VALIDATION: data.validation}[split],
-        config.model.sequence,
-        config.evaluate.sequences,
-    )
+    file = {TRAIN: data.train, VALIDATION: data.validation}[split]
+    windows = all_windows(file, config.model.sequence, config.data.rows)
+    held_out = HeldOut(file, windows, config.evaluate.sequences)
     with joined_mesh(config) as mesh:
         vocab = config.model.vocab or tokenizer.vocabulary
         trained = load_trained(directory, config, vocab, mesh, tokenizer.end_of_text, averaged)

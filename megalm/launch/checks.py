@@ -65,5 +65,5 @@ def check_data(config: RunConfig) -> PreparedData:
             f"model.sequence={sequence} is not shorter than the {tokens} training tokens in {path}; "
             "use a smaller model.sequence or more text"
         )
-    config.with_windows(data.windows(sequence))  # a length in epochs may break rules now
+    config.with_windows(len(data.windows(sequence, config.data.rows)))  # a length in epochs may break rules now
     return data

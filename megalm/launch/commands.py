@@ -27,7 +27,7 @@ def launch_slurm(args: Namespace) -> int:
     slurm.log_folder("run.dir", config.run.dir)
     check_world(config, slurm.world_size(request))
     data = check_data(config)
-    config = config.with_windows(data.windows(config.model.sequence))
+    config = config.with_windows(len(data.windows(config.model.sequence, config.data.rows)))
     check_run(config, data.fingerprint, data.tokenizer_fingerprint)
     if not args.dry_run:
         refuse_living(Path(config.run.dir).absolute())

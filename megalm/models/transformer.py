@@ -135,7 +135,7 @@ class Transformer(nn.Module):
         returns the loss summed over valid tokens, or, without labels, this tensor rank's logits_BTVt (padding columns
         included); earlier ones the hidden state.
         """
-        context = self._context(x, dropout, x if self.plan.first else tokens_BT)
+        context = self._context(x, dropout, x if self.plan.first else tokens_BT, loss_mask_BT)
         if self.plan.first:
             x = self._embed(x, context)
         for index, block in zip(self.plan.layers, self.blocks.values(), strict=True):
@@ -161,7 +161,9 @@ class Transformer(nn.Module):
             return valid_sum(self.head(x, labels_BT.flatten(), **loss), loss_mask_BT)
         return token_loss_sum(self._logits(x), labels_BT, loss_mask_BT, group=self.group, **loss)
 
-    def _context(self, x: Tensor, dropout: DropoutKeys | None, tokens_BT: Tensor | None) -> Context:
+    def _context(
+        self, x: Tensor, dropout: DropoutKeys | None, tokens_BT: Tensor | None, loss_mask_BT: Tensor | None
+    ) -> Context:
         ranks = self.group.size() if self.sequence else 1
         tokens = x.shape[1] if self.plan.first else x.shape[1] * ranks
         first_token = self.group.rank() * (tokens // ranks) if self.sequence else 0
@@ -171,7 +173,7 @@ class Transformer(nn.Module):
             numbers_BT = (tokens_BT == self.document_start).cumsum(dim=1)
             fused = self.operations is not REFERENCE
             documents = Documents(numbers_BT, document_starts(numbers_BT) if fused else None)
-        return Context(tokens, first_token, self.position.rotation(tokens), dropout, documents)
+        return Context(tokens, first_token, self.position.rotation(tokens), dropout, documents, loss_mask_BT)
 
     def _embed(self, tokens_BT: Tensor, context: Context) -> Tensor:
         x = self.embedding(tokens_BT)

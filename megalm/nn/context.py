@@ -23,7 +23,8 @@ class Context:
     """Rows of `tokens` tokens, of whose residual stream this rank holds those from `first_token` on.
 
     `rotate` turns queries and keys by their positions, `dropout` says which masks are drawn (None: evaluation), and
-    `documents` which tokens may see each other (None: all of a row).
+    `documents` which tokens may see each other (None: all of a row). `loss_mask_BT`, false for padding, is for who
+    looks at blocks: what a token sees lies before it, so padding at a row's end needs no other mask.
     """
 
     tokens: int
@@ -31,3 +32,4 @@ class Context:
     rotate: Rotation = unturned
     dropout: DropoutKeys | None = None
     documents: Documents | None = None
+    loss_mask_BT: Tensor | None = None

@@ -27,17 +27,20 @@ def head_entropy(
     bias_HTS: Tensor | None = None,
     documents: Documents | None = None,
     pattern: BlockPattern | None = None,
+    queries: int | None = None,
     **_: Any,
 ) -> Tensor:
     """Return the entropy, in nats, of a head's causal attention over the first row, the mean of its queries.
 
+    Of its first `queries`, where the rest is padding.
     The arguments are those of `Operations.flash_attention`; what follows the softmax (dropout, sinks) does not count.
     A scalar in fp32, or wider where q is.
     """
     tokens, heads, size = q_BTHE.shape[1:]
     wide = torch.promote_types(q_BTHE.dtype, torch.float32)
     places_T = torch.arange(tokens, device=q_BTHE.device)
-    places_Q = places_T[torch.linspace(0, tokens - 1, min(tokens, QUERIES), device=q_BTHE.device).round().long()]
+    seen = tokens if queries is None else queries
+    places_Q = places_T[torch.linspace(0, seen - 1, min(seen, QUERIES), device=q_BTHE.device).round().long()]
     keys_BSGE = k_BTGE[:1] if pattern is None else with_summaries(k_BTGE[:1], pattern)
     places_S = torch.arange(tokens - keys_BSGE.shape[1], tokens, device=q_BTHE.device)
     k_SE = keys_BSGE[0, :, head * k_BTGE.shape[2] // heads].to(wide)

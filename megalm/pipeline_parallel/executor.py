@@ -47,10 +47,11 @@ class PipelineExecutor:
     """This rank's stage of the pipeline: the part of the model it holds and its stream of actions.
 
     `module(x, labels_BT=, loss_mask_BT=, dropout=, tokens_BT=)` takes tokens on the first stage and the hidden state
-    of the stage before on later ones, `tokens_BT` being the tokens on all of them; it returns the loss sum (or logits,
-    without labels) on the last stage, else the hidden state. `activation_shape(rows, tokens)` is the hidden state's
-    shape for a microbatch of that size, `dtype` its dtype. `schedule` is made anew where a step has another number of
-    microbatches. After `run`, `peak_live` is the largest number of microbatches whose activations were held at once.
+    of the stage before on later ones, `tokens_BT` and `loss_mask_BT` being the same on all of them; it returns the loss
+    sum (or logits, without labels) on the last stage, else the hidden state. `activation_shape(rows, tokens)` is the
+    hidden state's shape for a microbatch of that size, `dtype` its dtype. `schedule` is made anew where a step has
+    another number of microbatches. After `run`, `peak_live` is the largest number of microbatches whose activations
+    were held at once.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class PipelineExecutor:
             output: Tensor = self._module(
                 microbatch.tokens_BT if hidden is None else hidden,
                 labels_BT=microbatch.labels_BT if self._is_last else None,
-                loss_mask_BT=microbatch.loss_mask_BT if self._is_last else None,
+                loss_mask_BT=microbatch.loss_mask_BT,
                 dropout=microbatch.dropout,
                 tokens_BT=microbatch.tokens_BT,
             )

@@ -21,6 +21,7 @@ from megalm.distributed.collectives import all_reduce_max
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.sharding import Fragment
 from megalm.models.transformer import Transformer
+from megalm.nn.context import Context
 from megalm.nn.entropy import head_entropy
 from megalm.train.layer_report import INSPECT_FILE, layer_names
 from megalm.train.tracking import MetricsFile
@@ -53,6 +54,9 @@ class LayerStatistics:
         self._largest_F: dict[int, Tensor] = {}
         self._entropy: dict[int, Tensor] = {}
         self._weights: list[Tensor] = []
+        self._padded = config.data.rows == "documents"
+        self._mask_BT: Tensor | None = None
+        """Of the block that is running: false for padding, of which nothing is measured. None: there is none."""
 
     def before_step(self, trainer: Trainer) -> None:
         """Look into this rank's blocks, if the step that begins is due."""
@@ -72,6 +76,8 @@ class LayerStatistics:
 
     def _look_into(self, index: int, head: int) -> None:
         block: Any = self.model.blocks[str(index)]
+        if self._padded:
+            self._undo.append(block.register_forward_pre_hook(self._see_mask).remove)
         if self.model.sequence or self.mesh.coordinates.tensor == 0:  # else all tensor ranks hold the same tokens
             self._undo.append(block.register_forward_hook(partial(self._see_output, index)).remove)
         self._undo.append(block.mlp.down.register_forward_pre_hook(partial(self._see_units, index)).remove)
@@ -80,14 +86,26 @@ class LayerStatistics:
             self._undo.append(partial(setattr, attention, "attend", attention.attend))
             attention.attend = partial(self._attend, index, own, attention.attend)
 
-    def _see_output(self, index: int, block: Any, inputs: Any, x: Tensor) -> None:
-        self._add(1 + index, "activation", _square(x.detach()))
-        self._add(1 + index, "activations", x.numel())
+    def _see_mask(self, block: Any, inputs: tuple[Tensor, Context]) -> None:
+        self._mask_BT = inputs[1].loss_mask_BT
+
+    def _see_output(self, index: int, block: Any, inputs: tuple[Tensor, Context], x: Tensor) -> None:
+        x, count = self._measured(x.detach(), inputs[1].first_token)
+        self._add(1 + index, "activation", _square(x))
+        self._add(1 + index, "activations", count)
+
+    def _measured(self, x_BTX: Tensor, first_token: int = 0) -> tuple[Tensor, Tensor | float]:
+        """Return the tokens from `first_token` on with zeros for padding, and how many numbers are of others."""
+        if self._mask_BT is None:
+            return x_BTX, x_BTX.numel()
+        mask_BT = self._mask_BT[:, first_token : first_token + x_BTX.shape[1]]
+        return x_BTX * mask_BT[..., None], mask_BT.sum() * x_BTX.shape[-1]
 
     def _see_units(self, index: int, down: Any, inputs: tuple[Tensor, ...]) -> None:
-        h_NF = inputs[0].detach().flatten(0, -2)
+        h_BTF, count = self._measured(inputs[0].detach())
+        h_NF = h_BTF.flatten(0, -2)
         self._add(1 + index, "unit", _square(h_NF))
-        self._add(1 + index, "units", h_NF.numel())
+        self._add(1 + index, "units", count)
         low_F, high_F = torch.aminmax(h_NF, dim=0)
         largest_F = torch.maximum(high_F, -low_F)
         self._largest_F[index] = torch.maximum(largest_F, self._largest_F.get(index, largest_F))
@@ -97,7 +115,8 @@ class LayerStatistics:
     ) -> Any:
         """Attend, and see a head's entropy in the first row of the step's batch, which comes first."""
         if index not in self._entropy:
-            self._entropy[index] = head_entropy(q_BTHE, k_BTGE, head, **how)
+            queries = None if self._mask_BT is None else int(self._mask_BT[0].sum())
+            self._entropy[index] = head_entropy(q_BTHE, k_BTGE, head, queries=queries, **how)
             self._add(1 + index, "entropy", self._entropy[index])
         return attend(q_BTHE, k_BTGE, *v, **how)
 

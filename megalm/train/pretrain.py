@@ -19,6 +19,7 @@ from megalm.config.run import RunConfig
 from megalm.data.datasets import PreparedData, open_prepared
 from megalm.data.loader import HeldOut, Loader
 from megalm.data.sampler import GlobalOrder
+from megalm.data.windows import Windows, all_windows, predicted_tokens
 from megalm.distributed.collectives import agree, all_reduce_max
 from megalm.distributed.communication_time import CommunicationClock
 from megalm.distributed.mesh import ParallelMesh, world_group
@@ -59,7 +60,7 @@ def train(
     signal came before the end.
     """
     data = open_prepared(config.data.path)
-    config = config.with_windows(data.windows(config.model.sequence))
+    config = config.with_windows(len(data.windows(config.model.sequence, config.data.rows)))
     with watched(config.run.hang_timeout_s) as join, joined_mesh(config) as mesh:
         join()
         directory = _open_directory(config, data, mesh, fresh, _DEAD_LOCK_S if restarted else 0.0)
@@ -95,8 +96,9 @@ def _train(
     engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)
     _claim(directory, data)
     manager = CheckpointManager(run, config.checkpoint.keep, dist.group.WORLD, _describe(config, mesh))
-    order = GlobalOrder(data.windows(config.model.sequence), order_seed(config))
-    loader = Loader(data.train, config.model.sequence, order, mesh.coordinates.data, mesh.size("data"))
+    windows = data.windows(config.model.sequence, config.data.rows)
+    order = GlobalOrder(len(windows), order_seed(config))
+    loader = Loader(data.train, windows, order, mesh.coordinates.data, mesh.size("data"))
     executor = build_executor(config, engine.module, mesh)
     trainer = Trainer(config, mesh, executor, engine, loader, TrainState(), clock)
     facts = {
@@ -113,10 +115,11 @@ def _train(
     sinks = Sinks(config.log.sinks, run, trainer.state.step, config) if mesh.rank == 0 else None
     tracker = Tracker(run, trainer.state.step, trainer.last_step, active=mesh.rank == 0, sinks=sinks)
     with closing(tracker):
-        tracker.header(dump_yaml(config), _facts(config, data, vocab, mesh, peak))
+        tracker.header(dump_yaml(config), _facts(config, data, windows, vocab, mesh, peak))
         if reader is not None:
             tracker.note(f"resuming {reader.directory} at step {trainer.state.step}")
-        held_out = HeldOut(data.validation, config.model.sequence, config.evaluate.sequences)
+        held_out_windows = all_windows(data.validation, config.model.sequence, config.data.rows)
+        held_out = HeldOut(data.validation, held_out_windows, config.evaluate.sequences)
         evaluate = Evaluate(tracker, meter, model, held_out, data.tokenizer().byte_lengths, config.evaluate.every)
         stop_early = StopEarly(tracker, evaluate, config.early_stop)
         compare = CompareReplicas(config.run.compare_replicas_every)
@@ -242,23 +245,36 @@ def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]
     trainer.engine.load(reader.read_flat, kinds, trainer.state.updates)
 
 
-def _facts(config: RunConfig, data: PreparedData, vocab: int, mesh: ParallelMesh, peak: Peak) -> list[tuple[str, str]]:
+def _facts(
+    config: RunConfig, data: PreparedData, windows: Windows, vocab: int, mesh: ParallelMesh, peak: Peak
+) -> list[tuple[str, str]]:
     """Return what the console says of the run beside its recipe."""
     layout = mesh.layout
     parameters = count_parameters(config.model, vocab)
     return [
         ("parameters", f"{parameters.total:,} (vocabulary {vocab})"),
         ("data", f"{data.path}: {format_count(len(data.train))} tokens, {format_count(len(data.validation))} held out"),
-        ("length", _length(config, len(data.train))),
+        *_rows(config, windows),
+        ("length", _length(config, windows)),
         *_ramps(config),
         ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, {mesh.device.type}"),
         ("MFU", f"of {peak.flops / 1e12:.3g} TFLOP/s a rank ({peak.source})"),
     ]
 
 
-def _length(config: RunConfig, text_tokens: int) -> str:
-    tokens = samples_before(config, config.steps) * config.model.sequence
-    return f"{config.steps:,} steps, {format_count(tokens)} tokens, {tokens / text_tokens:.3g} epochs"
+def _rows(config: RunConfig, windows: Windows) -> list[tuple[str, str]]:
+    """Return what the console says of rows that are padded."""
+    if config.data.rows == "stream":
+        return []
+    padding = 1.0 - predicted_tokens(windows) / (len(windows) * config.model.sequence)
+    places = config.model.sequence
+    return [("rows", f"{len(windows):,} of {places} places, of one document each; {padding:.1%} are padding")]
+
+
+def _length(config: RunConfig, windows: Windows) -> str:
+    samples = samples_before(config, config.steps)
+    tokens = format_count(samples * config.model.sequence)
+    return f"{config.steps:,} steps, {tokens} tokens, {samples / len(windows):.3g} epochs"
 
 
 def _ramps(config: RunConfig) -> list[tuple[str, str]]:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalm.data.sampler import GlobalOrder, held_out_labels, held_out_windows, training_windows
-from megalm.errors import DataError
+from megalm.data.sampler import GlobalOrder
 
 seeds = st.integers(0, 2**63)
 
@@ -91,18 +90,3 @@ def test_memory_does_not_grow_with_the_number_of_windows() -> None:
     tracemalloc.stop()
     assert peak_bytes < 100_000
     assert len(set(indices.tolist())) > 60 and indices.max() > 10**14
-
-
-def test_windows_and_labels_of_a_file() -> None:
-    assert [training_windows(tokens, 4) for tokens in (5, 8, 9)] == [1, 1, 2]
-    assert [held_out_windows(tokens, 4) for tokens in (2, 5, 6, 9, 10)] == [1, 1, 2, 2, 3]
-    assert [held_out_labels(tokens, 4) for tokens in (2, 5, 6, 9, 10)] == [1, 4, 5, 8, 9]
-    assert held_out_windows(100, 4, 3) == 3 and held_out_labels(100, 4, 3) == 12
-    assert held_out_labels(10, 4, 99) == 9
-
-
-def test_too_few_tokens_are_an_error_with_the_remedy() -> None:
-    with pytest.raises(DataError, match=r"4 tokens are too few .* model.sequence=4; .* at most 3"):
-        training_windows(4, 4)
-    with pytest.raises(DataError, match="nothing to predict"):
-        held_out_windows(1, 4)

@@ -140,6 +140,8 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["profile.ranks=[1]"], "profile.ranks=[1] has no effect without profile.start or profile.memory_at; leave it"),
         (["profile.start=3", "profile.ranks=[0,2]", "parallel.tensor=2"], "no rank 2 is started; use 0 to 1"),
         (["data.path=gone"], "there is no prepared data at gone; make it with megalm data prepare"),
+        (["data.rows=document"], "did you mean documents?"),
+        (["data.rows=documents", "model.document_mask=true", "model.attention_dropout=0"], "has no effect without"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_be(
@@ -295,6 +297,7 @@ def test_a_deepspeed_file_that_cannot_be_read(place: Path, capfd: pytest.Capture
         (["model.layers=1"], "model.layers=2 there, 1 here"),
         (["train.global_batch=8"], "train.global_batch=4 there, 8 here"),
         (["data.path=other"], "data fingerprint"),
+        (["data.rows=documents"], 'data.rows="stream" there, "documents" here'),
     ],
 )
 def test_a_directory_that_holds_another_run(

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SPLIT = (
     "parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1",
-    "train.steps=6", "evaluate.every=3", "optim.ema_decay=0.9",
+    "train.steps=6", "evaluate.every=3", "optim.ema_decay=0.9", "data.rows=documents",
 )  # fmt: skip
 PROMPT = "the north wind"
 

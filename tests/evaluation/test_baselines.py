@@ -10,6 +10,7 @@ import pytest
 from megalm.data.corpus import CORPORA
 from megalm.data.datasets import PreparedData, prepare
 from megalm.data.loader import HeldOut, held_out_batches
+from megalm.data.windows import all_windows
 from megalm.evaluation.baselines import bigram_baselines
 from megalm.models.ngram import AddOneBigram, InterpolatedBigram
 
@@ -22,7 +23,7 @@ def topics(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 @pytest.mark.parametrize("sequences", [None, 1, 7, 10**6])
 def test_baselines_predict_the_labels_of_the_held_out_batches(topics: PreparedData, sequences: int | None) -> None:
-    held_out = HeldOut(topics.validation, 32, sequences)
+    held_out = HeldOut(topics.validation, all_windows(topics.validation, 32, "stream"), sequences)
     pairs = np.concatenate(
         [
             (batch.tokens_BT * topics.vocabulary + batch.labels_BT)[batch.loss_mask_BT].numpy()

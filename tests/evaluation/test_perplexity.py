@@ -10,6 +10,7 @@ import torch
 
 from megalm.data.loader import HeldOut
 from megalm.data.token_file import TokenFile, TokenFileWriter
+from megalm.data.windows import all_windows
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.evaluation.perplexity import HeldOutLoss, held_out_loss
@@ -43,7 +44,8 @@ def measured(
         parallel={"tensor": layout.tensor, "pipeline": layout.pipeline, "sequence": sequence_parallel},
     )
     model = build_stage(config, VOCAB, mesh)
-    held_out = HeldOut(TokenFile(path), SEQUENCE, sequences)
+    file = TokenFile(path)
+    held_out = HeldOut(file, all_windows(file, SEQUENCE, "stream"), sequences)
     result = held_out_loss(build_executor(config, model, mesh), model, held_out, TOKEN_BYTES, mesh, micro_batch)
     assert (model.label_smoothing, model.z_loss) == (0.3, 0.2)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -109,10 +109,13 @@ class RankReport:
 
 
 class RandomText:
-    """Random tokens and masks, functions of the sample's number; the loader's interface."""
+    """Random tokens and masks, functions of the sample's number; the loader's interface.
 
-    def __init__(self, vocab: int, sequence: int, data_rank: int, data_size: int) -> None:
-        self.vocab, self.sequence = vocab, sequence
+    With rows of `documents` the masks say what is padding, whose tokens are random too: nothing may depend on them.
+    """
+
+    def __init__(self, vocab: int, config: RunConfig, data_rank: int, data_size: int) -> None:
+        self.vocab, self.sequence, self.rows = vocab, config.model.sequence, config.data.rows
         self.data_rank, self.data_size = data_rank, data_size
 
     def batch(self, first_sample: int, global_batch: int) -> Batch:
@@ -125,7 +128,10 @@ class RandomText:
     def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1000 + number)
         tokens = torch.randint(self.vocab, (self.sequence + 1,), generator=generator)
-        mask = torch.rand(self.sequence, generator=generator) < (0.3 + 0.6 * (number % 3) / 2)
+        if self.rows == "documents":
+            mask = torch.arange(self.sequence) < torch.randint(1, self.sequence + 1, (), generator=generator)
+        else:
+            mask = torch.rand(self.sequence, generator=generator) < (0.3 + 0.6 * (number % 3) / 2)
         return tokens[:-1], tokens[1:], mask
 
 
@@ -171,7 +177,7 @@ def build_trainer(mesh: ParallelMesh, config: RunConfig) -> Trainer:
         if forget_world not in at_world_end:
             at_world_end.append(forget_world)
     executor = build_executor(config, engine.module, mesh)
-    text = RandomText(VOCAB, config.model.sequence, mesh.coordinates.data, mesh.size("data"))
+    text = RandomText(VOCAB, config, mesh.coordinates.data, mesh.size("data"))
     return Trainer(config, mesh, executor, engine, text, TrainState())  # type: ignore[arg-type]
 
 
@@ -192,7 +198,7 @@ class Difference:
 def reference_run(config: RunConfig, steps: int) -> Expected:
     """Return the reference's gradients of step 1 and its losses and norms."""
     reference = Reference(config, VOCAB, DTYPES[config.precision])
-    text = RandomText(VOCAB, config.model.sequence, 0, 1)
+    text = RandomText(VOCAB, config, 0, 1)
     gradients: dict[str, Tensor] = {}
     losses, norms = [], []
     for step, (first_sample, batch_size, length) in zip(range(steps), steps_data(config), strict=False):

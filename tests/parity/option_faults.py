@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalm.config.model import ModelSection
 from megalm.config.patterns import BlockPattern
-from megalm.models import transformer
+from megalm.models import losses, transformer
 from megalm.nn import attention, pattern_attention, positions, rotary
 from megalm.nn.dropout import StochasticDepth
 from megalm.train import adafactor, gradients, trainer
@@ -187,6 +187,22 @@ def summaries_at_the_first_of_their_tokens() -> Patches:
     yield mock.patch.object(pattern_attention, "mean_places", first_places)
 
 
+def padding_has_a_loss() -> Patches:
+    yield mock.patch.object(losses, "valid_sum", lambda losses_N, loss_mask_BT: losses_N.sum())
+
+
+def padding_at_the_beginning_of_a_row() -> Patches:
+    original = transformer.Transformer.forward
+
+    def forward(self: Any, x: Tensor, *args: Any, loss_mask_BT: Tensor | None = None, **rest: Any) -> Tensor:
+        if self.plan.first and loss_mask_BT is not None:
+            shifts = loss_mask_BT.shape[1] - loss_mask_BT.sum(1)
+            x = torch.stack([row.roll(int(shift)) for row, shift in zip(x, shifts, strict=True)])
+        return original(self, x, *args, loss_mask_BT=loss_mask_BT, **rest)
+
+    yield mock.patch.object(transformer.Transformer, "forward", forward)
+
+
 STRIDED = {
     "model.attention_pattern": "strided",
     "model.block_size": 2,
@@ -221,5 +237,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(strides_counted_from_the_first_block, Case(1, 1, 1, STRIDED)),
     Mutant(masks_of_keys_as_they_are_gathered, Case(1, 1, 2, {**STRIDED, "model.attention_dropout": 0.2})),
     Mutant(summaries_of_blocks_that_are_seen_besides, Case(1, 1, 1, HIERARCHICAL)),
+    Mutant(padding_has_a_loss, Case(2, 1, 1, {"data.rows": "documents"})),
+    Mutant(padding_at_the_beginning_of_a_row, Case(1, 1, 2, {"data.rows": "documents"})),
     Mutant(summaries_at_the_first_of_their_tokens, Case(1, 1, 2, {**HIERARCHICAL, "model.position": "alibi"})),
 )

@@ -63,7 +63,7 @@ FACTORS: dict[str, list[Any]] = {
     ],
     "depth": one("model.stochastic_depth", 0.4),
     "nope": one("model.nope_every", 2),
-    "documents": one("model.document_mask", True),
+    "documents": [NONE, {"model.document_mask": True}, {"data.rows": "documents"}],
     "qk_norm": one("model.qk_norm", True),
     "caps": [NONE, {"model.attention_softcap": 3.0, "model.logit_softcap": 4.0}],
     "sinks": one("model.attention_sinks", True),

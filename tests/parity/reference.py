@@ -248,7 +248,8 @@ class Reference:
         for first in range(0, len(tokens), rows):
             part = slice(first, first + rows)
             weights = {name: p.to(self.dtype).detach().requires_grad_() for name, p in self.parameters.items()}
-            logits = self.logits(tokens[part], weights, step, first, len(tokens))
+            padding = ~mask[part] if self.config.data.rows == "documents" else None
+            logits = self.logits(tokens[part], weights, step, first, len(tokens), padding)
             loss = self.loss_sum(logits, labels[part], mask[part]) / valid
             scale = self.config.loss_scale.initial if self.dtype is torch.float16 else 1.0
             gradients = torch.autograd.grad(loss * scale, list(weights.values()))
@@ -276,8 +277,11 @@ class Reference:
         step: int | None = None,
         first: int = 0,
         global_batch: int = 0,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Return the logits [rows,T,V] of `tokens` [rows,T], which start at row `first` of the global batch.
+
+        No other token sees one that is `padding`, bool [rows,T].
 
         Without `weights` the parameters are used; without `step` there is no dropout (evaluation).
         """
@@ -290,4 +294,4 @@ class Reference:
             mask = dropped(mask, rate, (self.config.seed, "dropout", site, step), first, global_batch)
             return x * mask.view(*mask.shape, *(1,) * (x.dim() - dims))
 
-        return reference_model.Formulas(self.config.model, w, self.wide, drop).logits(tokens)
+        return reference_model.Formulas(self.config.model, w, self.wide, drop).logits(tokens, padding)

@@ -84,9 +84,10 @@ class Formulas:
     def __init__(self, model: ModelSection, w: Weights, wide: torch.dtype, drop: Drop) -> None:
         self.model, self.w, self.wide, self.drop = model, w, wide, drop
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits [rows,T,V] of tokens [rows,T]."""
+    def logits(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Return the logits [rows,T,V] of tokens [rows,T]; those that are `padding`, bool [rows,T], no other sees."""
         model, w = self.model, self.w
+        self.padding = torch.zeros_like(tokens, dtype=torch.bool) if padding is None else padding
         length = tokens.shape[1]
         x = w["embedding.weight"][tokens] * model.embedding_scale
         if model.position == "learned":
@@ -163,7 +164,7 @@ class Formulas:
         if model.position == "t5" and _knows_positions(model, layer):
             buckets = [[bucket(max(0, int(d)), model) for d in row] for row in distance]
             scores = scores + self.w[f"{name}.relative.weight"][:, torch.tensor(buckets)].to(self.wide)
-        scores = scores.masked_fill(~visible(model, layer, tokens)[:, None], -math.inf)
+        scores = scores.masked_fill(~visible(model, layer, tokens, self.padding)[:, None], -math.inf)
         if model.attention_sinks:
             sink = self.w[f"{name}.sinks"].to(self.wide)[:, None, None].expand(rows, -1, length, 1)
             probabilities = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1].to(x.dtype)
@@ -225,7 +226,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def visible(model: ModelSection, layer: int, tokens: Tensor) -> Tensor:
+def visible(model: ModelSection, layer: int, tokens: Tensor, padding: Tensor) -> Tensor:
     """Return which key s query t sees, bool [rows,T,T], from the definition: one pair at a time.
 
     Where blocks are seen in summary, [rows,T,C+T]: the keys of `summarised`.
@@ -239,6 +240,7 @@ def visible(model: ModelSection, layer: int, tokens: Tensor) -> Tensor:
                 near = not windowed or t - s < model.window  # type: ignore[operator]
                 # A document begins with its start token: none lies between them, or at t itself.
                 parted = model.document_mask and bool((tokens[row, s + 1 : t + 1] == DOCUMENT_START).any())
+                near = near and (s == t or not padding[row, s])
                 seen[row, t, s] = near and not parted and (model.attention_pattern == "full" or strided(model, t, s))
     if model.attention_pattern != "hierarchical":
         return seen

@@ -49,6 +49,7 @@ class Toy(nn.Module):
         tokens_BT: Tensor | None = None,
     ) -> Tensor:
         assert tokens_BT is not None, "every stage is told the tokens"
+        assert labels_BT is None or loss_mask_BT is not None, "every stage is told the mask"
         if self.first:
             x = self.embedding[x]
         elif x.requires_grad:
@@ -56,7 +57,7 @@ class Toy(nn.Module):
         for i in self.layers:
             x = x + torch.tanh(self.blocks[str(i)](x)) * (1.0 if dropout is None else dropout)
         if not self.last:
-            assert labels_BT is None and loss_mask_BT is None
+            assert labels_BT is None
             return x
         logits = x @ self.head.T
         if labels_BT is None:

@@ -14,6 +14,7 @@ import torch
 
 from megalm.data.loader import HeldOut
 from megalm.data.token_file import TokenFile, TokenFileWriter
+from megalm.data.windows import all_windows
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.train import callbacks
@@ -115,12 +116,13 @@ def test_a_record_holds_the_global_loss_norm_rate_tokens_and_the_largest_memory(
 def evaluated(mesh: ParallelMesh, path: str, every: int, steps: int) -> tuple[list[dict[str, float]], float]:
     """Return the evaluations, and the plain loss of the final weights on the same windows."""
     notes, trainer = Notes(), trainer_of(mesh, steps)
-    held_out, model = HeldOut(TokenFile(Path(path)), 8), trainer.engine.module
+    file = TokenFile(Path(path))
+    held_out, model = HeldOut(file, all_windows(file, 8, "stream")), trainer.engine.module
     bytes_V = np.full(VOCAB, 3, dtype=np.int64)
     evaluate = Evaluate(notes, notes, model, held_out, bytes_V, every)  # type: ignore[arg-type]
     trainer.fit([evaluate])
     evaluate.at_end(trainer)
-    batch = held_out.rows(0, held_out.windows)
+    batch = held_out.rows(0, len(held_out))
     with torch.no_grad():
         log_p = model(batch.tokens_BT)[..., :VOCAB].log_softmax(-1)
     nll = -log_p.gather(-1, batch.labels_BT[..., None])[..., 0]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megalm.data.loader import Batch
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.train import layer_statistics
@@ -18,7 +20,7 @@ from megalm.train.layer_report import FIGURES, INSPECT_FILE, layer_names
 from megalm.train.layer_statistics import LayerStatistics
 from megalm.train.tracking import read_metrics
 from megalm.train.trainer import Trainer
-from tests.parity.harness import Case, build_trainer
+from tests.parity.harness import VOCAB, Case, build_trainer
 from tests.worker_pool import WorkerPool
 
 SMALL: dict[str, Any] = {
@@ -76,6 +78,45 @@ def forward_by_hand(model: Any, tokens_BT: Tensor) -> tuple[dict[int, Tensor], d
     for block in model.blocks.values():
         block.attention.attend = block.attention.attend.args[1]
     return outputs, units, seen
+
+
+def check_padding(mesh: ParallelMesh, run: Path, other: Path) -> None:
+    """Measure the same rows twice, with other tokens for padding, and beside the same tokens a row each."""
+    how = {"data.rows": "documents", "model.dropout": 0.0, "inspect.every": 1, "train.recompute": "full"}
+    records = []
+    for place, shift in ((run, 0), (other, 1)):
+        trainer, layers = trainer_of(mesh, place, **how)
+        text = trainer.loader
+
+        def batch(first: int, size: int, text: Any = text, shift: int = shift) -> Batch:
+            rows = text.batch(first + 1, size)
+            moved = torch.where(rows.loss_mask_BT, rows.tokens_BT, (rows.tokens_BT + shift) % VOCAB)
+            return Batch(moved, rows.labels_BT, rows.loss_mask_BT)
+
+        trainer.loader = SimpleNamespace(batch=batch)  # type: ignore[assignment]
+        sampled(trainer, layers, 1)
+        (record,) = read_metrics(place / INSPECT_FILE)
+        records.append(record)
+    assert records[0] == pytest.approx(records[1], rel=1e-12)
+    model, rows = trainer_of(mesh, run)[0].engine.module, text.batch(1, 8)
+    outputs, units, p = forward_by_hand(model, rows.tokens_BT)
+    mask_BT, first = rows.loss_mask_BT, int(rows.loss_mask_BT[0].sum())
+    assert 1 < first < 8 and not mask_BT.all(), "the first row is padded"
+    for index in range(4):
+        assert records[0][f"blocks.{index}/activation_rms"] == pytest.approx(
+            float(outputs[index][mask_BT].square().mean().sqrt()), rel=1e-9
+        )
+        h_NF = units[index][mask_BT]
+        dead = (h_NF.abs().amax(0) < layer_statistics.DEAD * h_NF.square().mean().sqrt()).double().mean()
+        assert records[0][f"blocks.{index}/dead_units"] == float(dead)
+        head_p = p[index][(1 + index) % 4][:first]
+        assert records[0][f"blocks.{index}/attention_entropy"] == pytest.approx(
+            float(torch.special.entr(head_p).sum(-1).mean()), rel=1e-9
+        )
+
+
+def test_padding_is_not_measured(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(check_padding, tmp_path / "a", tmp_path / "b", layout=RankLayout())
 
 
 def check_by_hand(mesh: ParallelMesh, run: Path) -> None:
@@ -143,10 +184,9 @@ LAYOUTS: list[tuple[RankLayout, dict[str, Any]]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_layout_gives_the_same_figures(pool: WorkerPool, tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize("model", [{}, {"model.tie_embeddings": False}, {"data.rows": "documents"}], ids=str)
+def test_every_layout_gives_the_same_figures(pool: WorkerPool, tmp_path: Path, model: dict[str, Any]) -> None:
     limits = {"fp64": 1e-9, "fp32": 1e-4}
-    model = {"model.tie_embeddings": tied}
     expected = {
         precision: pool.run(record_of, tmp_path / precision, {**model, "precision": precision}, layout=RankLayout())[0]
         for precision in limits

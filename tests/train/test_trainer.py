@@ -50,7 +50,7 @@ def step_reports(mesh: ParallelMesh) -> list[RankReport]:
 @pytest.mark.parametrize("layout", [RankLayout(), RankLayout(data=2), RankLayout(pipeline=2)], ids=str)
 def test_microbatches_weigh_by_their_valid_tokens(pool: WorkerPool, layout: RankLayout) -> None:
     """Samples have between a third and nine tenths of their tokens valid; one batch in one piece is the reference."""
-    text = RandomText(VOCAB, 8, 0, 1).batch(0, 8)
+    text = RandomText(VOCAB, Case(overrides=SMALL).config(), 0, 1).batch(0, 8)
     assert len(set(text.loss_mask_BT.sum(1).tolist())) > 2, "the masks are not uneven"
     expected = reference_run(Case(overrides=SMALL).config(), 1)
     for reports in zip(*pool.run(step_reports, layout=layout), strict=True):

@@ -45,7 +45,7 @@ def check_against_formula(mesh: ParallelMesh, cell: Cell) -> None:
     trainer = build_trainer(mesh, config)
     reference = Reference(config, VOCAB, torch.float64)
     before = saved(trainer).wholes
-    text = RandomText(VOCAB, config.model.sequence, 0, 1)
+    text = RandomText(VOCAB, config, 0, 1)
     for step in range(3):
         batch = text.batch(step * config.train.global_batch, config.train.global_batch)
         reference.train_step((batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT), step)
