@@ -58,7 +58,7 @@ def coordinates(config: RunConfig, data: PreparedData, mesh: ParallelMesh) -> di
     """Return the root mean square of what blocks and head add to their first values, after each of some updates."""
     trainer = trainer_of(config, data, mesh)
     model: Any = trainer.engine.module
-    batch = trainer.loader.batch(0, 16)
+    batch = trainer.loader.batch(0, 16, 16)
     looked: dict[str, Tensor] = {}
 
     def look(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -34,6 +34,7 @@ _SETTINGS = {
     "evaluate.every": "0",
     "evaluate.sequences": "1",
     "log.every": "1",
+    "train.pad_batch": "false",
     **dict.fromkeys(("batch_ramp.start", "batch_ramp.increment", "batch_ramp.every"), "null"),
     **dict.fromkeys(("sequence_warmup.start", "sequence_warmup.every"), "null"),
 }

@@ -208,11 +208,11 @@ def _tensor_divides_sequence(config: RunConfig) -> Iterator[str]:
         yield f"{line}, or parallel.sequence=false"
 
 
-@rule("train.global_batch", "train.micro_batch", "batch_ramp.start", "batch_ramp.increment")
+@rule("train.global_batch", "train.micro_batch", "train.pad_batch", "batch_ramp.start", "batch_ramp.increment")
 def _micro_batch_divides(config: RunConfig) -> Iterator[str]:
     part = config.train.micro_batch
     for name, whole in _batches(config).items():
-        if whole % part:
+        if whole % part and not config.train.pad_batch:
             yield not_divisible(name, whole, "train.micro_batch", part)
 
 
@@ -275,13 +275,14 @@ def check_world(config: RunConfig, world_size: int) -> int:
     part = config.train.micro_batch
     each = part * copies
     for key, whole in _batches(config).items():
-        if whole % each:
+        if whole % each and not config.train.pad_batch:
             lower, upper = whole // each * each, (whole // each + 1) * each
             batches = f"{lower} or {upper}" if lower else f"{upper}"
             worlds = list_values([ranks * size for size in divisors(math.gcd(*_batches(config).values()) // part)])
             raise ConfigError(
                 f"{key}={whole} is not divisible by train.micro_batch={part} x {copies} "
-                f"data-parallel ranks ({world_size} ranks / {ranks}); use {batches} for {key}, or {worlds} ranks"
+                f"data-parallel ranks ({world_size} ranks / {ranks}); use {batches} for {key}, or {worlds} ranks, or "
+                "train.pad_batch=true, which leaves some rows without work"
             )
     absent = [rank for rank in config.profile.ranks or () if rank >= world_size]
     if absent and (config.profile.start or config.profile.memory_at):

@@ -136,9 +136,10 @@ def _check_batches(given: _Json, config: RunConfig, data_size: int | None) -> No
     given.compare("train_micro_batch_size_per_gpu", micro, "train.micro_batch", train.micro_batch)
     steps = values.get("gradient_accumulation_steps")
     if steps is not None and steps != AUTO:
-        microbatches = train.global_batch // train.micro_batch
+        microbatches = -(-train.global_batch // train.micro_batch)
         whole = isinstance(steps, int) and not isinstance(steps, bool) and steps > 0
-        if not whole or microbatches % steps or (data_size is not None and steps * data_size != microbatches):
+        fits = whole and (microbatches % steps == 0 if data_size is None else steps == -(-microbatches // data_size))
+        if not fits and not (whole and data_size is None and train.pad_batch):
             over = f" over {data_size} data-parallel ranks" if data_size else ""
             recipe = f"train.global_batch={train.global_batch} and train.micro_batch={train.micro_batch}{over}"
             remedy = "take gradient_accumulation_steps out of the JSON; it follows from the two"

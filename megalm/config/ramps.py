@@ -18,6 +18,12 @@ def batch_at(config: RunConfig, step: int) -> int:
     return min(config.train.global_batch, start + step // every * increment)
 
 
+def rows_of_rank(config: RunConfig, batch: int, data_ranks: int) -> int:
+    """Return the rows of each data rank's share of a global batch: whole microbatches, as many on each."""
+    part = config.train.micro_batch
+    return -(-batch // (data_ranks * part)) * part
+
+
 def samples_before(config: RunConfig, step: int) -> int:
     """Return the sequences, of full length, that all steps before this one take, none of them undone."""
     start, increment, every = _batch_ramp(config)

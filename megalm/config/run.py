@@ -77,6 +77,9 @@ class ZeroSection(Section):
 class TrainSection(Section):
     """Steps and batches, which count sequences. `stop_at` ends the run early, its schedule unchanged.
 
+    Where ranks and microbatches do not divide a global batch, `pad_batch` fills it up with rows that have no loss, but
+    cost their time: a run may go on with any number of data ranks.
+
     How long the run is, is said by one of `steps`, `tokens`, and `epochs` of the training text; whole steps are made.
 
     Gradients are cut to `clip_grad_value` each, then scaled to a norm, over the whole model, of `clip_grad_norm` at
@@ -94,6 +97,7 @@ class TrainSection(Section):
     stop_at: Positive | None = None
     global_batch: Positive
     micro_batch: Positive
+    pad_batch: bool = False
     clip_grad_norm: AboveZero | None = 1.0
     clip_grad_value: AboveZero | None = None
     reduce_dtype: Annotated[str, one_of("reduce_dtype")] | None = None

@@ -49,18 +49,19 @@ class Loader:
         self._data_rank = data_rank
         self._data_size = data_size
 
-    def batch(self, first_sample: int, global_batch: int) -> Batch:
-        """Return this rank's rows of the global batch that starts at sample `first_sample`.
+    def batch(self, first_sample: int, global_batch: int, rows: int) -> Batch:
+        """Return this rank's `rows` rows of the global batch that starts at sample `first_sample`.
 
-        Rank r of D takes global samples first_sample + r*G/D to first_sample + (r+1)*G/D - 1, in this order.
+        Rank r takes samples first_sample + r*rows to first_sample + (r+1)*rows - 1, in this order; rows behind the end
+        of the global batch are masked.
         """
-        rows, rest = divmod(global_batch, self._data_size)
-        assert rest == 0, f"global_batch={global_batch} over {self._data_size} data ranks"
+        assert global_batch <= rows * self._data_size, f"{self._data_size} data ranks of {rows} rows: {global_batch=}"
         first = first_sample + self._data_rank * rows
+        count = max(0, min(rows, first_sample + global_batch - first))
         if self._order is None:
-            numbers = np.arange(first, first + rows) % len(self._windows)
+            numbers = np.arange(first, first + count) % len(self._windows)
         else:
-            numbers = self._order.indices(first, rows)
+            numbers = self._order.indices(first, count)
         return cut(self._file, self._windows, numbers.tolist(), rows)
 
 

@@ -54,7 +54,7 @@ class LayerStatistics:
         self._largest_F: dict[int, Tensor] = {}
         self._entropy: dict[int, Tensor] = {}
         self._weights: list[Tensor] = []
-        self._padded = config.data.rows == "documents"
+        self._padded = config.data.rows == "documents" or config.train.pad_batch
         self._mask_BT: Tensor | None = None
         """Of the block that is running: false for padding, of which nothing is measured. None: there is none."""
 

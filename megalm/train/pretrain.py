@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megalm.checkpoint.manager import CheckpointManager
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.load import dump_yaml
-from megalm.config.ramps import ramp_steps, samples_before, sequence_at, sequence_steps
+from megalm.config.ramps import ramp_steps, rows_of_rank, samples_before, sequence_at, sequence_steps
 from megalm.config.run import RunConfig
 from megalm.data.datasets import PreparedData, open_prepared
 from megalm.data.loader import HeldOut, Loader
@@ -257,6 +257,7 @@ def _facts(
         *_rows(config, windows),
         ("length", _length(config, windows)),
         *_ramps(config),
+        *_filling(config, layout.data),
         ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, {mesh.device.type}"),
         ("MFU", f"of {peak.flops / 1e12:.3g} TFLOP/s a rank ({peak.source})"),
     ]
@@ -275,6 +276,13 @@ def _length(config: RunConfig, windows: Windows) -> str:
     samples = samples_before(config, config.steps)
     tokens = format_count(samples * config.model.sequence)
     return f"{config.steps:,} steps, {tokens} tokens, {samples / len(windows):.3g} epochs"
+
+
+def _filling(config: RunConfig, data_ranks: int) -> list[tuple[str, str]]:
+    """Return what the console says of rows that fill up a batch."""
+    batch = config.train.global_batch
+    rows = rows_of_rank(config, batch, data_ranks) * data_ranks
+    return [] if rows == batch else [("filling", f"{rows - batch} of {rows} rows of a batch, which have no loss")]
 
 
 def _ramps(config: RunConfig) -> list[tuple[str, str]]:

@@ -45,6 +45,7 @@ FREE_KEYS = frozenset(
     {
         "train.stop_at",
         "train.micro_batch",
+        "train.pad_batch",
         "train.recompute",
         "train.recompute_every",
         "train.compile",

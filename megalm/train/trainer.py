@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megalm.config.ramps import batch_at, sequence_at
+from megalm.config.ramps import batch_at, rows_of_rank, sequence_at
 from megalm.config.run import RunConfig
 from megalm.data.loader import Batch, Loader
 from megalm.distributed.collectives import all_reduce_sum
@@ -197,7 +197,8 @@ class Trainer:
         self._communication_s()  # what happened since the last step is none of this one
         begin = time.perf_counter()
         cuts = self.config.model.sequence // sequence_at(self.config, state.step)
-        batch = self.loader.batch(state.samples, global_batch).cut(cuts)
+        rows = rows_of_rank(self.config, global_batch, self.mesh.size("data"))
+        batch = self.loader.batch(state.samples, global_batch, rows).cut(cuts)
         microbatches = self._split(batch, self.config.train.micro_batch * cuts)
         data_s = time.perf_counter() - begin
         valid_tokens = batch.loss_mask_BT.sum(dtype=torch.float64).to(self.mesh.device)

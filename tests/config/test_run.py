@@ -112,6 +112,8 @@ def test_building_a_config_in_code_checks_the_rules_too() -> None:
 def test_check_world_returns_the_data_parallel_size(tmp_path: Path) -> None:
     config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2")
     assert [check_world(config, world) for world in (4, 8, 12)] == [1, 2, 3]
+    padded = load(tmp_path, "train.pad_batch=true", "train.micro_batch=5")
+    assert [check_world(padded, world) for world in (1, 7, 64)] == [1, 7, 64]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_check_world_returns_the_data_parallel_size(tmp_path: Path) -> None:
         (
             16,
             "train.global_batch=12 is not divisible by train.micro_batch=2 x 4 data-parallel ranks .* "
-            "use 8 or 16 for train.global_batch, or 4, 8, 12 or 24 ranks",
+            "use 8 or 16 for train.global_batch, or 4, 8, 12 or 24 ranks, or train.pad_batch=true",
         ),
     ],
 )

@@ -41,7 +41,7 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 def test_labels_are_the_next_tokens_and_windows_do_not_overlap(directory: Path) -> None:
-    batch = loader_of(counting_file(directory, 13), None, 0, 1).batch(0, 3)
+    batch = loader_of(counting_file(directory, 13), None, 0, 1).batch(0, 3, 3)
     assert batch.tokens_BT.dtype == batch.labels_BT.dtype == torch.int64
     assert batch.tokens_BT.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
     assert batch.labels_BT.tolist() == [[2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 13]]
@@ -50,24 +50,33 @@ def test_labels_are_the_next_tokens_and_windows_do_not_overlap(directory: Path) 
 
 
 def test_without_an_order_the_file_starts_again(directory: Path) -> None:
-    batch = loader_of(counting_file(directory, 13), None, 0, 1).batch(2, 2)
+    batch = loader_of(counting_file(directory, 13), None, 0, 1).batch(2, 2, 2)
     assert batch.tokens_BT[:, 0].tolist() == [9, 1]
 
 
 def test_an_epoch_has_every_token_as_a_label_once(directory: Path) -> None:
     loader = loader_of(counting_file(directory, 401), GlobalOrder(100, 5), 0, 1)
-    labels = joined([loader.batch(first, 10) for first in range(0, 100, 10)]).labels_BT
+    labels = joined([loader.batch(first, 10, 10) for first in range(0, 100, 10)]).labels_BT
     assert sorted(labels.flatten().tolist()) == list(range(2, 402))
 
 
 @settings(deadline=None, max_examples=50)
-@given(size=st.sampled_from([1, 2, 3, 4, 6, 12]), first=st.integers(0, 500), seed=st.integers(0, 2**32))
-def test_ranks_together_make_the_global_batch_in_order(directory: Path, size: int, first: int, seed: int) -> None:
+@given(
+    size=st.integers(1, 12), count=st.integers(1, 24), micro_batch=st.integers(1, 3), first=st.integers(0, 500),
+    seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_ranks_together_make_the_global_batch_in_order(
+    directory: Path, size: int, count: int, micro_batch: int, first: int, seed: int
+) -> None:
     file = counting_file(directory, 401)
-    whole = loader_of(file, GlobalOrder(100, seed), 0, 1).batch(first, 12)
-    parts = [loader_of(file, GlobalOrder(100, seed), rank, size).batch(first, 12) for rank in range(size)]
-    assert torch.equal(joined(parts).tokens_BT, whole.tokens_BT)
-    assert torch.equal(joined(parts).labels_BT, whole.labels_BT)
+    rows = -(-count // (size * micro_batch)) * micro_batch
+    whole = loader_of(file, GlobalOrder(100, seed), 0, 1).batch(first, count, count)
+    parts = [loader_of(file, GlobalOrder(100, seed), rank, size).batch(first, count, rows) for rank in range(size)]
+    mask_B = joined(parts).loss_mask_BT.all(1)
+    assert mask_B.sum() == count and rows % micro_batch == 0 and rows * size - count < micro_batch * size
+    assert torch.equal(joined(parts).tokens_BT[mask_B], whole.tokens_BT)
+    assert torch.equal(joined(parts).labels_BT[mask_B], whole.labels_BT)
+    assert not joined(parts).loss_mask_BT[~mask_B].any()
 
 
 @settings(deadline=None, max_examples=100)
@@ -104,7 +113,7 @@ def test_a_document_is_padded_and_a_long_one_has_several_rows(directory: Path) -
             writer.append(np.array(document))
     file = TokenFile(path)
     windows = training_windows(file, 4, "documents")
-    batch = Loader(file, windows, None, 0, 1).batch(0, 6)
+    batch = Loader(file, windows, None, 0, 1).batch(0, 6, 6)
     tokens, labels = batch.tokens_BT.tolist()[:5], batch.labels_BT.tolist()[:5]
     assert tokens == [[1, 11, 12, 0], [1, 0, 0, 0], [1, 21, 22, 23], [24, 25, 0, 0], [1, 0, 0, 0]]
     assert labels == [[11, 12, 1, 0], [1, 0, 0, 0], [21, 22, 23, 24], [25, 1, 0, 0], [31, 0, 0, 0]]

@@ -102,3 +102,21 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(place: Path) -> Non
     said = succeed(place, "train", "recipe.yaml", *SPLIT, "run.dir=stopped")
     assert "resuming stopped/checkpoints/step-00000003 at step 3" in said
     assert logged(place / "stopped") == logged(place / "run")
+
+
+def test_a_run_goes_on_with_more_and_fewer_data_ranks(place: Path) -> None:
+    """The same batches in the same order: three data ranks do not divide them, and fill them up."""
+    elastic = ("train", "recipe.yaml", *SPLIT, "parallel.tensor=1", "parallel.pipeline=1", "run.dir=elastic")
+    succeed(place, *elastic, "--nproc=2", "train.stop_at=2")
+    refused = megalm(place, *elastic, "--nproc=3", "train.stop_at=4")
+    assert refused.returncode == 2 and "or train.pad_batch=true" in refused.stderr, refused.stderr
+    said = succeed(place, *elastic, "--nproc=3", "train.stop_at=4", "train.pad_batch=true")
+    assert "filling" in said and "rows of a batch, which have no loss" in said
+    succeed(place, *elastic, "--nproc=1")
+    steps = {record["step"]: record for record in logged(place / "elastic") if "train/loss" in record}
+    for record in logged(place / "run"):
+        if "train/loss" in record:
+            found = steps[record["step"]]
+            assert found.keys() == record.keys() and found["tokens"] == record["tokens"]
+            assert found["train/loss"] == pytest.approx(record["train/loss"], rel=1e-5)
+            assert found["optim/grad_norm"] == pytest.approx(record["optim/grad_norm"], rel=1e-4)

@@ -17,6 +17,7 @@ RECOMPUTE: dict[str, Any] = {"train.recompute": "full"}
 FUSED_HEAD: dict[str, Any] = {"loss.fused_head": True}
 UNFUSED_ATTENTION: dict[str, Any] = {"model.flash_attention": False}
 OUR_ADAMW: dict[str, Any] = {"optim.kind": "fused_adamw"}
+PAD: dict[str, Any] = {"train.pad_batch": True}
 OFFLOAD2: dict[str, Any] = {"zero.stage": 2, "zero.config": "zero2-offload"}
 OFFLOAD3: dict[str, Any] = {"zero.stage": 3, "zero.config": "zero3-offload"}
 
@@ -75,9 +76,13 @@ CASES: tuple[Case, ...] = (
     Case(1, 2, 2, {**FUSED_HEAD, **zero(3)}),
     Case(2, 1, 2, {**UNFUSED_ATTENTION, **LLAMA, **DROPOUT}),
     Case(1, 2, 1, {**OUR_ADAMW, **zero(2)}),
+    Case(1, 3, 1, {**PAD, **DROPOUT}),
+    Case(2, 3, 1, {**PAD, **zero(2), **batch(7, 2)}),
+    Case(1, 4, 2, {**PAD, **zero(1), **SEQUENCE, **batch(5, 2)}),
+    Case(1, 3, 1, {**PAD, **zero(3), **batch(7, 1)}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}

@@ -118,12 +118,13 @@ class RandomText:
         self.vocab, self.sequence, self.rows = vocab, config.model.sequence, config.data.rows
         self.data_rank, self.data_size = data_rank, data_size
 
-    def batch(self, first_sample: int, global_batch: int) -> Batch:
-        """Return this data rank's rows."""
-        rows = global_batch // self.data_size
+    def batch(self, first_sample: int, global_batch: int, rows: int) -> Batch:
+        """Return this data rank's rows; those behind the end of the global batch have tokens too, and no loss."""
         first = first_sample + self.data_rank * rows
         samples = zip(*map(self._sample, range(first, first + rows)), strict=True)
-        return Batch(*(torch.stack(parts) for parts in samples))
+        batch = Batch(*(torch.stack(parts) for parts in samples))
+        batch.loss_mask_BT[max(0, first_sample + global_batch - first) :] = False
+        return batch
 
     def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1000 + number)
@@ -202,7 +203,7 @@ def reference_run(config: RunConfig, steps: int) -> Expected:
     gradients: dict[str, Tensor] = {}
     losses, norms = [], []
     for step, (first_sample, batch_size, length) in zip(range(steps), steps_data(config), strict=False):
-        batch = text.batch(first_sample, batch_size)
+        batch = text.batch(first_sample, batch_size, batch_size)
         whole = (batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT)
         tokens, labels, mask = (torch.stack([p for row in part for p in row.split(length)]) for part in whole)
         parts = (tokens, labels, mask)

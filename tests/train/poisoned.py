@@ -19,9 +19,8 @@ from megalm.train.trainer import StepResult, Trainer
 def poison_labels(first: int, stop: int) -> None:
     original = Loader.batch
 
-    def batch(self: Loader, first_sample: int, global_batch: int) -> Batch:
-        batch = original(self, first_sample, global_batch)
-        rows = len(batch.tokens_BT)
+    def batch(self: Loader, first_sample: int, global_batch: int, rows: int) -> Batch:
+        batch = original(self, first_sample, global_batch, rows)
         own = first_sample + self._data_rank * rows
         for row in range(rows):
             if first <= own + row < stop:

@@ -88,8 +88,8 @@ def check_padding(mesh: ParallelMesh, run: Path, other: Path) -> None:
         trainer, layers = trainer_of(mesh, place, **how)
         text = trainer.loader
 
-        def batch(first: int, size: int, text: Any = text, shift: int = shift) -> Batch:
-            rows = text.batch(first + 1, size)
+        def batch(first: int, size: int, count: int, text: Any = text, shift: int = shift) -> Batch:
+            rows = text.batch(first + 1, size, size)
             moved = torch.where(rows.loss_mask_BT, rows.tokens_BT, (rows.tokens_BT + shift) % VOCAB)
             return Batch(moved, rows.labels_BT, rows.loss_mask_BT)
 
@@ -98,7 +98,7 @@ def check_padding(mesh: ParallelMesh, run: Path, other: Path) -> None:
         (record,) = read_metrics(place / INSPECT_FILE)
         records.append(record)
     assert records[0] == pytest.approx(records[1], rel=1e-12)
-    model, rows = trainer_of(mesh, run)[0].engine.module, text.batch(1, 8)
+    model, rows = trainer_of(mesh, run)[0].engine.module, text.batch(1, 8, 8)
     outputs, units, p = forward_by_hand(model, rows.tokens_BT)
     mask_BT, first = rows.loss_mask_BT, int(rows.loss_mask_BT[0].sum())
     assert 1 < first < 8 and not mask_BT.all(), "the first row is padded"
@@ -130,7 +130,7 @@ def compare_by_hand(mesh: ParallelMesh, run: Path) -> None:
     sampled(trainer, layers, 1)
     parameters = dict(trainer.engine.module.named_parameters())
     before = {name: weight.detach().clone() for name, weight in parameters.items()}
-    outputs, units, p = forward_by_hand(trainer.engine.module, trainer.loader.batch(8, 8).tokens_BT)
+    outputs, units, p = forward_by_hand(trainer.engine.module, trainer.loader.batch(8, 8, 8).tokens_BT)
     gradients: dict[str, Tensor] = {}
     trainer.before_update.append(
         lambda trainer: gradients.update({name: weight.grad.clone() for name, weight in parameters.items()})
@@ -171,6 +171,7 @@ def record_of(mesh: ParallelMesh, run: Path, overrides: dict[str, Any]) -> list[
     return read_metrics(run / INSPECT_FILE) if mesh.rank == 0 else []
 
 
+PADDED = {"train.pad_batch": True, "train.global_batch": 7, "train.micro_batch": 2}
 LAYOUTS: list[tuple[RankLayout, dict[str, Any]]] = [
     (RankLayout(tensor=2), {}),
     (RankLayout(tensor=2), {"parallel.sequence": True, "train.recompute": "selective"}),
@@ -184,7 +185,7 @@ LAYOUTS: list[tuple[RankLayout, dict[str, Any]]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [{}, {"model.tie_embeddings": False}, {"data.rows": "documents"}], ids=str)
+@pytest.mark.parametrize("model", [{}, {"model.tie_embeddings": False}, {"data.rows": "documents"}, PADDED], ids=str)
 def test_every_layout_gives_the_same_figures(pool: WorkerPool, tmp_path: Path, model: dict[str, Any]) -> None:
     limits = {"fp64": 1e-9, "fp32": 1e-4}
     expected = {

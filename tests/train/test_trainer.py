@@ -50,7 +50,7 @@ def step_reports(mesh: ParallelMesh) -> list[RankReport]:
 @pytest.mark.parametrize("layout", [RankLayout(), RankLayout(data=2), RankLayout(pipeline=2)], ids=str)
 def test_microbatches_weigh_by_their_valid_tokens(pool: WorkerPool, layout: RankLayout) -> None:
     """Samples have between a third and nine tenths of their tokens valid; one batch in one piece is the reference."""
-    text = RandomText(VOCAB, Case(overrides=SMALL).config(), 0, 1).batch(0, 8)
+    text = RandomText(VOCAB, Case(overrides=SMALL).config(), 0, 1).batch(0, 8, 8)
     assert len(set(text.loss_mask_BT.sum(1).tolist())) > 2, "the masks are not uneven"
     expected = reference_run(Case(overrides=SMALL).config(), 1)
     for reports in zip(*pool.run(step_reports, layout=layout), strict=True):
@@ -87,13 +87,13 @@ def check_loop(mesh: ParallelMesh) -> None:
 
 def check_each_step_has_its_own_samples_rate_and_masks(mesh: ParallelMesh) -> None:
     trainer = build_trainer(mesh, recipe(mesh, **{"lr_schedule.warmup_steps": 3}))
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, int, int]] = []
     rows, split = trainer.loader.batch, trainer._split
     keys: list[Any] = []
 
-    def batch(first: int, count: int) -> Any:
-        asked.append((first, count))
-        return rows(first, count)
+    def batch(first: int, count: int, share: int) -> Any:
+        asked.append((first, count, share))
+        return rows(first, count, share)
 
     def noted(batch: Any, size: int) -> Any:
         microbatches = split(batch, size)
@@ -103,7 +103,7 @@ def check_each_step_has_its_own_samples_rate_and_masks(mesh: ParallelMesh) -> No
     trainer.loader.batch = batch  # type: ignore[method-assign]
     trainer._split = noted  # type: ignore[method-assign]
     rates = [trainer.train_step().lr for _ in range(3)]
-    assert asked == [(0, 8), (8, 8), (16, 8)]
+    assert asked == [(first, 8, 8 // mesh.size("data")) for first in (0, 8, 16)]
     assert rates == [learning_rate(trainer.config, step) for step in range(3)] and len(set(rates)) == 3
     first = 4 * mesh.index("data")
     assert keys == [[(7, step, first + at) for at in (0, 2)] for step in range(3)]

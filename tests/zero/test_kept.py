@@ -47,7 +47,7 @@ def check_against_formula(mesh: ParallelMesh, cell: Cell) -> None:
     before = saved(trainer).wholes
     text = RandomText(VOCAB, config, 0, 1)
     for step in range(3):
-        batch = text.batch(step * config.train.global_batch, config.train.global_batch)
+        batch = text.batch(step * config.train.global_batch, *[config.train.global_batch] * 2)
         reference.train_step((batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT), step)
     run_steps(trainer, 3)
     store = saved(trainer)
