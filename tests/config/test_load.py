@@ -106,11 +106,11 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     text = text.replace("micro_batch: 2", "micro_batch: 5")
     error = error_of(write_recipe(tmp_path, text), "parallel.pipeline=9", "zero.stag=1")
     assert error.splitlines() == [
-        "recipe.yaml: 5 mistakes",
+        "recipe.yaml and command line: 5 mistakes",
         "  recipe.yaml: model.haeds: unknown key; did you mean heads?",
         "  command line: zero.stag: unknown key; did you mean zero.stage?",
         "  recipe.yaml: train.steps=ten is not a whole number; write one such as 4",
-        "  recipe.yaml: parallel.pipeline=9 is more than model.layers=4; use at most 4",
+        "  command line: parallel.pipeline=9 is more than model.layers=4; use at most 4",
         "  recipe.yaml: train.global_batch=12 is not divisible by train.micro_batch=5; use 1, 2, 3, 4, 6 or 12",
     ]  # fmt: skip
 
@@ -189,6 +189,47 @@ def test_a_mistake_names_the_file_that_it_stands_in(tmp_path: Path) -> None:
         "  recipe.yaml: model.layers=x is not a whole number; write one such as 4",
         "  below.yaml: model.heads=twelve is not a whole number; write one such as 4",
     ]
+
+
+STOPS = SMALL.replace("steps: 10", "steps: 10\n  stop_at: 11")
+
+
+@pytest.mark.parametrize(
+    ("below", "recipe", "overrides", "message"),
+    [
+        (SMALL, "", ["train.micro_batch=5"], "command line: train.global_batch=12 is not divisible by train.micro_"),
+        (SMALL, "parallel: {tensor: 8}", [], "recipe.yaml: model.heads=12 is not divisible by parallel.tensor=8"),
+        (SMALL + "parallel: {tensor: 8}", "", [], "below.yaml: model.heads=12 is not divisible by parallel.tensor=8"),
+        (SMALL, "parallel: {tensor: 4}", ["model.heads=6"], "command line: model.heads=6 is not divisible by paral"),
+        # By a key that the line does not name.
+        (SMALL, "parallel: {tensor: 3}", ["model.hidden=16", "model.head_dim=4"], "command line: the derived model.f"),
+        # A key that the rule reads, of which it is broken nonetheless before.
+        (STOPS, "", ["train.global_batch=24"], "below.yaml: train.stop_at=11 is more than train.steps=10"),
+        # A wrong value that another one replaces.
+        (SMALL + "parallel: {tensor: x}", "parallel: {tensor: 8}", [], "recipe.yaml: model.heads=12 is not divisible"),
+        # Broken, kept again, and broken once more.
+        (SMALL + "parallel: {tensor: 8}", "parallel: {tensor: 4}", ["parallel.tensor=8"], "command line: model.heads"),
+    ],
+)  # fmt: skip
+def test_a_broken_rule_names_the_source_that_broke_it(
+    tmp_path: Path, below: str, recipe: str, overrides: list[str], message: str
+) -> None:
+    write_recipe(tmp_path, below, "below.yaml")
+    assert error_of(write_recipe(tmp_path, f"base: below.yaml\n{recipe}\n"), *overrides).startswith(message)
+
+
+def test_files_of_one_name_are_put_in_order(tmp_path: Path) -> None:
+    for folder in ("a", "a/b"):
+        (tmp_path / folder).mkdir()
+    write_recipe(tmp_path, SMALL)
+    write_recipe(tmp_path / "a", "base: ../recipe.yaml\nparallel: {tensor: 2}\n", "middle.yaml")
+    path = write_recipe(tmp_path / "a/b", "base: ../middle.yaml\nparallel: {tensor: 8}\n")
+    assert error_of(path).startswith("recipe.yaml: model.heads=12 is not divisible by parallel.tensor=8")
+
+
+def test_mistakes_of_one_source_are_headed_by_it(tmp_path: Path) -> None:
+    error = error_of(write_recipe(tmp_path), "parallel.tensor=8", "train.micro_batch=5")
+    assert error.splitlines()[0] == "command line: 2 mistakes"
 
 
 def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_broken_rule_gives_the_values_and_the_legal_ones(tmp_path: Path, overr
         load(tmp_path, *overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("recipe.yaml: ")
+    assert str(caught.value).startswith("command line: ")
 
 
 def test_legal_layouts_are_accepted(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_sink_without_its_package(
 
 def test_every_mistake_has_a_line(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lines = refused(capfd, *TRAIN, "model.layrs=2", "model.norm=rmsnrom", "parallel.pipeline=3", "train.micro_batch=3")
-    assert lines[0] == "error: recipe.yaml: 4 mistakes"
+    assert lines[0] == "error: command line: 4 mistakes"
     assert len(lines) == 5
     for said in ("did you mean model.layers?", "did you mean rmsnorm?", "use at most 2", "use 1, 2 or 4"):
         assert sum(said in line for line in lines) == 1, lines
