@@ -128,7 +128,7 @@ def _train(
         recovery = GoBack(tracker, meter, manager, save, partial(_resume, facts=facts))
         stragglers = NameStragglers(tracker, config.run.compare_speed_every, mesh, run)
         memory.begin(engine, tracker)
-        compilation = TellOfCompilation(tracker, config.train.compile)
+        compilation = TellOfCompilation(tracker, meter)
         layers = LayerStatistics(config, mesh, model, trainer.state.step)
         with closing(Profile(run, config.profile, mesh, tracker, meter)) as profile, compilation as tell:
             trainer.before_step = [layers.before_step, memory.before_step, profile.before_step]
