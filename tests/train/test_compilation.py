@@ -115,7 +115,7 @@ def test_an_optimizer_that_compiles_its_update_is_told_and_left_out_of_the_rate(
     pytest.importorskip("torchao")
     place = make_workplace(tmp_path / "place")
     done = megalm(place, "train", "recipe.yaml", "optim.kind=adamw8bit", "train.steps=2")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, ""), "torchao tells of kernels that it cannot load"
     (event,) = read_events(place / "run" / "metrics.jsonl")
     assert (event["step"], event["event"]) == (1, "compiled")
     assert step_times(place / "run")[0] < event["seconds"]
