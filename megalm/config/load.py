@@ -6,7 +6,6 @@ It leaves the schema to `run`, the rules between keys to `checks` and YAML itsel
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megalm.config import checks, mistakes, yaml_text
-from megalm.config.run import RunConfig, key_types, section_types
+from megalm.config.run import RunConfig, key_fields, section_types
 from megalm.errors import ConfigError
 from megalm.registry import unknown_name
 
@@ -28,7 +27,7 @@ class _Draft:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.keys = key_types()
+        self.keys = key_fields()
         self.values: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
         self.given: list[tuple[str, dict[str, Any]]] = []
@@ -88,7 +87,7 @@ class _Draft:
                 self.problems.append(str(error))
                 self.wrong.add(path)
                 return
-            if _takes_text(self.keys[path]) and isinstance(value, (bool, int, float)):
+            if mistakes.takes_text(self.keys[path].annotation) and isinstance(value, (bool, int, float)):
                 value = text.strip()  # a shell takes quotes away, so run.dir=7 can only mean the text
             self.put(path, value, COMMAND_LINE)
 
@@ -162,11 +161,6 @@ class _Draft:
         parts |= {name: value for name, value in nested.items() if name not in sections}
         config = RunConfig.model_construct(_fields_set=None, **parts)
         return checks.broken_rules(config, frozenset(filled))
-
-
-def _takes_text(annotation: Any) -> bool:
-    """Return whether a declared type is text, or text or null."""
-    return annotation is str or any(_takes_text(part) for part in typing.get_args(annotation))
 
 
 def _nest(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from megalm.config import checks, ramps
 from megalm.config import loop_checks as loop_checks  # its rules add themselves
@@ -291,13 +292,13 @@ def section_types() -> Mapping[str, type[Section]]:
     }
 
 
-def key_types() -> dict[str, Any]:
-    """Return the declared type of every key by its dotted path: `seed`, `model.layers`, ..."""
+def key_fields() -> dict[str, FieldInfo]:
+    """Return every key's declaration, its type and default, by its dotted path: `seed`, `model.layers`, ..."""
     sections = section_types()
-    types: dict[str, Any] = {}
+    fields: dict[str, FieldInfo] = {}
     for name, field in RunConfig.model_fields.items():
         if name in sections:
-            types |= {f"{name}.{key}": inner.annotation for key, inner in sections[name].model_fields.items()}
+            fields |= {f"{name}.{key}": inner for key, inner in sections[name].model_fields.items()}
         else:
-            types[name] = field.annotation
-    return types
+            fields[name] = field
+    return fields

@@ -67,7 +67,9 @@ class EightBitAdamW(PlacedOptimizer):
 
 def _torchaos_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # kernels for other things
-    noisy = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]  # of these, and of what it registers
+    noisy = [
+        logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")
+    ]  # of these, and of what it registers
     levels = [logger.level for logger in noisy]
     for logger in noisy:
         logger.setLevel(logging.ERROR)

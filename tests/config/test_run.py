@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from megalm.config.checks import divisors, list_values
 from megalm.config.load import load_recipe
-from megalm.config.run import ModelSection, RunConfig, check_world, key_types
+from megalm.config.run import ModelSection, RunConfig, check_world, key_fields
 from megalm.errors import ConfigError
 from tests.config.recipes import write_recipe
 
@@ -141,12 +141,12 @@ def test_divisors_and_their_list() -> None:
     assert list_values(list(range(1, 21))) == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, ... or 20"
 
 
-def test_every_key_has_a_type() -> None:
-    types = key_types()
-    assert {"seed", "precision", "run.dir", "model.kv_heads", "log.every"} <= types.keys()
+def test_every_key_has_a_declaration() -> None:
+    fields = key_fields()
+    assert {"seed", "precision", "run.dir", "model.kv_heads", "log.every"} <= fields.keys()
     sections = load_recipe("gpt-tiny").model_dump().items()
     paths = [[f"{name}.{key}" for key in value] if isinstance(value, dict) else [name] for name, value in sections]
-    assert types.keys() == {path for found in paths for path in found}
+    assert fields.keys() == {path for found in paths for path in found}
 
 
 @pytest.mark.parametrize(
