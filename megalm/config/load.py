@@ -72,8 +72,8 @@ class _Draft:
         self.given.append((COMMAND_LINE, {}))
         path, separator, text = override.partition("=")
         path = path.strip()
-        if not separator:
-            hint = f"write {path}=VALUE" if path in self.keys else "write it as model.layers=4"
+        if not separator or not path:
+            hint = f"write {path}=VALUE" if path in self.keys else "write it as model.layers=4, without spaces"
             self.problems.append(f"{COMMAND_LINE}: {override!r} is not key=value; {hint}")
         elif path in section_types():
             keys = [key for key in self.keys if key.startswith(f"{path}.")]

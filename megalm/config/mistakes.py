@@ -116,7 +116,7 @@ def _wrong_type(kind: str, value: Any) -> str:
     if kind in ("bool_type", "bool_parsing"):
         return "is neither true nor false; write true or false, without quotes"
     if kind == "string_type":
-        return "is not text; put it in quotes"
+        return "is not text; write a name" if value is None else "is not text; put it in quotes"
     if kind == "string_too_short":
         return "is empty text; write a name"
     if kind == "string_pattern_mismatch":
@@ -147,6 +147,8 @@ def unknown_key(section: str, key: str, keys: Mapping[str, Any]) -> tuple[str, s
 
 def unknown_override(path: str, keys: Mapping[str, Any]) -> str:
     """Return what to say of an override whose dotted key is not known."""
+    if path == "base":
+        return "base stands in a recipe's file alone; give that recipe in place of this one"
     leaf = path.split(".")[-1]
     same_leaf = [name for name in keys if name.split(".")[-1] == leaf]
     guess = same_leaf[0] if same_leaf else nearest(path, keys)

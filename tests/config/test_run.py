@@ -71,7 +71,7 @@ def test_derived_values_of_the_model() -> None:
         (["zero.stage=3", "parallel.pipeline=2"], "use zero.stage 0, 1 or 2, or parallel.pipeline=1"),
         (["lr_schedule.warmup_steps=11"], "lr_schedule.warmup_steps=11 is more than train.steps=10; use at most 10"),
         (["train.stop_at=11"], "train.stop_at=11 is more than train.steps=10; use at most 10"),
-        (["log.sinks=[wandb,wandb]"], "log.sinks=['wandb', 'wandb'] names one twice; use [wandb]"),
+        (["log.sinks=[wandb,wandb]"], "log.sinks=[wandb, wandb] names one twice; use [wandb]"),
         (
             ["profile.start=9"],
             "profile.start=9 with profile.steps=3 reaches to step 11, but the run ends at train.steps=10; use profile."
