@@ -194,13 +194,11 @@ def _add_data_commands(commands: _Commands) -> None:
     for parser in (prepare, learn):
         parser.add_argument("files", nargs="*", default=[], metavar="FILE", help=".txt, .jsonl, .gz, or directories")
         parser.add_argument("--corpus", metavar="NAME", help="text that Python brings: builtin or topics")
-        parser.add_argument("--vocab", type=_number(1), default=2048, metavar="N", help="tokens (default: %(default)s)")
+        parser.add_argument("--vocab", type=_number(1), metavar="N", help="tokens to learn (default: 2048)")
         parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
         parser.add_argument("--overwrite", action="store_true", help="replace what is there")
         parser.add_argument("--separator", metavar="LINE", help="line between the documents of a .txt (empty: blank)")
-        parser.add_argument(
-            "--text-field", default="text", metavar="NAME", help="a .jsonl's text (default: %(default)s)"
-        )
+        parser.add_argument("--text-field", metavar="NAME", help="a .jsonl's text (default: text)")
     prepare.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json to use instead of learning one")
     prepare.add_argument("--held-out", type=_fraction, default=0.05, metavar="X", help="share (default: %(default)s)")
     prepare.add_argument(
