@@ -44,6 +44,9 @@ class _Parser(argparse.ArgumentParser):
         if choice:
             known = re.findall(r"[\w-]+", choice.group(3))
             raise UsageError(f"{self.prog}: {_unknown(choice.group(2), choice.group(1), known)}")
+        flag = re.fullmatch(r"argument (\S+): ignored explicit argument '(.*)'", message)
+        if flag:
+            message = f"{flag.group(1)}={flag.group(2)}: the option takes no value; leave it out"
         raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -73,7 +76,8 @@ def _number(least: int) -> Any:
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+            most = " of at most 18 digits" if text.isdecimal() and len(text) > 18 else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on{most}")
         return int(text)
 
     return parse

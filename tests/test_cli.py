@@ -72,6 +72,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "gpt-tiny", "--nprocs", "3"], "megalm train: unknown option --nprocs; did you mean --nproc?"),
         (["train", "gpt-tiny", "--nproc", "0"], "argument --nproc: '0' is no whole number from 1 on"),
         (["train", "gpt-tiny", "--nproc", "two"], "argument --nproc: 'two' is no whole number from 1 on"),
+        (["train", "gpt-tiny", "--fresh=yes"], "--fresh=yes: the option takes no value; leave it out; see"),
+        (["generate", "x", "--seed", "9" * 19], "is no whole number from 0 on of at most 18 digits; see"),
         (["evaluate", "x", "--split", "valid"], "unknown --split 'valid'; did you mean validation? known: validation"),
         (["config", "list", "more"], "megalm config list: 'more' is one argument too many"),
         (["generate", "x"], "the following arguments are required: --prompt"),

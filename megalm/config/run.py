@@ -20,6 +20,7 @@ from megalm.config import optim_checks as optim_checks
 from megalm.config import pattern_checks as pattern_checks
 from megalm.config.checks import check_world as check_world
 from megalm.config.fields import (
+    LARGEST_COUNT,
     LARGEST_ENUMERATED,
     AboveZero,
     Count,
@@ -272,6 +273,11 @@ class RunConfig(Section):
             return self
         epochs = Decimal(str(self.train.epochs))  # as it is written: 8.3 epochs of 30 windows are 249, not 250
         tokens = math.ceil(epochs * windows) * self.model.sequence
+        if tokens > LARGEST_COUNT:
+            raise ConfigError(
+                f"train.epochs={self.train.epochs:g} are {tokens} tokens, more than a run can have; use at most "
+                f"{LARGEST_COUNT / (windows * self.model.sequence):.3g}"
+            )
         train = {**self.train.model_dump(), "epochs": None, "tokens": tokens}
         return RunConfig.model_validate({**self.model_dump(), "train": train})
 

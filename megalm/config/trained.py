@@ -41,6 +41,8 @@ def trained_config(run: Path, overrides: Sequence[str]) -> RunConfig:
 
     Raises ConfigError where there is no run, and for an override of what the training has fixed.
     """
+    if run.is_file():
+        raise ConfigError(f"{run}: is a file, not a run; give the run.dir of a run")
     known = key_fields()
     for override in overrides:
         key = override.partition("=")[0].strip()

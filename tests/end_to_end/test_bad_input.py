@@ -139,6 +139,9 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["profile.memory_at=41"], "profile.memory_at=41 is a step behind the last one, 40; use at most 40"),
         (["profile.ranks=[1]"], "profile.ranks=[1] has no effect without profile.start or profile.memory_at; leave it"),
         (["profile.start=3", "profile.ranks=[0,2]", "parallel.tensor=2"], "no rank 2 is started; use 0 to 1"),
+        (["train.epochs=1e12", "train.steps=null"], "tokens, more than a run can have; use at most 2."),
+        (["run.dir=/dev/null"], "/dev/null/run.json: cannot be read (Not a directory); choose another run.dir"),
+        (["data.path=recipe.yaml"], "recipe.yaml holds no prepared data: cannot read recipe.yaml/data.json: Not a d"),
         (["data.path=gone"], "there is no prepared data at gone; make it with megalm data prepare"),
     ],
 )  # fmt: skip
@@ -349,7 +352,7 @@ def test_a_file_where_the_run_should_be(place: Path, capfd: pytest.CaptureFixtur
     [
         ("gone", "gone: no such run; give the run.dir of a run"),
         ("data", "data: no run directory, config.yaml is missing; give the run.dir of a run"),
-        ("recipe.yaml", "recipe.yaml"),
+        ("recipe.yaml", "recipe.yaml: is a file, not a run; give the run.dir of a run"),
         ("run", "run/checkpoints: no checkpoint yet; train the run until it has saved one"),
     ],
 )
@@ -370,6 +373,8 @@ def test_a_run_that_gives_no_model(
         (["parallel.pipeline=2", "--nproc=1"], "needs 2 ranks, but 1 is started"),
         (["model.layers=1"], "model.layers=1 cannot be set for a trained model"),
         (["paralel.tensor=2"], "did you mean parallel.tensor?"),
+        (["run.device=cuda"], "run.device=cuda, but torch sees no GPU here; megalm doctor says why"),
+        (["run.device=cuda", "parallel.tensor=2"], "run.device=cuda, but torch sees no GPU here"),
     ],
 )
 def test_a_layout_that_a_trained_model_cannot_have(
@@ -390,6 +395,18 @@ def test_evaluation_on_data_of_another_tokenizer(place: Path, capfd: pytest.Capt
 def test_a_way_of_drawing_that_cannot_be(place: Path, capfd: pytest.CaptureFixture[str], option: str) -> None:
     hold_run()
     refused_in_one_line(capfd, "generate", "run", "--prompt=the sea", option)
+
+
+@pytest.mark.parametrize("arguments", [["--run-dir=data.txt"], ["recipe.yaml", "run.dir=data.txt"]])
+def test_a_file_where_the_doctor_should_look(
+    place: Path, capfd: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    Path("data.txt").touch()
+    assert "=data.txt is a file; name a directory" in refused_in_one_line(capfd, "doctor", *arguments)
+
+
+def test_a_file_is_no_run_that_was_sampled(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "is a file, not a run; give the run.dir of a run" in refused_in_one_line(capfd, "inspect", "recipe.yaml")
 
 
 def test_the_same_in_processes_of_their_own(place: Path) -> None:
