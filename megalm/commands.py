@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from megalm.answers import answer, show
 from megalm.errors import ConfigError, Interrupted, LaunchError
-from megalm.launch.checks import check_data, check_device, check_sinks, check_world
+from megalm.launch.checks import check_data, check_device, check_rules, check_sinks, check_world
 
 if TYPE_CHECKING:
     from megalm.config.model import ModelSection
@@ -90,6 +90,7 @@ def train(args: Namespace) -> int:
     config = config.with_windows(data.windows(config.model.sequence))
     check_device(config)
     check_sinks(config)
+    check_rules(config, data)
     restarted = _is_restart()
     fresh = args.fresh and not restarted
     check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)

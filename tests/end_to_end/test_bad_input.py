@@ -21,6 +21,7 @@ from tests.end_to_end.workplace import LAUNCHER_VARIABLES, make_data, make_workp
 pytestmark = pytest.mark.timeout(120)  # a pipe that is waited for must not take the whole session's patience
 
 TRAIN = ("train", "recipe.yaml")
+FREEZE_FIRST_STAGE = "optim.rules=[{match: 'blocks.0.*', freeze: true}, {match: '[ep]*', freeze: true}]"
 
 
 class GroupFormed(Exception):
@@ -118,6 +119,9 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["optim.kind=adamv"], "did you mean adam?"),
         (["lr_schedule.kind=cosin"], "did you mean cosine?"),
         (["optim.rules=[{match: a, freeze: true, lr: 0.5}]"], "'a' has freeze=true, where lr and weight_"),
+        (["optim.rules=[{match: zz, lr: 0.5}]"], "optim.rules: no parameter is called 'zz'; names are those of a che"),
+        (["optim.rules=[{match: '*', freeze: true}]", "parallel.tensor=2"], "freeze every parameter, so there is noth"),
+        ([FREEZE_FIRST_STAGE, "parallel.pipeline=2", "zero.stage=1"], "freeze every parameter of a pipeline stage, wh"),
         (["optim.ema_decay=1.0"], "optim.ema_decay=1.0"),
         (["model.mup_base=8", "optim.kind=sgd"], "optim.kind=sgd does not; use adamw, fused_adamw"),
         (["precision=fp64", "train.reduce_dtype=bf16"], "would round what precision=fp64 checks; leave it out"),
