@@ -44,6 +44,9 @@ class _Parser(argparse.ArgumentParser):
         if choice:
             known = re.findall(r"[\w-]+", choice.group(3))
             raise UsageError(f"{self.prog}: {_unknown(choice.group(2), choice.group(1), known)}")
+        flag = re.fullmatch(r"argument (\S+): ignored explicit argument '(.*)'", message)
+        if flag:
+            message = f"{flag.group(1)}={flag.group(2)}: the option takes no value; leave it out"
         raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -73,7 +76,8 @@ def _number(least: int) -> Any:
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+            most = " of at most 18 digits" if text.isdecimal() and len(text) > 18 else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on{most}")
         return int(text)
 
     return parse
@@ -194,13 +198,11 @@ def _add_data_commands(commands: _Commands) -> None:
     for parser in (prepare, learn):
         parser.add_argument("files", nargs="*", default=[], metavar="FILE", help=".txt, .jsonl, .gz, or directories")
         parser.add_argument("--corpus", metavar="NAME", help="text that Python brings: builtin or topics")
-        parser.add_argument("--vocab", type=_number(1), default=2048, metavar="N", help="tokens (default: %(default)s)")
+        parser.add_argument("--vocab", type=_number(1), metavar="N", help="tokens to learn (default: 2048)")
         parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
         parser.add_argument("--overwrite", action="store_true", help="replace what is there")
         parser.add_argument("--separator", metavar="LINE", help="line between the documents of a .txt (empty: blank)")
-        parser.add_argument(
-            "--text-field", default="text", metavar="NAME", help="a .jsonl's text (default: %(default)s)"
-        )
+        parser.add_argument("--text-field", metavar="NAME", help="a .jsonl's text (default: text)")
     prepare.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json to use instead of learning one")
     prepare.add_argument("--held-out", type=_fraction, default=0.05, metavar="X", help="share (default: %(default)s)")
     prepare.add_argument(

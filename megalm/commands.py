@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from megalm.answers import answer, show
 from megalm.errors import ConfigError, Interrupted, LaunchError
-from megalm.launch.checks import check_data, check_device, check_sinks, check_world
+from megalm.launch.checks import check_data, check_device, check_rules, check_sinks, check_world
 
 if TYPE_CHECKING:
     from megalm.config.model import ModelSection
@@ -90,6 +90,7 @@ def train(args: Namespace) -> int:
     config = config.with_windows(len(data.windows(config.model.sequence, config.data.rows)))
     check_device(config)
     check_sinks(config)
+    check_rules(config, data)
     restarted = _is_restart()
     fresh = args.fresh and not restarted
     check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)
@@ -112,6 +113,7 @@ def evaluate(args: Namespace) -> int:
     world, starts_workers = _world(config, args.nproc)
     check_world(config, world)
     check_data(config)
+    check_device(config)
     if starts_workers:
         command = ["evaluate", args.run, *args.overrides, "--split", args.split, *(["--ema"] if args.ema else [])]
         return _start_workers(args, [*command, *(["--json"] if args.json else [])], world, None)
@@ -136,6 +138,7 @@ def generate(args: Namespace) -> int:
     config = trained_config(Path(args.run), args.overrides)
     world, starts_workers = _world(config, args.nproc)
     check_world(config, world)
+    check_device(config)
     if starts_workers:
         command = ["generate", args.run, *args.overrides, f"--prompt={args.prompt}", f"--tokens={args.tokens}"]
         command += [f"--temperature={args.temperature}", f"--seed={args.seed}"]
@@ -296,7 +299,7 @@ def _doctor_place(args: Namespace) -> tuple[Path, int, int]:
     if args.recipe is None or "=" in args.recipe:
         if args.recipe is not None:
             raise ConfigError(f"{args.recipe} changes no recipe; give a RECIPE first, or --run-dir=DIR")
-        return Path(args.run_dir or "."), 2**30, 1
+        return _directory(args.run_dir or ".", "--run-dir"), 2**30, 1
     from megalm.config.load import load_recipe
     from megalm.preflight.storage import checkpoint_bytes
     from megalm.train.monitor import count_parameters
@@ -305,4 +308,12 @@ def _doctor_place(args: Namespace) -> tuple[Path, int, int]:
     parameters = count_parameters(config.model, config.model.vocab or _LARGE_VOCABULARY).total
     ranks = config.parallel.tensor * config.parallel.pipeline
     needed = max(2**20, 2 * checkpoint_bytes(config, parameters))
-    return Path(args.run_dir or config.run.dir), needed, ranks
+    run_dir = _directory(args.run_dir, "--run-dir") if args.run_dir else _directory(config.run.dir, "run.dir")
+    return run_dir, needed, ranks
+
+
+def _directory(path: str, option: str) -> Path:
+    """Return the path of a directory, or of one that is not there yet. Raises ConfigError for a file."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ConfigError(f"{option}={path} is a file; name a directory")
+    return Path(path)

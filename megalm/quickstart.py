@@ -20,6 +20,7 @@ from megalm.data.corpus import CORPORA
 from megalm.data.datasets import PreparedData, open_prepared, prepare
 from megalm.errors import ConfigError, Interrupted, MegalmError, UserError
 from megalm.launch.local import run_workers
+from megalm.train.run_directory import check_place
 
 RECIPE = "gpt-tiny"
 LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2", "zero.stage=1")
@@ -39,10 +40,11 @@ def run(out: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -> 
     when training fails or the model does not beat a bigram model with add-one smoothing.
     """
     directory = Path(out)
-    settings = (*LAYOUT, *_fitting_this_machine(overrides), *overrides, f"run.dir={directory}")
-    config = load_recipe(RECIPE, settings)
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"--out {out}: is no directory; choose another place")
+    check_place(directory)
+    settings = (*LAYOUT, *_fitting_this_machine(overrides), *overrides, f"run.dir={directory}")
+    config = load_recipe(RECIPE, settings)
     begin = time.monotonic()
     with _phase(1, "text -> tokenizer -> tokens"):
         data = _prepared(Path(config.data.path))

@@ -72,6 +72,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "gpt-tiny", "--nprocs", "3"], "megalm train: unknown option --nprocs; did you mean --nproc?"),
         (["train", "gpt-tiny", "--nproc", "0"], "argument --nproc: '0' is no whole number from 1 on"),
         (["train", "gpt-tiny", "--nproc", "two"], "argument --nproc: 'two' is no whole number from 1 on"),
+        (["train", "gpt-tiny", "--fresh=yes"], "--fresh=yes: the option takes no value; leave it out; see"),
+        (["generate", "x", "--seed", "9" * 19], "is no whole number from 0 on of at most 18 digits; see"),
         (["evaluate", "x", "--split", "valid"], "unknown --split 'valid'; did you mean validation? known: validation"),
         (["config", "list", "more"], "megalm config list: 'more' is one argument too many"),
         (["generate", "x"], "the following arguments are required: --prompt"),
@@ -226,7 +228,9 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[
         return 7
 
     monkeypatch.setitem(sys.modules, "megalm.launch.local", SimpleNamespace(run_workers=run_workers))
-    data = SimpleNamespace(fingerprint="d" * 64, tokenizer_fingerprint="t" * 64, windows=lambda sequence: 100)
+    data = SimpleNamespace(
+        fingerprint="d" * 64, tokenizer_fingerprint="t" * 64, windows=lambda sequence, rows: range(100)
+    )
     monkeypatch.setattr(commands, "check_data", lambda config: data)
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path, SMALL + "run: {dir: out}\n")

@@ -64,6 +64,17 @@ def test_wrong_overrides_are_found_before_anything_is_done(phases: list[str], tm
     assert phases == []
 
 
+def test_a_place_for_no_run_is_found_before_anything_is_done(
+    phases: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    for out, said in ((file, "is no directory; choose"), (tmp_path, "holds tokenizer.json but no run.json, so whose")):
+        with pytest.raises(ConfigError, match=said):
+            quickstart.run(out)
+    assert (phases, capsys.readouterr().out) == ([], "")
+
+
 def test_failed_training_fails_the_quick_start(
     phases: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,12 +1,11 @@
 """Makes a RunConfig of a recipe (a shipped name or a file), what it inherits by `base:`, and the overrides.
 
-All mistakes of all of them are reported together, each with the file it stands in. It leaves the schema to
-`run`, the rules between keys to `checks` and YAML itself to `yaml_text`.
+All mistakes of all of them are reported together, each with its source: the file it stands in, or the command line.
+It leaves the schema to `run`, the rules between keys to `checks` and YAML itself to `yaml_text`.
 """
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megalm.config import checks, mistakes, yaml_text
-from megalm.config.run import RunConfig, key_types, section_types
+from megalm.config.run import RunConfig, key_fields, section_types
 from megalm.errors import ConfigError
 from megalm.registry import unknown_name
 
@@ -24,13 +23,14 @@ COMMAND_LINE = "command line"
 
 
 class _Draft:
-    """Values by dotted key, the source that set each, and the mistakes found so far."""
+    """Values by dotted key and the source that set each, what was given one after another, and the mistakes found."""
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.keys = key_types()
+        self.keys = key_fields()
         self.values: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
+        self.given: list[tuple[str, dict[str, Any]]] = []
         self.problems: list[str] = []
         self.wrong: set[str] = set()
         self.meant: set[str] = set()
@@ -38,10 +38,12 @@ class _Draft:
     def put(self, key: str, value: Any, source: str) -> None:
         self.values[key] = value
         self.sources[key] = source
+        self.given[-1][1][key] = value
 
     def add_recipe(self, recipe: dict[Any, Any], source: str) -> None:
         """Put the keys of a recipe over those already here; note the unknown ones."""
         sections = section_types()
+        self.given.append((source, {}))
         for name, value in recipe.items():
             if name == "base":
                 continue
@@ -67,10 +69,11 @@ class _Draft:
 
     def add_override(self, override: str) -> None:
         """Put one `key=value` of the command line over the rest."""
+        self.given.append((COMMAND_LINE, {}))
         path, separator, text = override.partition("=")
         path = path.strip()
-        if not separator:
-            hint = f"write {path}=VALUE" if path in self.keys else "write it as model.layers=4"
+        if not separator or not path:
+            hint = f"write {path}=VALUE" if path in self.keys else "write it as model.layers=4, without spaces"
             self.problems.append(f"{COMMAND_LINE}: {override!r} is not key=value; {hint}")
         elif path in section_types():
             keys = [key for key in self.keys if key.startswith(f"{path}.")]
@@ -84,7 +87,7 @@ class _Draft:
                 self.problems.append(str(error))
                 self.wrong.add(path)
                 return
-            if _takes_text(self.keys[path]) and isinstance(value, (bool, int, float)):
+            if mistakes.takes_text(self.keys[path].annotation) and isinstance(value, (bool, int, float)):
                 value = text.strip()  # a shell takes quotes away, so run.dir=7 can only mean the text
             self.put(path, value, COMMAND_LINE)
 
@@ -98,7 +101,8 @@ class _Draft:
             return config
         self._check_values()
         self._check_rules()
-        raise ConfigError(checks.report(self.problems, self.source))
+        places = dict.fromkeys(problem.partition(": ")[0] for problem in self.problems)
+        raise ConfigError(checks.report(self.problems, " and ".join(places)))
 
     def _check_values(self) -> None:
         """Note each wrong value, and each missing key that no misspelt one explains."""
@@ -129,9 +133,18 @@ class _Draft:
         return [f"{name}.{key}" for key, field in section_types()[name].model_fields.items() if field.is_required()]
 
     def _check_rules(self) -> None:
-        """Note each broken rule whose keys are all right by themselves."""
+        """Note each broken rule, with the source whose values broke it: those before it alone would keep it."""
+        values: dict[str, Any] = {}
+        places: dict[str, str] = {}
+        for source, given in self.given:
+            values |= given
+            places = {line: places.get(line, source) for line in self._broken_rules(values)}
+        self.problems += [f"{source}: {line}" for line, source in places.items()]
+
+    def _broken_rules(self, values: dict[str, Any]) -> list[str]:
+        """Return a line for each rule that `values` break and whose keys are all right by themselves."""
         sections = section_types()
-        right = {key: value for key, value in self.values.items() if key not in self.wrong}
+        right = {key: value for key, value in values.items() if key not in self.wrong}
         filled = set(self.wrong)
         for name, section in sections.items():
             for key, field in section.model_fields.items():
@@ -139,17 +152,15 @@ class _Draft:
                     right[f"{name}.{key}"] = 1  # stands in, so that the other keys' rules can be evaluated
                     filled.add(f"{name}.{key}")
         nested = _nest(right)
-        parts: dict[str, Any] = {
-            name: section.model_validate(nested.get(name, {})) for name, section in sections.items()
-        }
+        try:
+            parts: dict[str, Any] = {
+                name: section.model_validate(nested.get(name, {})) for name, section in sections.items()
+            }
+        except ValidationError:  # of a value that a later source replaces
+            return []
         parts |= {name: value for name, value in nested.items() if name not in sections}
         config = RunConfig.model_construct(_fields_set=None, **parts)
-        self.problems += [f"{self.source}: {line}" for line in checks.broken_rules(config, frozenset(filled))]
-
-
-def _takes_text(annotation: Any) -> bool:
-    """Return whether a declared type is text, or text or null."""
-    return annotation is str or any(_takes_text(part) for part in typing.get_args(annotation))
+        return checks.broken_rules(config, frozenset(filled))
 
 
 def _nest(values: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def _one_key_says_how_long(config: RunConfig) -> Iterator[str]:
     if not found:
         yield "nothing says how long the run is; set train.steps, train.tokens or train.epochs"
     elif len(found) > 1:
-        yield f"{' and '.join(found)} say twice how long the run is; keep one, the others are null"
+        yield f"{' and '.join(found)} say twice how long the run is; keep one, and make the others null"
 
 
 @rule("batch_ramp.start", "batch_ramp.every", "sequence_warmup.start", "sequence_warmup.every")
@@ -157,4 +157,4 @@ def _blocks_can_be_compiled(config: RunConfig) -> Iterator[str]:
 def _sinks_are_named_once(config: RunConfig) -> Iterator[str]:
     sinks = config.log.sinks
     if len(set(sinks)) < len(sinks):
-        yield f"log.sinks={list(sinks)} names one twice; use [{', '.join(dict.fromkeys(sinks))}]"
+        yield f"log.sinks=[{', '.join(sinks)}] names one twice; use [{', '.join(dict.fromkeys(sinks))}]"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megalm.registry import nearest
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
 TEXT_LIMIT = 60
@@ -34,22 +35,34 @@ def show_value(value: Any) -> str:
     return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 3] + "..."
 
 
-def describe(error: ErrorDetails, key: str, value: Any, declared: Any) -> str:
+def describe(error: ErrorDetails, key: str, value: Any, field: FieldInfo) -> str:
     """Return `key=value` with what is wrong and what to write instead, for one of pydantic's errors.
 
-    `declared` is the key's type.
+    `field` is the key's declaration; where it allows null, that is said as well.
     """
-    kind, context = error["type"], error.get("ctx", {})
     inside = error["loc"][-2:]
     if len(inside) == 2 and isinstance(inside[0], int):  # a key of one of several sections
-        key, value = f"{key}[{inside[0]}].{inside[1]}", error["input"]
-        if kind == "extra_forbidden":
-            return f"{key}: unknown key; see `megalm config show RECIPE` and the README for those of a rule"
-        if kind == "missing":
-            return f"{key}: missing, and it has no default; set it"
-    if kind == "missing" and not isinstance(value, (list, tuple)):
+        return _describe_inner(error, f"{key}[{inside[0]}].{inside[1]}")
+    if error["type"] == "missing" and not isinstance(value, (list, tuple)):
         return f"{key}: missing, and it has no default; set it"
-    shown = f"{key}={show_value(value)}"
+    null = ""
+    if type(None) in typing.get_args(field.annotation):
+        null = ", or null, the default" if field.default is None else ", or null"
+    return f"{_wrong_value(error, f'{key}={show_value(value)}', value, field)}{null}"
+
+
+def _describe_inner(error: ErrorDetails, key: str) -> str:
+    """Return what `describe` does for a key within one of several sections."""
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key; see `megalm config show RECIPE` and the README for those of a rule"
+    if error["type"] == "missing":
+        return f"{key}: missing, and it has no default; set it"
+    return _wrong_value(error, f"{key}={show_value(error['input'])}", error["input"], None)
+
+
+def _wrong_value(error: ErrorDetails, shown: str, value: Any, field: FieldInfo | None) -> str:
+    """Return what is wrong with the value `shown`, and the remedy; `field` None: it is none of a recipe's own."""
+    kind, context = error["type"], error.get("ctx", {})
     limits = {
         "greater_than_equal": ("too small; use at least", "ge"),
         "greater_than": ("too small; use more than", "gt"),
@@ -62,10 +75,32 @@ def describe(error: ErrorDetails, key: str, value: Any, declared: Any) -> str:
         return f"{shown} is {words} {limit:g}" if isinstance(limit, float) else f"{shown} is {words} {limit}"
     if kind == "unknown_choice":
         return f"{shown}: unknown {context['kind']}; {context['hint']}"
-    if kind in ("too_short", "too_long", "missing"):
+    if field is not None and kind in ("too_short", "too_long", "missing"):
         count = "1 value" if len(value) == 1 else f"{len(value)} values"
-        return f"{shown} has {count}; write {len(typing.get_args(declared))}"
+        return f"{shown} has {count}; write {len(typing.get_args(field.annotation))}"
+    if field is not None and kind == "model_type":
+        return f"{shown} has one that is not made of keys; write a list such as {_example(value, field)}"
+    if field is not None and kind in ("tuple_type", "list_type"):
+        return f"{shown} is not a list; write one such as {_example(value, field)}"
     return f"{shown} {_wrong_type(kind, error['input'])}"
+
+
+def _example(value: Any, field: FieldInfo) -> str:
+    """Return a list that a key may have: its default, what its sections need, a name in brackets, or numbers."""
+    if field.default:
+        return show_value(field.default)
+    for part in typing.get_args(field.annotation):
+        if hasattr(part, "model_fields"):
+            needed = [key for key, inner in part.model_fields.items() if inner.is_required()]
+            return f"[{{{', '.join(f'{key}: ...' for key in needed)}}}]"
+    if takes_text(field.annotation):
+        return f"[{value}]" if isinstance(value, str) else "[]"
+    return "[1, 2]"
+
+
+def takes_text(declared: Any) -> bool:
+    """Return whether a declared type is text, or one with text in it, such as text or null."""
+    return declared is str or any(takes_text(part) for part in typing.get_args(declared))
 
 
 def _wrong_type(kind: str, value: Any) -> str:
@@ -81,13 +116,11 @@ def _wrong_type(kind: str, value: Any) -> str:
     if kind in ("bool_type", "bool_parsing"):
         return "is neither true nor false; write true or false, without quotes"
     if kind == "string_type":
-        return "is not text; put it in quotes"
+        return "is not text; write a name" if value is None else "is not text; put it in quotes"
     if kind == "string_too_short":
         return "is empty text; write a name"
     if kind == "string_pattern_mismatch":
         return "has other letters than S and L; write one for each layer, such as SSL"
-    if kind in ("tuple_type", "list_type"):
-        return "is not a list; write one such as [1, 2]"
     return f"is not allowed ({kind})"
 
 
@@ -114,6 +147,8 @@ def unknown_key(section: str, key: str, keys: Mapping[str, Any]) -> tuple[str, s
 
 def unknown_override(path: str, keys: Mapping[str, Any]) -> str:
     """Return what to say of an override whose dotted key is not known."""
+    if path == "base":
+        return "base stands in a recipe's file alone; give that recipe in place of this one"
     leaf = path.split(".")[-1]
     same_leaf = [name for name in keys if name.split(".")[-1] == leaf]
     guess = same_leaf[0] if same_leaf else nearest(path, keys)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from megalm.config import checks, ramps
 from megalm.config import loop_checks as loop_checks  # its rules add themselves
@@ -19,6 +20,7 @@ from megalm.config import optim_checks as optim_checks
 from megalm.config import pattern_checks as pattern_checks
 from megalm.config.checks import check_world as check_world
 from megalm.config.fields import (
+    LARGEST_COUNT,
     LARGEST_ENUMERATED,
     AboveZero,
     Count,
@@ -281,6 +283,11 @@ class RunConfig(Section):
             return self
         epochs = Decimal(str(self.train.epochs))  # as it is written: 8.3 epochs of 30 windows are 249, not 250
         tokens = math.ceil(epochs * windows) * self.model.sequence
+        if tokens > LARGEST_COUNT:
+            raise ConfigError(
+                f"train.epochs={self.train.epochs:g} are {tokens} tokens, more than a run can have; use at most "
+                f"{LARGEST_COUNT / (windows * self.model.sequence):.3g}"
+            )
         train = {**self.train.model_dump(), "epochs": None, "tokens": tokens}
         return RunConfig.model_validate({**self.model_dump(), "train": train})
 
@@ -301,13 +308,13 @@ def section_types() -> Mapping[str, type[Section]]:
     }
 
 
-def key_types() -> dict[str, Any]:
-    """Return the declared type of every key by its dotted path: `seed`, `model.layers`, ..."""
+def key_fields() -> dict[str, FieldInfo]:
+    """Return every key's declaration, its type and default, by its dotted path: `seed`, `model.layers`, ..."""
     sections = section_types()
-    types: dict[str, Any] = {}
+    fields: dict[str, FieldInfo] = {}
     for name, field in RunConfig.model_fields.items():
         if name in sections:
-            types |= {f"{name}.{key}": inner.annotation for key, inner in sections[name].model_fields.items()}
+            fields |= {f"{name}.{key}": inner for key, inner in sections[name].model_fields.items()}
         else:
-            types[name] = field.annotation
-    return types
+            fields[name] = field
+    return fields

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalm.config.load import load_resolved
-from megalm.config.run import RunConfig, key_types
+from megalm.config.run import RunConfig, key_fields
 from megalm.errors import ConfigError
 
 # One process, whatever trained the model. These come before the user's overrides.
@@ -41,7 +41,9 @@ def trained_config(run: Path, overrides: Sequence[str]) -> RunConfig:
 
     Raises ConfigError where there is no run, and for an override of what the training has fixed.
     """
-    known = key_types()
+    if run.is_file():
+        raise ConfigError(f"{run}: is a file, not a run; give the run.dir of a run")
+    known = key_fields()
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in known and key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS:

@@ -17,32 +17,39 @@ from megalm.data.tokenizer import FILE_NAME, Tokenizer, train_bpe
 from megalm.errors import DataError
 
 SAMPLE_TOKENS = 64
+VOCABULARY = 2048
+"""Tokens of a tokenizer that is learned, where nobody says how many."""
 
 
 def prepare_command(
     corpus: str | None,
     files: Sequence[str],
-    vocab: int,
+    vocab: int | None,
     out: str,
     tokenizer: str | None = None,
     held_out: float = 0.05,
     seed: int = 1234,
     overwrite: bool = False,
     separator: str | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
 ) -> dict[str, Any]:
     """Make a directory of prepared data from a named corpus, or from files and directories of text.
 
-    `tokenizer`: a `tokenizer.json` to use instead of learning one of `vocab` tokens. `separator`: the line
-    that parts the documents of a .txt file (empty: blank lines; None: a file is a document). `text_field`:
-    where a .jsonl object keeps its text.
+    `tokenizer`: a `tokenizer.json` to use instead of learning one of `vocab` tokens (None: VOCABULARY).
+    `separator`: the line that parts the documents of a .txt file (empty: blank lines; None: a file is a
+    document). `text_field`: where a .jsonl object keeps its text (None: under "text").
     """
+    if tokenizer is not None and vocab is not None:
+        raise DataError(
+            f"--vocab={vocab} is the size of a tokenizer to learn, and --tokenizer={tokenizer} brings one; "
+            "leave one of them out"
+        )
     chosen = choose_corpus(corpus, files, separator, text_field)
     given = None if tokenizer is None else Tokenizer.load(tokenizer)
     data = prepare(
         chosen,
         out,
-        vocabulary=vocab if given is None else None,
+        vocabulary=(vocab or VOCABULARY) if given is None else None,
         tokenizer=given,
         held_out=held_out,
         seed=seed,
@@ -68,18 +75,22 @@ def verify_command(path: str) -> dict[str, Any]:
 def train_tokenizer_command(
     corpus: str | None,
     files: Sequence[str],
-    vocab: int,
+    vocab: int | None,
     out: str,
     overwrite: bool = False,
     separator: str | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
 ) -> dict[str, Any]:
     """Learn a tokenizer from a named corpus or from files, and write it as `out`/tokenizer.json."""
     file = Path(out) / FILE_NAME
     if file.exists() and not overwrite:
         raise DataError(f"{file} already exists; choose another directory, or allow it with --overwrite")
+    if file.parent.exists() and not file.parent.is_dir():
+        raise DataError(f"{out} is a file; choose a directory for the tokenizer")
     chosen = choose_corpus(corpus, files, separator, text_field)
-    tokenizer = train_bpe((document.text for document in chosen.documents()), vocab)
+    if next(iter(chosen.documents()), None) is None:
+        raise DataError(f"{chosen.description}: there is no text in it; give files that hold text")
+    tokenizer = train_bpe((document.text for document in chosen.documents()), vocab or VOCABULARY)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(file.parent)
@@ -101,14 +112,25 @@ def inspect_tokenizer_command(path: str) -> dict[str, Any]:
     }
 
 
-def choose_corpus(name: str | None, files: Sequence[str], separator: str | None, text_field: str) -> Corpus:
-    """Return the corpus that is meant. Raises DataError for none or two, ConfigError for an unknown name."""
+def choose_corpus(name: str | None, files: Sequence[str], separator: str | None, text_field: str | None) -> Corpus:
+    """Return the corpus that is meant.
+
+    Raises DataError for none or two, and for an option that no file of it has a use for; ConfigError for an unknown
+    name.
+    """
     if (name is None) == (not files):
         given = "both a corpus and files were given" if files else "no text was given"
         raise DataError(f"{given}; give a corpus ({', '.join(CORPORA.names())}) or files of your own")
-    if name is not None:
-        return CORPORA.get(name)()
-    return TextFiles.find(files, separator, text_field)
+    chosen: Corpus
+    if name is None:
+        chosen = TextFiles.find(files, separator, text_field or "text")
+        kinds = {file.name.removesuffix(".gz").rpartition(".")[2] for file in chosen.files}
+    else:
+        chosen, kinds = CORPORA.get(name)(), set()
+    for option, value, kind in (("--separator", separator, "txt"), ("--text-field", text_field, "jsonl")):
+        if value is not None and kind not in kinds:
+            raise DataError(f"{option}={value} is for .{kind} files, and none is given; leave it out")
+    return chosen
 
 
 def summary(data: PreparedData) -> dict[str, Any]:

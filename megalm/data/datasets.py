@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megalm.answers import counted
 from megalm.data.corpus import Corpus
 from megalm.data.token_file import REMEDY, TokenFile, TokenFileWriter
 from megalm.data.tokenizer import FILE_NAME, Tokenizer, fingerprint_of, read_tokenizer_file, train_bpe
@@ -131,15 +132,16 @@ def prepare(
 
     Give either a `tokenizer`, or a `vocabulary` to learn one of from the training split. About `held_out` of
     the documents become the validation split. The corpus is gone through as a stream, twice when a tokenizer
-    is learned. Raises DataError: a split without text, an `out` that holds something else, a disk that does
-    not take it. A process killed in between leaves nothing but a hidden directory `.NAME.partial-...` beside
-    `out`, which may be deleted.
+    is learned, and its beginning once more. Raises DataError: a split without text, an `out` that holds
+    something else, a disk that does not take it. A process killed in between leaves nothing but a hidden
+    directory `.NAME.partial-...` beside `out`, which may be deleted.
     """
     assert (vocabulary is None) != (tokenizer is None), "give a vocabulary or a tokenizer, not both"
     if not 0 < held_out < 1:
         raise DataError(f"a held-out share of {held_out} is not possible; use one between 0 and 1, such as 0.05")
     out = Path(os.path.realpath(out))
     _refuse_other_content(out, overwrite)
+    _refuse_empty_splits(corpus, held_out, seed)
     if tokenizer is None:
         assert vocabulary is not None
         texts = (text for text, is_validation in _split_texts(corpus, held_out, seed) if not is_validation)
@@ -206,6 +208,22 @@ def _split_texts(corpus: Corpus, held_out: float, seed: int) -> Iterator[tuple[s
         yield document.text, is_held_out(document.text, held_out, seed)
 
 
+def _refuse_empty_splits(corpus: Corpus, held_out: float, seed: int) -> None:
+    """Raise DataError unless each split has a document; nothing is read behind the first of each."""
+    documents = [0, 0]
+    for _, is_validation in _split_texts(corpus, held_out, seed):
+        documents[is_validation] += 1
+        if all(documents):
+            return
+    if not any(documents):
+        raise DataError(f"{corpus.description}: there is no text in it; give files that hold text")
+    raise DataError(
+        f"a held-out share of {held_out} of {counted(sum(documents), 'document')} leaves {documents[0]} for training "
+        f"and {documents[1]} for validation; give more documents (a separator line can split a file), another share "
+        "or another seed"
+    )
+
+
 def _write_splits(
     corpus: Corpus, tokenizer: Tokenizer, directory: Path, held_out: float, seed: int
 ) -> tuple[SplitCounts, SplitCounts]:
@@ -229,15 +247,6 @@ def _write_splits(
             is_validation, size = waiting.popleft()
             writers[is_validation].append(np.concatenate([[tokenizer.end_of_text], ids]))
             text_bytes[is_validation] += size
-        documents = [writer.documents for writer in writers]
-        if not any(documents):
-            raise DataError(f"{corpus.description}: there is no text in it; give files that hold text")
-        if not all(documents):
-            raise DataError(
-                f"a held-out share of {held_out} of {sum(documents)} documents leaves {documents[0]} for "
-                f"training and {documents[1]} for validation; give more documents (a separator line can split a "
-                "file), another share or another seed"
-            )
         train, validation = (
             SplitCounts(tokens=writer.tokens, documents=writer.documents, bytes=size)
             for writer, size in zip(writers, text_bytes, strict=True)
@@ -283,8 +292,8 @@ def _read_description(path: Path) -> Description:
             return Description.model_validate_json(stream.read(LARGEST_DESCRIPTION_BYTES))
     except OSError as error:
         raise DataError(
-            f"{path} holds no prepared data: cannot read {file}: {error.strerror}; "
-            f"make it with megalm data prepare --corpus builtin --out {path}"
+            f"{path} holds no prepared data: cannot read {file}: {error.strerror}; give the --out of a "
+            "megalm data prepare, or make new data with it in another place"
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -1,4 +1,5 @@
-"""What is checked before anything is started: the world, the DeepSpeed JSON, the data, the device, the sinks' packages.
+"""What is checked before anything is started: the world, the DeepSpeed JSON, the data, the device, the sinks' packages,
+the rules for parameters.
 
 Heavy modules are imported inside the functions that need them, and torch only where a device is asked for.
 """
@@ -45,6 +46,14 @@ def check_sinks(config: RunConfig) -> None:
                 f"log.sinks=[{', '.join(config.log.sinks)}] needs the package {name}, which is not installed here; "
                 f"pip install {name}, or leave {name} out"
             )
+
+
+def check_rules(config: RunConfig, data: PreparedData) -> None:
+    """Raise ConfigError for `optim.rules` that do not fit the model. torch is asked only where there are some."""
+    if config.optim.rules:
+        from megalm.train import parameter_rules
+
+        parameter_rules.check_rules(config, config.model.vocab or data.vocabulary)
 
 
 def check_data(config: RunConfig) -> PreparedData:

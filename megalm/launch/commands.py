@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megalm.answers import answer, show
-from megalm.launch.checks import check_data, check_world
+from megalm.launch.checks import check_data, check_rules, check_world
 
 
 def launch_slurm(args: Namespace) -> int:
@@ -28,6 +28,7 @@ def launch_slurm(args: Namespace) -> int:
     check_world(config, slurm.world_size(request))
     data = check_data(config)
     config = config.with_windows(len(data.windows(config.model.sequence, config.data.rows)))
+    check_rules(config, data)
     check_run(config, data.fingerprint, data.tokenizer_fingerprint)
     if not args.dry_run:
         refuse_living(Path(config.run.dir).absolute())
@@ -50,7 +51,7 @@ def launch_mpi(args: Namespace) -> int:
     command = mpi.mpirun_arguments(args.recipe, args.overrides, args.nproc, args.hosts)
     config = load_recipe(args.recipe, args.overrides)
     check_world(config, args.nproc)
-    check_data(config)
+    check_rules(config, check_data(config))
     if args.dry_run:
         return show(shlex.join(command))
     mpi.run(command)

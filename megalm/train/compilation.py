@@ -11,11 +11,13 @@ import time
 from typing import Any, Self
 
 import torch
+from torch._dynamo.callback import callback_handler
 
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
 from megalm.models.transformer import Transformer
 from megalm.nn.ops import REFERENCE, select_operations
+from megalm.train.monitor import Throughput
 from megalm.train.tracking import Tracker
 from megalm.train.trainer import StepResult, Trainer
 
@@ -49,34 +51,33 @@ def compile_blocks(config: RunConfig, model: Transformer, device: torch.device) 
 
 
 class TellOfCompilation:
-    """Says after a step for how long this process compiled since the last one, where it does; to be entered."""
+    """Says after a step for how long this process compiled since the last one, whatever it was; to be entered.
 
-    def __init__(self, tracker: Tracker, compiles: bool) -> None:
+    That time is left out of the rate. Blocks are compiled where the recipe asks for it, and a few optimizers' updates.
+    """
+
+    def __init__(self, tracker: Tracker, meter: Throughput) -> None:
         self.tracker = tracker
-        self.compiles = compiles
+        self.meter = meter
         self._began = 0.0
         self._seconds = 0.0
 
     def __enter__(self) -> Self:
-        if self.compiles:
-            from torch._dynamo.callback import callback_handler
-
-            callback_handler.register_start_callback(self._begin)
-            callback_handler.register_end_callback(self._end)
+        callback_handler.register_start_callback(self._begin)
+        callback_handler.register_end_callback(self._end)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.compiles:
-            from torch._dynamo.callback import callback_handler
-
-            callback_handler.remove_start_callback(self._begin)
-            callback_handler.remove_end_callback(self._end)
+        callback_handler.remove_start_callback(self._begin)
+        callback_handler.remove_end_callback(self._end)
 
     def _begin(self, _: Any) -> None:
         self._began = time.perf_counter()
+        self.meter.pause()
 
     def _end(self, _: Any) -> None:
         self._seconds += time.perf_counter() - self._began
+        self.meter.go_on()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Report what was compiled within the step, or in an evaluation before it."""

@@ -66,10 +66,12 @@ class EightBitAdamW(PlacedOptimizer):
 
 
 def _torchaos_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
-    os.environ.setdefault("TORCHAO_SKIP_LOADING_SO_FILES", "1")  # kernels for other things, and warnings about them
-    trees = logging.getLogger("torch.utils._pytree")
-    level = trees.level
-    trees.setLevel(logging.ERROR)  # it warns of what torchao registers
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # kernels for other things
+    # Its version warns of those kernels all the same, and of the types that it registers.
+    noisy = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -78,7 +80,8 @@ def _torchaos_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
             "use adamw"
         ) from error
     finally:
-        trees.setLevel(level)
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
     return AdamW8bit(groups, **options)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megalm.config.load import load_resolved
+from megalm.config.trained import trained_config
 from megalm.errors import ConfigError
 from megalm.train.tracking import read_metrics
 
@@ -39,7 +39,7 @@ def inspect_run(run: Path) -> dict[str, Any]:
 
     Raises ConfigError where there is no run or nothing was sampled, OSError where the picture cannot be written.
     """
-    config = load_resolved(run, ())
+    config = trained_config(run, ())
     path = run / INSPECT_FILE
     samples = read_metrics(path) if path.exists() else []
     if not samples:

@@ -228,9 +228,9 @@ class Throughput:
     """A meter of steps: call `start` before the first one, and `measure` after those that are logged.
 
     Measure after the step's loss was read: on CUDA that is what waits for the device. Time under `paused`
-    (evaluation, checkpoints) does not count. `tokens_before(step)` says how many tokens all steps before that one take,
-    from step 0, and `flops_per_token(step)` what each of its own costs. The time left goes by a running mean of a
-    token's time, so that one slow step does not move it much.
+    (evaluation, checkpoints), and from `pause` to `go_on` (compilation), does not count. `tokens_before(step)` says how
+    many tokens all steps before that one take, from step 0, and `flops_per_token(step)` what each of its own costs. The
+    time left goes by a running mean of a token's time, so that one slow step does not move it much.
     """
 
     def __init__(
@@ -251,6 +251,8 @@ class Throughput:
         self._measurements = 0
         self._step = 0
         self._mark = clock()
+        self._pauses = 0
+        self._paused_at = 0.0
 
     def start(self, step: int) -> None:
         """Start the clock; `step` steps are done."""
@@ -260,11 +262,24 @@ class Throughput:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time inside out of the measurement."""
-        begin = self._clock()
+        self.pause()
         try:
             yield
         finally:
-            self._mark += self._clock() - begin
+            self.go_on()
+
+    def pause(self) -> None:
+        """Leave the time until as many `go_on` out of the measurement."""
+        if self._pauses == 0:
+            self._paused_at = self._clock()
+        self._pauses += 1
+
+    def go_on(self) -> None:
+        """End a pause; one within another ends with it."""
+        assert self._pauses, "the meter is not paused"
+        self._pauses -= 1
+        if self._pauses == 0:
+            self._mark += self._clock() - self._paused_at
 
     def measure(self, step: int, last_step: int) -> Speed:
         """Return the mean speed since the last call; `step` steps are done, the run ends at `last_step`."""

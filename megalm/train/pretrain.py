@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megalm.checkpoint.manager import CheckpointManager
@@ -20,11 +19,11 @@ from megalm.data.datasets import PreparedData, open_prepared
 from megalm.data.loader import HeldOut, Loader
 from megalm.data.sampler import GlobalOrder
 from megalm.data.windows import Windows, all_windows, predicted_tokens
-from megalm.distributed.collectives import agree, all_reduce_max
+from megalm.distributed.collectives import agree
 from megalm.distributed.communication_time import CommunicationClock
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.world import joined_mesh
-from megalm.errors import CheckpointError, ConfigError, Interrupted
+from megalm.errors import CheckpointError, Interrupted
 from megalm.models.build import DTYPES, build_executor, build_stage
 from megalm.preflight.gate import preflight
 from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints, StopEarly
@@ -33,7 +32,7 @@ from megalm.train.interruption import Interruption
 from megalm.train.layer_statistics import LayerStatistics
 from megalm.train.memory import Memory
 from megalm.train.monitor import Peak, Throughput, count_parameters, flops_per_token, peak_flops
-from megalm.train.optimizers import build_optimizer, freeze, rules_without_parameters
+from megalm.train.optimizers import build_optimizer, freeze
 from megalm.train.profiling import Profile
 from megalm.train.recovery import GoBack
 from megalm.train.replicas import CompareReplicas
@@ -44,7 +43,6 @@ from megalm.train.tracking import Tracker, format_count
 from megalm.train.trainer import Trainer, TrainState
 from megalm.watchdog.watch import watched
 from megalm.zero.build import build_engine, partitioner
-from megalm.zero.engine import shard_of
 
 _DEAD_LOCK_S = 180.0  # NFS gives a dead client's locks free after 90 s
 
@@ -87,9 +85,7 @@ def _train(
     run = Path(config.run.dir)
     vocab = vocabulary(config, data)
     model = build_stage(config, vocab, mesh, partitioner(config, mesh), data.end_of_text)
-    _refuse_idle_rules(config, [shard_of(parameter).name for parameter in model.parameters()])
     freeze(config.optim, model.parameters())
-    _refuse_nothing_to_train(config, sum(parameter.requires_grad for parameter in model.parameters()))
     make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor, seed=config.seed)
     if config.train.compile:
         compile_blocks(config, model, mesh.device)
@@ -131,7 +127,7 @@ def _train(
         recovery = GoBack(tracker, meter, manager, save, partial(_resume, facts=facts))
         stragglers = NameStragglers(tracker, config.run.compare_speed_every, mesh, run)
         memory.begin(engine, tracker)
-        compilation = TellOfCompilation(tracker, config.train.compile)
+        compilation = TellOfCompilation(tracker, meter)
         layers = LayerStatistics(config, mesh, model, trainer.state.step)
         with closing(Profile(run, config.profile, mesh, tracker, meter)) as profile, compilation as tell:
             trainer.before_step = [layers.before_step, memory.before_step, profile.before_step]
@@ -153,34 +149,6 @@ def _meter(config: RunConfig, vocab: int, mesh: ParallelMesh, peak: Peak) -> Thr
         world_size=mesh.layout.world_size,
         peak=peak,
     )
-
-
-def _refuse_idle_rules(config: RunConfig, names: list[str]) -> None:
-    """Raise ConfigError on all ranks for a rule of the optimizer that matches no parameter of any stage."""
-    if not config.optim.rules:
-        return
-    idle = torch.tensor([float(flag) for flag in rules_without_parameters(config.optim, names)])
-    everywhere = -all_reduce_max(-idle, world_group())
-    for rule, is_idle in zip(config.optim.rules, everywhere.tolist(), strict=True):
-        if is_idle:
-            raise ConfigError(
-                f"optim.rules: no parameter is called {rule.match!r}; names are those of a checkpoint, such as "
-                f"{', '.join(sorted(names)[:3])}"
-            )
-
-
-def _refuse_nothing_to_train(config: RunConfig, trained: int) -> None:
-    """Raise ConfigError on all ranks where rules freeze all `trained` parameters, or a stage's that ZeRO divides."""
-    if not any(rule.freeze for rule in config.optim.rules):
-        return
-    least, most = all_reduce_max(torch.tensor([-float(trained), float(trained)]), world_group()).tolist()
-    if most == 0.0:
-        raise ConfigError("optim.rules freeze every parameter, so there is nothing to train; freeze fewer")
-    if least == 0.0 and config.zero.stage > 0:
-        raise ConfigError(
-            f"optim.rules freeze every parameter of a pipeline stage, where zero.stage={config.zero.stage} has nothing "
-            "to divide; use zero.stage=0, or a parallel.partition with a trained layer on each stage"
-        )
 
 
 def vocabulary(config: RunConfig, data: PreparedData) -> int:

@@ -93,13 +93,22 @@ def check_run(
     `fresh` it may be any run), or files of an unknown one.
     """
     path = Path(config.run.dir)
+    before = check_place(path)
+    if before is not None and fresh:
+        _refuse_links(path)
+    elif before is not None:
+        _refuse_other_run(path, before, _identity(config, data_fingerprint, tokenizer_fingerprint))
+    return before
+
+
+def check_place(path: Path) -> dict[str, Any] | None:
+    """Return the identity of the run in a directory, None where a new one may be. Writes nothing.
+
+    Raises ConfigError for one that holds files of an unknown run.
+    """
     before = read_identity(path)
     if before is None:
         _refuse_unknown_files(path)
-    elif fresh:
-        _refuse_links(path)
-    else:
-        _refuse_other_run(path, before, _identity(config, data_fingerprint, tokenizer_fingerprint))
     return before
 
 
@@ -175,7 +184,8 @@ def read_identity(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path / IDENTITY_FILE}: cannot be read ({error}); choose another run.dir") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path / IDENTITY_FILE}: cannot be read ({reason}); choose another run.dir") from error
     parts = {"data_fingerprint": str, "tokenizer_fingerprint": str, "data_path": str, "fixed": dict}
     whole = isinstance(identity, dict) and all(isinstance(identity.get(name), kind) for name, kind in parts.items())
     if not whole or identity.get("format") != FORMAT:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megalm.config import yaml_text
 from megalm.config.load import dump_yaml, load_recipe, load_resolved, shipped_recipes
-from megalm.config.run import RunConfig, key_types
+from megalm.config.run import RunConfig, key_fields
 from megalm.errors import ConfigError
 from tests.config.recipes import SMALL, write_recipe
 
@@ -61,12 +61,37 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins(tmp_path: Path) -> Non
         ("model.layers=", "command line: model.layers=null is not a whole number; write one such as 4"),
         ("model.layers=[", "command line: model.layers=[:1: not valid YAML"),
         ("model.bias=1", "command line: model.bias=1 is neither true nor false"),
+        ("run.dir=", "command line: run.dir=null is not text; write a name"),
+        ("=", "command line: '=' is not key=value; write it as model.layers=4, without spaces"),
+        ("base=gpt-tiny", "command line: base stands in a recipe's file alone; give that recipe in place of this one"),
+        ("log.sinks=[wandb,wandb]", "command line: log.sinks=[wandb, wandb] names one twice; use [wandb]"),
+        ("log.sinks=wandb", "command line: log.sinks=wandb is not a list; write one such as [wandb]"),
+        ("log.sinks=", "command line: log.sinks=null is not a list; write one such as []"),
+        ("parallel.partition=4", "command line: parallel.partition=4 is not a list; write one such as [1, 2], or null"),
+        ("optim.rules=x", "command line: optim.rules=x is not a list; write one such as [{match: ...}]"),
+        ("optim.rules=[3]", "command line: optim.rules=[3] has one that is not made of keys; write a list such as [{m"),
     ],
 )
 def test_a_wrong_override_is_one_line_with_the_remedy(tmp_path: Path, override: str, message: str) -> None:
     error = error_of(write_recipe(tmp_path), override)
     assert error.startswith(message)
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("override", "end"),
+    [
+        ("optim.state_dtype=fp32", "unknown state_dtype; known: bf16, or null, the default"),
+        ("train.reduce_dtype=fp16", "known: bf16, fp32, or null, the default"),
+        ("early_stop.metric=val_loss", "train/loss, or null, the default"),
+        ("train.clip_grad_norm=0", "is too small; use more than 0, or null"),
+        ("profile.ranks=all", "is not a list; write one such as [0], or null"),
+        ("optim.lr=none", "is not a finite number; write one such as 0.1 or 1e-4, without quotes"),
+        ("optim.kind=adamax", "sgd"),
+    ],
+)
+def test_a_key_that_may_be_null_says_so(tmp_path: Path, override: str, end: str) -> None:
+    assert error_of(write_recipe(tmp_path), override).endswith(end)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +110,7 @@ def test_a_wrong_override_is_one_line_with_the_remedy(tmp_path: Path, override: 
         ("lr: 1e-3", "lr: 0", "recipe.yaml: optim.lr=0 is too small; use more than 0"),
         ("lr: 1e-3", 'lr: "1e-3"', "optim.lr=1e-3 is not a finite number; write one such as 0.1 or 1e-4, without"),
         ("lr: 1e-3", "lr: .nan", "recipe.yaml: optim.lr=nan is"),
-        ("lr: 1e-3", "lr: 1e-3\n  betas: 0.9", "recipe.yaml: optim.betas=0.9 is not a list; write one such as [1, 2]"),
+        ("lr: 1e-3", "lr: 1e-3\n  betas: 0.9", "optim.betas=0.9 is not a list; write one such as [0.9, 0.95]"),
         ("lr: 1e-3", "lr: 1e-3\n  betas: [0.9]", "recipe.yaml: optim.betas=[0.9] has 1 value; write 2"),
         ("lr: 1e-3", "lr: 1e-3\n  betas: [1, 2, 3]", "recipe.yaml: optim.betas=[1, 2, 3] has 3 values; write 2"),
         ("lr: 1e-3", "lr: 1e-3\n  betas: [0.9, 2]", "recipe.yaml: optim.betas=[0.9, 2] is too large; use less than 1"),
@@ -106,11 +131,11 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     text = text.replace("micro_batch: 2", "micro_batch: 5")
     error = error_of(write_recipe(tmp_path, text), "parallel.pipeline=9", "zero.stag=1")
     assert error.splitlines() == [
-        "recipe.yaml: 5 mistakes",
+        "recipe.yaml and command line: 5 mistakes",
         "  recipe.yaml: model.haeds: unknown key; did you mean heads?",
         "  command line: zero.stag: unknown key; did you mean zero.stage?",
-        "  recipe.yaml: train.steps=ten is not a whole number; write one such as 4",
-        "  recipe.yaml: parallel.pipeline=9 is more than model.layers=4; use at most 4",
+        "  recipe.yaml: train.steps=ten is not a whole number; write one such as 4, or null, the default",
+        "  command line: parallel.pipeline=9 is more than model.layers=4; use at most 4",
         "  recipe.yaml: train.global_batch=12 is not divisible by train.micro_batch=5; use 1, 2, 3, 4, 6 or 12",
     ]  # fmt: skip
 
@@ -191,6 +216,47 @@ def test_a_mistake_names_the_file_that_it_stands_in(tmp_path: Path) -> None:
     ]
 
 
+STOPS = SMALL.replace("steps: 10", "steps: 10\n  stop_at: 11")
+
+
+@pytest.mark.parametrize(
+    ("below", "recipe", "overrides", "message"),
+    [
+        (SMALL, "", ["train.micro_batch=5"], "command line: train.global_batch=12 is not divisible by train.micro_"),
+        (SMALL, "parallel: {tensor: 8}", [], "recipe.yaml: model.heads=12 is not divisible by parallel.tensor=8"),
+        (SMALL + "parallel: {tensor: 8}", "", [], "below.yaml: model.heads=12 is not divisible by parallel.tensor=8"),
+        (SMALL, "parallel: {tensor: 4}", ["model.heads=6"], "command line: model.heads=6 is not divisible by paral"),
+        # By a key that the line does not name.
+        (SMALL, "parallel: {tensor: 3}", ["model.hidden=16", "model.head_dim=4"], "command line: the derived model.f"),
+        # A key that the rule reads, of which it is broken nonetheless before.
+        (STOPS, "", ["train.global_batch=24"], "below.yaml: train.stop_at=11 is more than train.steps=10"),
+        # A wrong value that another one replaces.
+        (SMALL + "parallel: {tensor: x}", "parallel: {tensor: 8}", [], "recipe.yaml: model.heads=12 is not divisible"),
+        # Broken, kept again, and broken once more.
+        (SMALL + "parallel: {tensor: 8}", "parallel: {tensor: 4}", ["parallel.tensor=8"], "command line: model.heads"),
+    ],
+)  # fmt: skip
+def test_a_broken_rule_names_the_source_that_broke_it(
+    tmp_path: Path, below: str, recipe: str, overrides: list[str], message: str
+) -> None:
+    write_recipe(tmp_path, below, "below.yaml")
+    assert error_of(write_recipe(tmp_path, f"base: below.yaml\n{recipe}\n"), *overrides).startswith(message)
+
+
+def test_files_of_one_name_are_put_in_order(tmp_path: Path) -> None:
+    for folder in ("a", "a/b"):
+        (tmp_path / folder).mkdir()
+    write_recipe(tmp_path, SMALL)
+    write_recipe(tmp_path / "a", "base: ../recipe.yaml\nparallel: {tensor: 2}\n", "middle.yaml")
+    path = write_recipe(tmp_path / "a/b", "base: ../middle.yaml\nparallel: {tensor: 8}\n")
+    assert error_of(path).startswith("recipe.yaml: model.heads=12 is not divisible by parallel.tensor=8")
+
+
+def test_mistakes_of_one_source_are_headed_by_it(tmp_path: Path) -> None:
+    error = error_of(write_recipe(tmp_path), "parallel.tensor=8", "train.micro_batch=5")
+    assert error.splitlines()[0] == "command line: 2 mistakes"
+
+
 def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
     write_recipe(tmp_path, "base: b.yaml\n", "a.yaml")
     write_recipe(tmp_path, "base: a.yaml\n", "b.yaml")
@@ -240,7 +306,7 @@ values = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(key_types())), values, max_size=4))
+@given(st.dictionaries(st.sampled_from(sorted(key_fields())), values, max_size=4))
 def test_a_recipe_with_any_values_loads_or_is_a_config_error(changes: dict[str, object]) -> None:
     recipe = yaml.safe_load(SMALL)
     for path, value in changes.items():

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from megalm.config.checks import divisors, list_values
 from megalm.config.load import load_recipe
-from megalm.config.run import ModelSection, RunConfig, check_world, key_types
+from megalm.config.run import ModelSection, RunConfig, check_world, key_fields
 from megalm.errors import ConfigError
 from tests.config.recipes import write_recipe
 
@@ -71,7 +71,7 @@ def test_derived_values_of_the_model() -> None:
         (["zero.stage=3", "parallel.pipeline=2"], "use zero.stage 0, 1 or 2, or parallel.pipeline=1"),
         (["lr_schedule.warmup_steps=11"], "lr_schedule.warmup_steps=11 is more than train.steps=10; use at most 10"),
         (["train.stop_at=11"], "train.stop_at=11 is more than train.steps=10; use at most 10"),
-        (["log.sinks=[wandb,wandb]"], "log.sinks=['wandb', 'wandb'] names one twice; use [wandb]"),
+        (["log.sinks=[wandb,wandb]"], "log.sinks=[wandb, wandb] names one twice; use [wandb]"),
         (
             ["profile.start=9"],
             "profile.start=9 with profile.steps=3 reaches to step 11, but the run ends at train.steps=10; use profile."
@@ -88,7 +88,7 @@ def test_a_broken_rule_gives_the_values_and_the_legal_ones(tmp_path: Path, overr
         load(tmp_path, *overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("recipe.yaml: ")
+    assert str(caught.value).startswith("command line: ")
 
 
 def test_legal_layouts_are_accepted(tmp_path: Path) -> None:
@@ -143,12 +143,12 @@ def test_divisors_and_their_list() -> None:
     assert list_values(list(range(1, 21))) == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, ... or 20"
 
 
-def test_every_key_has_a_type() -> None:
-    types = key_types()
-    assert {"seed", "precision", "run.dir", "model.kv_heads", "log.every"} <= types.keys()
+def test_every_key_has_a_declaration() -> None:
+    fields = key_fields()
+    assert {"seed", "precision", "run.dir", "model.kv_heads", "log.every"} <= fields.keys()
     sections = load_recipe("gpt-tiny").model_dump().items()
     paths = [[f"{name}.{key}" for key in value] if isinstance(value, dict) else [name] for name, value in sections]
-    assert types.keys() == {path for found in paths for path in found}
+    assert fields.keys() == {path for found in paths for path in found}
 
 
 @pytest.mark.parametrize(

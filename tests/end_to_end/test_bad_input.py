@@ -21,6 +21,7 @@ from tests.end_to_end.workplace import LAUNCHER_VARIABLES, make_data, make_workp
 pytestmark = pytest.mark.timeout(120)  # a pipe that is waited for must not take the whole session's patience
 
 TRAIN = ("train", "recipe.yaml")
+FREEZE_FIRST_STAGE = "optim.rules=[{match: 'blocks.0.*', freeze: true}, {match: '[ep]*', freeze: true}]"
 
 
 class GroupFormed(Exception):
@@ -118,6 +119,9 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["optim.kind=adamv"], "did you mean adam?"),
         (["lr_schedule.kind=cosin"], "did you mean cosine?"),
         (["optim.rules=[{match: a, freeze: true, lr: 0.5}]"], "'a' has freeze=true, where lr and weight_"),
+        (["optim.rules=[{match: zz, lr: 0.5}]"], "optim.rules: no parameter is called 'zz'; names are those of a che"),
+        (["optim.rules=[{match: '*', freeze: true}]", "parallel.tensor=2"], "freeze every parameter, so there is noth"),
+        ([FREEZE_FIRST_STAGE, "parallel.pipeline=2", "zero.stage=1"], "freeze every parameter of a pipeline stage, wh"),
         (["optim.ema_decay=1.0"], "optim.ema_decay=1.0"),
         (["model.mup_base=8", "optim.kind=sgd"], "optim.kind=sgd does not; use adamw, fused_adamw"),
         (["precision=fp64", "train.reduce_dtype=bf16"], "would round what precision=fp64 checks; leave it out"),
@@ -139,6 +143,9 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["profile.memory_at=41"], "profile.memory_at=41 is a step behind the last one, 40; use at most 40"),
         (["profile.ranks=[1]"], "profile.ranks=[1] has no effect without profile.start or profile.memory_at; leave it"),
         (["profile.start=3", "profile.ranks=[0,2]", "parallel.tensor=2"], "no rank 2 is started; use 0 to 1"),
+        (["train.epochs=1e12", "train.steps=null"], "tokens, more than a run can have; use at most 2."),
+        (["run.dir=/dev/null"], "/dev/null/run.json: cannot be read (Not a directory); choose another run.dir"),
+        (["data.path=recipe.yaml"], "recipe.yaml holds no prepared data: cannot read recipe.yaml/data.json: Not a d"),
         (["data.path=gone"], "there is no prepared data at gone; make it with megalm data prepare"),
         (["data.rows=document"], "did you mean documents?"),
         (["data.rows=documents", "model.document_mask=true", "model.attention_dropout=0"], "has no effect without"),
@@ -168,7 +175,7 @@ def test_a_sink_without_its_package(
 
 def test_every_mistake_has_a_line(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lines = refused(capfd, *TRAIN, "model.layrs=2", "model.norm=rmsnrom", "parallel.pipeline=3", "train.micro_batch=3")
-    assert lines[0] == "error: recipe.yaml: 4 mistakes"
+    assert lines[0] == "error: command line: 4 mistakes"
     assert len(lines) == 5
     for said in ("did you mean model.layers?", "did you mean rmsnorm?", "use at most 2", "use 1, 2 or 4"):
         assert sum(said in line for line in lines) == 1, lines
@@ -352,7 +359,7 @@ def test_a_file_where_the_run_should_be(place: Path, capfd: pytest.CaptureFixtur
     [
         ("gone", "gone: no such run; give the run.dir of a run"),
         ("data", "data: no run directory, config.yaml is missing; give the run.dir of a run"),
-        ("recipe.yaml", "recipe.yaml"),
+        ("recipe.yaml", "recipe.yaml: is a file, not a run; give the run.dir of a run"),
         ("run", "run/checkpoints: no checkpoint yet; train the run until it has saved one"),
     ],
 )
@@ -373,6 +380,8 @@ def test_a_run_that_gives_no_model(
         (["parallel.pipeline=2", "--nproc=1"], "needs 2 ranks, but 1 is started"),
         (["model.layers=1"], "model.layers=1 cannot be set for a trained model"),
         (["paralel.tensor=2"], "did you mean parallel.tensor?"),
+        (["run.device=cuda"], "run.device=cuda, but torch sees no GPU here; megalm doctor says why"),
+        (["run.device=cuda", "parallel.tensor=2"], "run.device=cuda, but torch sees no GPU here"),
     ],
 )
 def test_a_layout_that_a_trained_model_cannot_have(
@@ -393,6 +402,18 @@ def test_evaluation_on_data_of_another_tokenizer(place: Path, capfd: pytest.Capt
 def test_a_way_of_drawing_that_cannot_be(place: Path, capfd: pytest.CaptureFixture[str], option: str) -> None:
     hold_run()
     refused_in_one_line(capfd, "generate", "run", "--prompt=the sea", option)
+
+
+@pytest.mark.parametrize("arguments", [["--run-dir=data.txt"], ["recipe.yaml", "run.dir=data.txt"]])
+def test_a_file_where_the_doctor_should_look(
+    place: Path, capfd: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    Path("data.txt").touch()
+    assert "=data.txt is a file; name a directory" in refused_in_one_line(capfd, "doctor", *arguments)
+
+
+def test_a_file_is_no_run_that_was_sampled(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "is a file, not a run; give the run.dir of a run" in refused_in_one_line(capfd, "inspect", "recipe.yaml")
 
 
 def test_the_same_in_processes_of_their_own(place: Path) -> None:

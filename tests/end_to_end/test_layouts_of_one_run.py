@@ -71,24 +71,6 @@ def test_a_sample_of_the_averaged_weights_is_another(place: Path) -> None:
     assert succeed(place, *command, "--ema", "parallel.pipeline=2") == averaged
 
 
-@pytest.mark.parametrize(
-    ("rules", "layout", "said"),
-    [
-        ("[{match: '*', freeze: true}]", [], "optim.rules freeze every parameter, so there is nothing to train"),
-        (
-            "[{match: 'blocks.0.*', freeze: true}, {match: 'embedding.*', freeze: true}, "
-            "{match: 'position.*', freeze: true}]",
-            ["parallel.pipeline=2", "zero.stage=1"],
-            "freeze every parameter of a pipeline stage, where zero.stage=1 has nothing to divide; use zero.stage=0",
-        ),
-    ],
-)
-def test_a_run_with_nothing_to_train_is_refused(place: Path, rules: str, layout: list[str], said: str) -> None:
-    done = megalm(place, "train", "recipe.yaml", *layout, f"optim.rules={rules}", "run.dir=frozen")
-    assert done.returncode == 2 and said in done.stderr, done.stderr
-    assert not (place / "frozen" / "run.json").exists()
-
-
 def test_greedy_text_is_the_same_in_one_process_and_two_stages(place: Path) -> None:
     command = ("generate", "run", f"--prompt={PROMPT}", "--temperature=0", "--tokens=24")
     alone = succeed(place, *command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch._dynamo.utils import counters
 from megalm.distributed.mesh import ParallelMesh
 from megalm.errors import ConfigError
 from megalm.train.compilation import compile_blocks
-from megalm.train.tracking import read_events
+from megalm.train.tracking import read_events, read_metrics
 from tests.end_to_end.workplace import make_workplace, megalm
 from tests.parity.cases import misses
 from tests.parity.harness import LLAMA, Case, RankReport, build_trainer, compare, reference_run, train_rank
@@ -96,11 +97,28 @@ def test_a_run_tells_how_long_it_compiled_and_resumes_bit_for_bit(tmp_path_facto
             settings = ("train.compile=true", "train.steps=4", f"train.stop_at={stop}", "evaluate.every=3")
             done = megalm(place, "train", "recipe.yaml", *settings, f"run.dir={run}")
             assert done.returncode == 0, done.stderr
-    events = read_events(place / "whole" / "metrics.jsonl")
-    assert [(event["step"], event["event"]) for event in events] == [(1, "compiled"), (4, "compiled")], "and evaluation"
-    assert all(event["seconds"] > 0.0 for event in events)
+    first, second = read_events(place / "whole" / "metrics.jsonl")
+    assert (first["step"], first["event"]) == (1, "compiled") and first["seconds"] > 0.0
+    assert (second["step"], second["event"]) == (4, "compiled") and second["seconds"] > 0.0, "for evaluation"
+    assert all(step_s > 0.001 for step_s in step_times(place / "whole")), "the evaluation's was left out once"
+    assert step_times(place / "whole")[0] < first["seconds"]
     weights = [sorted((place / run / "checkpoints/step-00000004").glob("*.safetensors")) for run in ("whole", "parts")]
     assert weights[0] and [a.read_bytes() for a in weights[0]] == [b.read_bytes() for b in weights[1]]
+
+
+def step_times(run: Path) -> list[float]:
+    """Return the seconds of each step, as its rate counts them."""
+    return [record["time/step_s"] for record in read_metrics(run / "metrics.jsonl") if "time/step_s" in record]
+
+
+def test_an_optimizer_that_compiles_its_update_is_told_and_left_out_of_the_rate(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    place = make_workplace(tmp_path / "place")
+    done = megalm(place, "train", "recipe.yaml", "optim.kind=adamw8bit", "train.steps=2")
+    assert (done.returncode, done.stderr) == (0, ""), "torchao tells of kernels that it cannot load"
+    (event,) = read_events(place / "run" / "metrics.jsonl")
+    assert (event["step"], event["event"]) == (1, "compiled")
+    assert step_times(place / "run")[0] < event["seconds"]
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,23 @@ def test_paused_time_does_not_count() -> None:
     assert meter.measure(2, last_step=2).step_s == pytest.approx(1.0)
 
 
+def test_a_pause_within_a_pause_does_not_count_twice() -> None:
+    clock = Clock()
+    meter = Throughput(tokens_before=int, flops_per_token=float, world_size=1, peak=Peak(1.0, "test"), clock=clock)
+    meter.start(0)
+    clock.now += 3.0
+    with meter.paused():
+        clock.now += 20.0
+        meter.pause()
+        clock.now += 10.0
+        meter.go_on()
+        clock.now += 20.0
+    meter.pause()
+    clock.now += 5.0
+    meter.go_on()
+    assert meter.measure(1, last_step=1).step_s == pytest.approx(3.0)
+
+
 def test_time_left_forgets_the_first_step_and_weighs_the_others() -> None:
     clock = Clock()
     meter = Throughput(tokens_before=int, flops_per_token=float, world_size=1, peak=Peak(1.0, "test"), clock=clock)

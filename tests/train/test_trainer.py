@@ -108,7 +108,7 @@ def check_each_step_has_its_own_samples_rate_and_masks(mesh: ParallelMesh) -> No
     first = 4 * mesh.index("data")
     assert keys == [[(7, step, first + at) for at in (0, 2)] for step in range(3)]
     without = build_trainer(mesh, recipe(mesh, **{"model.dropout": 0.0}))
-    assert all(part.dropout is None for part in without._split(rows(0, 8), 2))
+    assert all(part.dropout is None for part in without._split(rows(0, 8, 4), 2))
 
 
 def check_mean_loss(mesh: ParallelMesh) -> list[float]:
