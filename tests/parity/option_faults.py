@@ -11,7 +11,7 @@ from torch import Tensor
 from megalm.config.model import ModelSection
 from megalm.config.patterns import BlockPattern
 from megalm.models import transformer
-from megalm.nn import attention, pattern_attention, positions, rotary
+from megalm.nn import activations, attention, pattern_attention, positions, rotary
 from megalm.nn.dropout import StochasticDepth
 from megalm.train import adafactor, gradients, trainer
 from megalm.zero import replicated
@@ -187,6 +187,14 @@ def summaries_at_the_first_of_their_tokens() -> Patches:
     yield mock.patch.object(pattern_attention, "mean_places", first_places)
 
 
+def compiled_gelu_whose_argument_is_not_doubled() -> Patches:
+    yield mock.patch.object(activations, "DOUBLED_SLOPE", activations.DOUBLED_SLOPE / 2.0)
+
+
+def compiled_relu_that_passes_every_gradient() -> Patches:
+    yield mock.patch.object(activations._Relu, "backward", staticmethod(lambda ctx, dy: dy))
+
+
 STRIDED = {
     "model.attention_pattern": "strided",
     "model.block_size": 2,
@@ -222,4 +230,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(masks_of_keys_as_they_are_gathered, Case(1, 1, 2, {**STRIDED, "model.attention_dropout": 0.2})),
     Mutant(summaries_of_blocks_that_are_seen_besides, Case(1, 1, 1, HIERARCHICAL)),
     Mutant(summaries_at_the_first_of_their_tokens, Case(1, 1, 2, {**HIERARCHICAL, "model.position": "alibi"})),
+    Mutant(compiled_gelu_whose_argument_is_not_doubled, Case(1, 1, 1, {"train.compile": True})),
+    Mutant(
+        compiled_relu_that_passes_every_gradient, Case(1, 1, 1, {"train.compile": True, "model.activation": "relu"})
+    ),
 )
