@@ -90,10 +90,10 @@ def modules(root: Path) -> dict[str, Path]:
 def package_of(name: str) -> str:
     """Return the part of megalm that a dotted name belongs to: megalm.nn.block.TransformerBlock -> nn.
 
-    nn.ops is a part of its own, with nn.masks: the tensor-parallel layers below nn compute with it too.
+    nn.ops is a part of its own, with nn.masks and nn.activations: the tensor-parallel layers below nn use it too.
     """
     parts = name.split(".")
-    return "nn.ops" if parts[1:3] in (["nn", "ops"], ["nn", "masks"]) else ".".join(parts[1:2])
+    return "nn.ops" if parts[1:3] in (["nn", "ops"], ["nn", "masks"], ["nn", "activations"]) else ".".join(parts[1:2])
 
 
 def broken_rules(root: Path) -> list[str]:

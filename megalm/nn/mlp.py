@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalm.config.model import ModelSection
+from megalm.nn.activations import relu
 from megalm.nn.ops import Operations, select_operations
 from megalm.registry import Registry
 from megalm.tensor_parallel.initialize import Initializer
@@ -25,8 +26,8 @@ class Activation:
 
 
 ACTIVATIONS: Registry[Activation] = Registry("activation")
-ACTIVATIONS.register("relu")(Activation(1, lambda operations, x: F.relu(x)))
-ACTIVATIONS.register("relu2")(Activation(1, lambda operations, x: F.relu(x).square()))  # So et al. 2021 (Primer)
+ACTIVATIONS.register("relu")(Activation(1, lambda operations, x: relu(x)))
+ACTIVATIONS.register("relu2")(Activation(1, lambda operations, x: relu(x).square()))  # So et al. 2021 (Primer)
 ACTIVATIONS.register("gelu")(Activation(1, lambda operations, x: operations.gelu(x)))
 ACTIVATIONS.register("gelu_erf")(Activation(1, lambda operations, x: F.gelu(x)))
 ACTIVATIONS.register("silu")(Activation(1, lambda operations, x: F.silu(x)))

@@ -22,6 +22,7 @@ from megalm.kernels import reference
 from megalm.kernels.reference import cross_entropy_losses as cross_entropy_losses
 from megalm.kernels.reference import dropout_keep as dropout_keep
 from megalm.kernels.reference import flash_attention as plain_attention
+from megalm.nn.activations import geglu, gelu
 from megalm.nn.masks import Documents, Drop, kept
 
 
@@ -185,8 +186,8 @@ REFERENCE = Operations(
     rms_norm=_rms_norm,
     dropout=_dropout,
     apply_rotary=reference.apply_rotary,
-    gelu=reference.gelu,
-    geglu=reference.geglu_packed,
+    gelu=gelu,
+    geglu=geglu,
     swiglu=reference.swiglu_packed,
     embedding=lambda tokens, weight_VD: F.embedding(tokens, weight_VD),
     cross_entropy_statistics=reference.cross_entropy_statistics,

@@ -11,7 +11,7 @@ from torch import Tensor
 from megalm.config.model import ModelSection
 from megalm.config.patterns import BlockPattern
 from megalm.models import losses, transformer
-from megalm.nn import attention, pattern_attention, positions, rotary
+from megalm.nn import activations, attention, pattern_attention, positions, rotary
 from megalm.nn.dropout import StochasticDepth
 from megalm.train import adafactor, gradients, trainer
 from megalm.zero import replicated
@@ -203,6 +203,14 @@ def padding_at_the_beginning_of_a_row() -> Patches:
     yield mock.patch.object(transformer.Transformer, "forward", forward)
 
 
+def compiled_gelu_whose_argument_is_not_doubled() -> Patches:
+    yield mock.patch.object(activations, "DOUBLED_SLOPE", activations.DOUBLED_SLOPE / 2.0)
+
+
+def compiled_relu_that_passes_every_gradient() -> Patches:
+    yield mock.patch.object(activations._Relu, "backward", staticmethod(lambda ctx, dy: dy))
+
+
 STRIDED = {
     "model.attention_pattern": "strided",
     "model.block_size": 2,
@@ -240,4 +248,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(padding_has_a_loss, Case(2, 1, 1, {"data.rows": "documents"})),
     Mutant(padding_at_the_beginning_of_a_row, Case(1, 1, 2, {"data.rows": "documents"})),
     Mutant(summaries_at_the_first_of_their_tokens, Case(1, 1, 2, {**HIERARCHICAL, "model.position": "alibi"})),
+    Mutant(compiled_gelu_whose_argument_is_not_doubled, Case(1, 1, 1, {"train.compile": True})),
+    Mutant(
+        compiled_relu_that_passes_every_gradient, Case(1, 1, 1, {"train.compile": True, "model.activation": "relu"})
+    ),
 )

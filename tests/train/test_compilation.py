@@ -41,7 +41,21 @@ def train_and_count(mesh: ParallelMesh, case: Case) -> tuple[RankReport, int, in
     ("case", "programs"),
     [
         (Case(2, 1, 2, {**COMPILED, **LLAMA, "parallel.sequence": True, "model.dropout": 0.1}), 1),
-        (Case(1, 2, 1, {**COMPILED, "zero.stage": 2, "zero.config": "zero2-offload", "train.recompute": "full"}), 1),
+        (
+            Case(
+                1,
+                2,
+                1,
+                {
+                    **COMPILED,
+                    "zero.stage": 2,
+                    "zero.config": "zero2-offload",
+                    "train.recompute": "full",
+                    "model.activation": "relu",
+                },
+            ),
+            1,
+        ),
         (
             Case(
                 2,
@@ -71,6 +85,7 @@ def train_and_count(mesh: ParallelMesh, case: Case) -> tuple[RankReport, int, in
                     "model.window_pattern": "SSL",
                     "model.kv_heads": 1,
                     "model.position": "t5",
+                    "model.activation": "geglu",
                     "model.attention_sinks": True,
                     "model.attention_gate": True,
                 },
