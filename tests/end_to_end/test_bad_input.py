@@ -117,7 +117,7 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["parallel.schedule=1f1"], "unknown schedule; did you mean 1f1b?"),
         (["optim.kind=adamv"], "did you mean adam?"),
         (["lr_schedule.kind=cosin"], "did you mean cosine?"),
-        (["optim.rules=[{match: a, freeze: true, lr: 0.5}]"], "'a' has freeze=true, where lr and weight_"),
+        (["optim.rules=[{match: a, freeze: true, lr: 0.5}]"], "'a' has freeze=true, where lr, weight_"),
         (["optim.ema_decay=1.0"], "optim.ema_decay=1.0"),
         (["model.mup_base=8", "optim.kind=sgd"], "optim.kind=sgd does not; use adamw, fused_adamw"),
         (["precision=fp64", "train.reduce_dtype=bf16"], "would round what precision=fp64 checks; leave it out"),

@@ -35,7 +35,8 @@ def test_every_optimizer_resumes_bit_for_bit(pool: WorkerPool, zero: str) -> Non
 def test_optimizers_that_know_their_parameters_resume_bit_for_bit(pool: WorkerPool, zero: str) -> None:
     cells = [Cell(zero, precision, kind) for precision in ("fp32", "bf16") for kind in PLACED]
     pool.run(check_cells, check_resume, cells, layout=RankLayout(data=2))
-    pool.run(check_cells, check_resume, cells[:2], layout=RankLayout(data=2, tensor=2))
+    average = {"optim.ema_decay": 0.6}
+    pool.run(check_cells, check_resume, cells[:2], 1, average, layout=RankLayout(data=2, tensor=2))
     if zero in ("zero0", "zero1"):
         pool.run(check_cells, check_resume, cells[:2], layout=RankLayout(pipeline=2, data=2))
 
@@ -43,7 +44,7 @@ def test_optimizers_that_know_their_parameters_resume_bit_for_bit(pool: WorkerPo
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2"])
 def test_the_two_stages_of_a_tied_weight_stay_alike(pool: WorkerPool, zero: str) -> None:
     """Among three data ranks the order of a sum shows, and where in memory the weight lies."""
-    cells = [Cell(zero, "fp32", kind) for kind in ("adamw", "sgd", "adafactor", "narrow adamw")]
+    cells = [Cell(zero, "fp32", kind) for kind in ("adamw", "sgd", "adafactor", "muon", "narrow adamw")]
     pool.run(check_cells, check_tied, cells, layout=RankLayout(pipeline=2, data=3))
 
 
@@ -87,7 +88,7 @@ def steps_of(mesh: ParallelMesh, zero: str) -> Store:
 
 
 def check_skipped_cells(mesh: ParallelMesh, zero: str) -> None:
-    check_cells(mesh, check_skipped, [Cell(zero, "fp32")], math.inf)
+    check_cells(mesh, check_skipped, [Cell(zero, "fp32"), Cell(zero, "fp32", "muon")], math.inf)
     check_cells(mesh, check_skipped, [Cell(zero, "bf16", "sgd")], math.nan)
     check_cells(mesh, check_skipped, [Cell(zero, "fp32", "sgd")], 1e25)
     check_cells(mesh, check_skipped, [Cell(zero, "fp32"), Cell(zero, "bf16", "sgd")], None)
