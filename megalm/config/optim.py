@@ -61,7 +61,7 @@ class OptimSection(Section):
     def is_muons(self, name: str) -> bool:
         """Return whether Muon, under that kind, updates the hidden matrix of a logical name."""
         rule = self.rule_of(name)
-        return self.kind == "muon" and (rule is None or rule.muon)
+        return self.kind == "muon" and (rule is None or (rule.muon and not rule.freeze))
 
 
 class LrScheduleSection(Section):

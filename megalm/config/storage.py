@@ -53,6 +53,11 @@ def optimizer_states(config: RunConfig) -> dict[str, str]:
     return {**dict.fromkeys(states.get(optim.kind, ADAMS), kept), **average}
 
 
+def muon_parameters(config: RunConfig) -> int:
+    """Return how many parameters Muon updates; AdamW has the others, but for frozen ones."""
+    return sum(count for name, count in config.model.hidden_matrices.items() if config.optim.is_muons(name))
+
+
 def _saves(config: RunConfig, key: str) -> bool:
     return bool(deepspeed_config(config).get("bf16", {}).get(key, False))
 
