@@ -30,7 +30,7 @@ def _orthogonal_updates_transfer_by_their_own_scale(config: RunConfig) -> Iterat
     if config.model.mup_base is not None and optim.kind == "muon" and optim.muon_adjust_lr_fn != "original":
         yield (
             f"model.mup_base says which rates are right for all widths, and optim.muon_adjust_lr_fn="
-            f"{optim.muon_adjust_lr_fn} makes what a hidden matrix gives move by the root of the width; use original"
+            f"{optim.muon_adjust_lr_fn} has what a hidden matrix gives move by the root of the width; use original"
         )
 
 

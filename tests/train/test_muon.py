@@ -202,7 +202,7 @@ def test_of_a_wider_model_by_mup_only_adamws_matrices_learn_slower() -> None:
     ("overrides", "message"),
     [
         (["optim.muon_adjust_lr_fn=original"], "original needs optim.adamw_lr, the rate of all but hidden matrices"),
-        (["model.mup_base=64"], "match_rms_adamw makes what a hidden matrix gives move by the root of the width; use"),
+        (["model.mup_base=64"], "match_rms_adamw has what a hidden matrix gives move by the root of the width; use"),
         (["optim.state_dtype=bf16"], "optim.kind=muon, which works on whole matrices, not on pieces"),
         (["optim.momentum=0.9"], "optim.momentum=0.9 has no effect without optim.kind=sgd or rmsprop"),
         (["optim.muon_ns_steps=0"], "optim.muon_ns_steps=0 is too small"),
