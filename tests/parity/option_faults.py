@@ -13,7 +13,7 @@ from megalm.config.patterns import BlockPattern
 from megalm.models import transformer
 from megalm.nn import attention, pattern_attention, positions, rotary
 from megalm.nn.dropout import StochasticDepth
-from megalm.train import adafactor, gradients, muon, trainer
+from megalm.train import adafactor, gradients, muon, optimizers, trainer
 from megalm.zero import replicated, wholes
 from tests.parity.cases import CUT, MUON, SEQUENCE, batch, zero
 from tests.parity.faults import Mutant, Patches, _identity
@@ -234,6 +234,10 @@ def queries_keys_and_values_in_a_row() -> Patches:
     yield mock.patch.object(muon, "_interleaved", lambda shard, parts: torch.cat(list(parts)))
 
 
+def tables_and_embeddings_are_hidden_matrices() -> Patches:
+    yield mock.patch.object(optimizers, "is_hidden_matrix", optimizers.is_decayed)
+
+
 def summaries_of_blocks_that_are_seen_besides() -> Patches:
     original = BlockPattern.sees
 
@@ -292,6 +296,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(ranges_of_a_matrix_in_the_order_of_the_ranks, Case(1, 4, 1, {**MUON, **zero(1), **CUT, **batch(8, 1)})),
     Mutant(queries_keys_and_values_are_one_matrix, Case(1, 1, 1, {**MUON, "model.kv_heads": 2})),
     Mutant(queries_keys_and_values_in_a_row, Case(1, 1, 2, {**MUON, "model.kv_heads": 2})),
+    Mutant(tables_and_embeddings_are_hidden_matrices, Case(1, 1, 2, {**MUON, "model.tie_embeddings": False})),
     Mutant(strides_counted_from_the_first_block, Case(1, 1, 1, STRIDED)),
     Mutant(masks_of_keys_as_they_are_gathered, Case(1, 1, 2, {**STRIDED, "model.attention_dropout": 0.2})),
     Mutant(summaries_of_blocks_that_are_seen_besides, Case(1, 1, 1, HIERARCHICAL)),
