@@ -199,6 +199,10 @@ def muon_scales_by_the_shape_of_a_shard() -> Patches:
 
 
 def the_owners_result_is_lost_on_the_last_data_rank() -> Patches:
+    yield from the_owners_result_is_lost_on_the_last_partition()
+
+
+def the_owners_result_is_lost_on_the_last_partition() -> Patches:
     original = wholes.Wholes._spread
 
     def spread(self: Any, values: Any, *rest: Any) -> None:
@@ -291,7 +295,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(muon_orthogonalises_each_ranks_shard, Case(1, 1, 2, MUON)),
     Mutant(muon_orthogonalises_each_partition, Case(1, 2, 1, {**MUON, **zero(2), **CUT})),
     Mutant(muon_scales_by_the_shape_of_a_shard, Case(1, 1, 2, MUON)),
-    Mutant(the_owners_result_is_lost_on_the_last_data_rank, Case(1, 2, 1, {**MUON, **zero(1)})),
+    Mutant(the_owners_result_is_lost_on_the_last_partition, Case(1, 2, 1, {**MUON, **zero(1)})),
     Mutant(the_owners_result_is_lost_on_the_last_data_rank, Case(1, 2, 1, MUON)),
     Mutant(ranges_of_a_matrix_in_the_order_of_the_ranks, Case(1, 4, 1, {**MUON, **zero(1), **CUT, **batch(8, 1)})),
     Mutant(queries_keys_and_values_are_one_matrix, Case(1, 1, 1, {**MUON, "model.kv_heads": 2})),
