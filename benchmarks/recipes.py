@@ -11,7 +11,8 @@ feed-forward layer again. A seed gives initial weights and the order of the text
 compared seed by seed; intervals are those of Student's t over these differences, 95%.
 
 Trains on the CPU, one process a core. Writes NAME.json and NAME.png at the end, where --out is the name, and prints
-the table; --table prints that of a NAME.json that is there.
+the table; --table prints that of a NAME.json that is there. With --choices some are measured and join those of a
+NAME.json of the same sizes, if its baseline comes out the same again.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def _kinds(group: str, key: str, *values: str) -> list[Choice]:
     return [Choice(group, value, {key: value}) for value in values]
 
 
+ORIGINAL = {"optim.muon_adjust_lr_fn": "original", "optim.adamw_lr": 2**-8}
 CHOICES = (
     Choice("positions", "rotary", {}),
     *_kinds("positions", "model.position", "learned", "sinusoidal", "alibi", "t5", "none"),
@@ -88,6 +90,8 @@ CHOICES = (
     Choice("optimizers", "lion", {"optim.kind": "lion", "optim.betas": [0.9, 0.99]}),
     Choice("optimizers", "rmsprop", {"optim.kind": "rmsprop", "optim.weight_decay": 0.0}),
     Choice("optimizers", "adagrad", {"optim.kind": "adagrad", "optim.weight_decay": 0.0}),
+    Choice("optimizers", "muon", {"optim.kind": "muon"}),
+    Choice("optimizers", "muon, original scale", {"optim.kind": "muon", **ORIGINAL}),
     Choice("optimizers", "sgd, momentum 0.9", {"optim.kind": "sgd", "optim.momentum": 0.9, "optim.weight_decay": 0.0}),
     Choice("schedules", "cosine to a tenth", {}),
     Choice("schedules", "constant", {"lr_schedule.kind": "constant"}),
@@ -96,7 +100,7 @@ CHOICES = (
     *_kinds("schedules", "lr_schedule.kind", "exponential", "step", "inverse_sqrt"),
 )
 # Where the walk to an optimizer's rate begins.
-STARTS = {"adamw": 2**-8, "adam": 2**-8, "lion": 2**-10, "rmsprop": 2**-9, "adagrad": 2**-6, "sgd": 2**0}
+STARTS = {"adamw": 2**-8, "adam": 2**-8, "lion": 2**-10, "rmsprop": 2**-9, "adagrad": 2**-6, "sgd": 2**0, "muon": 2**-7}
 
 
 def recipe(options: argparse.Namespace, settings: Settings, rate: float, seed: int) -> RunConfig:
@@ -147,12 +151,18 @@ def walk(options: argparse.Namespace, settings: Settings) -> Walk:
     return sorted(tried.items())
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the walks of all optimizers, and the losses of all choices, one a seed; equal runs are made once."""
+def measure(options: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
+    """Return the walks of all optimizers, and the losses of all choices, one a seed; equal runs are made once.
+
+    `rates`: those of optimizers that are known.
+    """
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         chosen = [choice for choice in CHOICES if choice.group in options.groups]
+        if options.choices:
+            chosen = [choice for choice in CHOICES if choice.name in options.choices]
         optimizers = [choice for choice in chosen if choice.group == "optimizers"]
-        optimizers = optimizers or [Choice("optimizers", "adamw", {})]
+        if "adamw" not in {*rates, *(choice.name for choice in optimizers)}:
+            optimizers.append(Choice("optimizers", "adamw", {}))
         walks = dict(
             zip(
                 [choice.name for choice in optimizers],
@@ -160,7 +170,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 strict=True,
             )
         )
-        rates = {name: min(tried, key=lambda pair: pair[1])[0] for name, tried in walks.items()}
+        rates = rates | {name: min(tried, key=lambda pair: pair[1])[0] for name, tried in walks.items()}
         for name, tried in walks.items():
             print(f"{name:<18} " + "  ".join(f"{rate:.2g}: {loss:.3f}" for rate, loss in tried), flush=True)
         different = {choice.name: choice for choice in chosen if choice.settings}
@@ -174,6 +184,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             losses[choice.name].append(loss)
             print(f"{choice.name:<26} seed {seed}  {loss:.4f}", flush=True)
     return {"walks": walks, "rates": rates, "losses": losses}
+
+
+def joined(before: dict[str, Any], options: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any]:
+    """Return what was measured with what a file holds. Ends the program where the two do not belong together."""
+    sizes = ("steps", "seeds", "hidden", "sequence", "batch")
+    other = [size for size in sizes if before[size] != getattr(options, size)]
+    old, new = before["measured"]["losses"][BASELINE], measured["losses"][BASELINE]
+    if other or any(abs(one - two) > 1e-6 for one, two in zip(old, new, strict=False)):
+        sys.exit(
+            f"{options.out}: other sizes ({', '.join(other)})" if other else f"{options.out}: baseline {old}, {new}"
+        )
+    return {part: {**before["measured"][part], **measured[part]} for part in ("walks", "rates", "losses")}
 
 
 def rows_of(measured: dict[str, Any]) -> list[tuple[Choice, list[float], list[float]]]:
@@ -243,6 +265,8 @@ def main() -> None:
     parser.add_argument("--data", default="data/builtin", metavar="DIR")
     groups = list(dict.fromkeys(choice.group for choice in CHOICES))
     parser.add_argument("--groups", nargs="+", choices=groups, default=groups, metavar="GROUP", help=", ".join(groups))
+    names = [choice.name for choice in CHOICES if choice.settings]
+    parser.add_argument("--choices", nargs="+", choices=names, metavar="CHOICE", help="these alone, by their names")
     parser.add_argument("--steps", type=int, default=300, metavar="N")
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(QUANTILES), metavar="N", help="2 to 8")
     parser.add_argument("--hidden", type=int, default=64, metavar="N")
@@ -257,12 +281,17 @@ def main() -> None:
         print(table(json.loads(file.read_text(encoding="utf-8"))["measured"]))
         return
     began = time.monotonic()
-    measured = measure(options)
+    before = json.loads(file.read_text(encoding="utf-8")) if options.choices else None
+    measured = measure(options, before["measured"]["rates"] if before else {})
     facts = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}", "torch": torch.__version__, "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "seconds": round(time.monotonic() - began),
     }  # fmt: skip
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "table")}
+    settings = {key: value for key, value in vars(options).items() if key not in ("choices", "out", "table")}
+    if before is not None:
+        measured = joined(before, options, measured)
+        facts["seconds"] += before["seconds"]
+        settings["groups"] = before["groups"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     whole = {**facts, **settings, "measured": measured}
     write_durably(file, (json.dumps(whole, indent=1) + "\n").encode())

@@ -220,7 +220,8 @@ def config_show(args: Namespace) -> int:
         return show(storage_table(config))
     if args.deepspeed or args.json:
         return show(json.dumps(joined if args.deepspeed else config.model_dump(mode="json"), indent=2))
-    return show(f"# {_size(config.model)}\n{dump_yaml(config).rstrip()}")
+    lines = [_size(config.model), *([_muons(config)] if config.optim.kind == "muon" else [])]
+    return show("\n".join([*(f"# {line}" for line in lines), dump_yaml(config).rstrip()]))
 
 
 def _size(model: ModelSection) -> str:
@@ -231,6 +232,14 @@ def _size(model: ModelSection) -> str:
         return f"{count_parameters(model, model.vocab).total:,} parameters"
     without, one = (count_parameters(model, vocab).total for vocab in (0, 1))
     return f"{without:,} parameters, and {one - without:,} for each token of the tokenizer's vocabulary"
+
+
+def _muons(config: RunConfig) -> str:
+    """Return which parameters Muon updates, in words."""
+    from megalm.config.storage import muon_parameters
+
+    frozen = " that is not frozen" if any(rule.freeze for rule in config.optim.rules) else ""
+    return f"Muon updates {muon_parameters(config):,} parameters, of hidden matrices; AdamW everything else{frozen}"
 
 
 def config_list(args: Namespace) -> int:

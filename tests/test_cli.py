@@ -173,6 +173,17 @@ def test_config_show_says_how_large_the_model_is(recipe: str, size: str, capsys:
     assert capsys.readouterr().out.startswith(f"# {size}\n")
 
 
+def test_config_show_says_what_muon_updates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", "gpt-tiny", "optim.kind=muon"]) == 0
+    second = capsys.readouterr().out.splitlines()[1]
+    assert second == "# Muon updates 851,968 parameters, of hidden matrices; AdamW everything else"
+    frozen = "optim.rules=[{match: 'blocks.[0-2].*', freeze: true}, {match: '*.qkv.*', muon: false}]"
+    assert main(["config", "show", "gpt-tiny", "optim.kind=muon", frozen]) == 0
+    second = capsys.readouterr().out.splitlines()[1]
+    left = (851_968 - 4 * 3 * 128 * 128) // 4
+    assert second == f"# Muon updates {left:,} parameters, of hidden matrices; AdamW everything else that is not frozen"
+
+
 def test_config_list_names_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)

@@ -29,6 +29,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "sink": SINKS,
 }
 WITHOUT_A_REGISTRY = {
+    "adjust_lr_fn",
     "attention_pattern",
     "cooldown_shape",
     "device",

@@ -56,6 +56,11 @@ USES: dict[str, Use] = {
         "optim.kind=sgd and optim.momentum", lambda config: config.optim.kind == "sgd" and config.optim.momentum > 0
     ),
     "optim.alpha": _when("optim", "kind", "rmsprop"),
+    "optim.muon_momentum": _when("optim", "kind", "muon"),
+    "optim.muon_nesterov": _when("optim", "kind", "muon"),
+    "optim.muon_ns_steps": _when("optim", "kind", "muon"),
+    "optim.muon_adjust_lr_fn": _when("optim", "kind", "muon"),
+    "optim.adamw_lr": _when("optim", "kind", "muon"),
     "loss_scale.initial": _FP16,
     "loss_scale.window": _FP16,
     "loss_scale.minimum": _FP16,

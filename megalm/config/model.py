@@ -135,6 +135,25 @@ class ModelSection(Section):
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
+    def projected_width(self) -> int:
+        """Features of queries, gates, keys and values together."""
+        queries = self.heads * (2 if self.attention_gate else 1)
+        return (queries + 2 * self.key_value_heads) * self.head_size
+
+    @property
+    def hidden_matrices(self) -> dict[str, int]:
+        """Number of elements of each matrix of the blocks, by its logical name."""
+        up_width = self.feed_forward * (2 if self.has_gated_activation else 1)
+        widths = {"attention.out": self.heads * self.head_size, "mlp.up": up_width, "mlp.down": self.feed_forward}
+        if self.key_value_heads == 1 and self.heads > 1:
+            shared = 2 * self.head_size
+            widths |= {"attention.q": self.projected_width - shared, "attention.kv": shared}
+        else:
+            widths["attention.qkv"] = self.projected_width
+        layers = range(self.layers)
+        return {f"blocks.{n}.{name}.weight": self.hidden * width for n in layers for name, width in widths.items()}
+
+    @property
     def residual_shrink(self) -> float:
         """The factor of the first values of what adds to the residual stream: its 2 x layers terms have variance 1."""
         return 1.0 / math.sqrt(2 * self.layers) if self.init_depth_scaled else 1.0

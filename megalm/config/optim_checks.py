@@ -24,11 +24,44 @@ def _widths_transfer_under_some_optimizers(config: RunConfig) -> Iterator[str]:
         )
 
 
+@rule("model.mup_base", "optim.kind", "optim.muon_adjust_lr_fn")
+def _orthogonal_updates_transfer_by_their_own_scale(config: RunConfig) -> Iterator[str]:
+    optim = config.optim
+    if config.model.mup_base is not None and optim.kind == "muon" and optim.muon_adjust_lr_fn != "original":
+        yield (
+            f"model.mup_base says which rates are right for all widths, and optim.muon_adjust_lr_fn="
+            f"{optim.muon_adjust_lr_fn} has what a hidden matrix gives move by the root of the width; use original"
+        )
+
+
+@rule("optim.kind", "optim.muon_adjust_lr_fn", "optim.adamw_lr")
+def _two_optimizers_have_two_rates(config: RunConfig) -> Iterator[str]:
+    optim = config.optim
+    if optim.kind == "muon" and optim.muon_adjust_lr_fn == "original" and optim.adamw_lr is None:
+        yield (
+            f"optim.muon_adjust_lr_fn=original needs optim.adamw_lr, the rate of all but hidden matrices, where "
+            f"optim.lr={optim.lr:g} is Muon's alone: 3e-4 beside 0.02, for one; set it, or use match_rms_adamw"
+        )
+
+
+@rule("optim.rules", "optim.kind")
+def _only_muon_leaves_matrices_to_adamw(config: RunConfig) -> Iterator[str]:
+    for each in config.optim.rules:
+        if not each.muon and config.optim.kind != "muon":
+            yield (
+                f"optim.rules: muon=false of {each.match!r} has no effect with optim.kind={config.optim.kind}; "
+                "leave it out"
+            )
+
+
 @rule("optim.rules")
 def _frozen_parameters_have_no_rate(config: RunConfig) -> Iterator[str]:
     for each in config.optim.rules:
-        if each.freeze and (each.lr != 1.0 or each.weight_decay is not None):
-            yield f"optim.rules: {each.match!r} has freeze=true, where lr and weight_decay mean nothing; leave them out"
+        if each.freeze and (each.lr != 1.0 or each.weight_decay is not None or not each.muon):
+            yield (
+                f"optim.rules: {each.match!r} has freeze=true, where lr, weight_decay and muon mean nothing; "
+                "leave them out"
+            )
 
 
 @rule("optim.kind", "zero.stage", "parallel.tensor", "precision")
@@ -65,6 +98,7 @@ def _there_is_a_state_to_narrow(config: RunConfig) -> Iterator[str]:
         return
     why = {
         "adafactor": "keeps hardly any state",
+        "muon": "works on whole matrices, not on pieces, and keeps one number a weight of them as it is",
         "adamw8bit": "has a format of its own",
         "apex_adamw": "has a kernel that reads fp32",
     }.get(optim.kind)

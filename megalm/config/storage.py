@@ -35,7 +35,7 @@ def masters_dtype(config: RunConfig) -> str:
 def optimizer_states(config: RunConfig) -> dict[str, str]:
     """Return the numbers that the optimizer keeps for each parameter, by name, and their formats.
 
-    Adafactor keeps some for rows and columns only, and is as good as without.
+    Adafactor keeps some for rows and columns only, and is as good as without. Muon's is that of hidden matrices.
     """
     optim, masters = config.optim, masters_dtype(config)
     momentum = ("momentum_buffer",) if optim.momentum else ()
@@ -45,11 +45,17 @@ def optimizer_states(config: RunConfig) -> dict[str, str]:
         "rmsprop": ("square_avg", *momentum),
         "adagrad": ("sum",),
         "adafactor": (),
+        "muon": ("momentum_buffer",),
     }
     narrow = optim.state_dtype == "bf16" or _saves(config, "bf16_optimizer_states")
     kept = "8 bits" if optim.kind == "adamw8bit" else "bf16" if narrow else wide_dtype(config)
     average = {} if optim.ema_decay is None else {"ema": masters}
     return {**dict.fromkeys(states.get(optim.kind, ADAMS), kept), **average}
+
+
+def muon_parameters(config: RunConfig) -> int:
+    """Return how many parameters Muon updates; AdamW has the others, but for frozen ones."""
+    return sum(count for name, count in config.model.hidden_matrices.items() if config.optim.is_muons(name))
 
 
 def _saves(config: RunConfig, key: str) -> bool:
@@ -94,6 +100,8 @@ def storage_table(config: RunConfig) -> str:
     ]
     if config.optim.kind == "adafactor":
         notes.append("adafactor keeps a number for each row and column of a matrix and for each element of a vector")
+    if config.optim.kind == "muon":
+        notes.append("muon keeps that of hidden matrices, and AdamW's exp_avg and exp_avg_sq of all other parameters")
     if config.optim.kind == "adamw8bit":
         notes.append("256 numbers of 8 bits share a scale in fp32; tensors of less than 4096 keep fp32")
     if config.precision == "fp16":

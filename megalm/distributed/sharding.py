@@ -17,6 +17,8 @@ class ShardSpec:
 
     Along `dim` (None: the tensor is whole on every rank of the tensor axis) the rank holds
     `global[start : start + length]` at `local[0 : length]`; local indices from `length` on are padding and stay zero.
+    The last two dims are a matrix, those before them a batch; `interleaved` says that they are several matrices: the
+    numbers of rows that belong to each of them in turn, over and over.
     """
 
     name: str
@@ -25,6 +27,7 @@ class ShardSpec:
     dim: int | None = None
     start: int = 0
     length: int = 0
+    interleaved: tuple[int, ...] = ()
 
     @classmethod
     def whole(cls, name: str, shape: tuple[int, ...]) -> ShardSpec:

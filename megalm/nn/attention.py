@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -160,6 +161,7 @@ class GroupedQuery(nn.Module):
             std=config.matrix_std,
             bias=config.has_qkv_bias,
             sequence=sequence,
+            interleaved=tuple(part * config.head_size for part in self.parts),
         )
 
     def forward(self, x: Tensor) -> Projected:
@@ -192,7 +194,8 @@ class MultiQuery(nn.Module):
             ShardSpec.split(f"{name}.q.weight", shape, len(leading), index, count), config.matrix_std
         )
         shared = 2 * config.head_size
-        self.kv_weight = init.matrix(ShardSpec.whole(f"{name}.kv.weight", (shared, config.hidden)), config.matrix_std)
+        spec = ShardSpec.whole(f"{name}.kv.weight", (shared, config.hidden))
+        self.kv_weight = init.matrix(replace(spec, interleaved=(config.head_size,) * 2), config.matrix_std)
         self.q_bias = self.kv_bias = None
         if config.has_qkv_bias:
             self.q_bias = init.constant(ShardSpec.split(f"{name}.q.bias", shape[:-1], len(leading), index, count), 0.0)

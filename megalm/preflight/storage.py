@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.config.run import RunConfig
-from megalm.config.storage import BYTES, masters_dtype, optimizer_states
+from megalm.config.storage import BYTES, masters_dtype, muon_parameters, optimizer_states, wide_dtype
 from megalm.preflight.finding import Finding, Place, gib
 
 WRITTEN_BYTES = 32 * 2**20
@@ -33,7 +33,10 @@ class Space:
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
     """Return the size of a checkpoint of so many parameters: master weights and the optimizer's state, 2% besides."""
     formats = [masters_dtype(config), *optimizer_states(config).values()]
-    return int(1.02 * parameters * sum(BYTES[name] for name in formats))
+    numbers = parameters * sum(BYTES[name] for name in formats)
+    if config.optim.kind == "muon":  # AdamW has one number more of each of its parameters
+        numbers += max(0, parameters - muon_parameters(config)) * BYTES[wide_dtype(config)]
+    return int(1.02 * numbers)
 
 
 def existing_parent(path: Path) -> Path:

@@ -8,6 +8,8 @@ tokens instead of replicated, and the collectives become all-gather and reduce-s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,8 +30,9 @@ class ColumnParallelLinear(nn.Module):
 
     x_BTD (x_BTtD with `sequence`) -> y_BTFt. With `parts` > 1 the layer holds that many projections of the same
     input, weight [parts, F, D], and returns them side by side: y_BT(parts * Ft); each part is split by itself, so
-    the logical weight does not depend on the layout. The last rank's rows are padded with zeros where the group's
-    size does not divide F. The backward pass sums dx over `group`: every rank of it must call.
+    the logical weight does not depend on the layout. `interleaved` is that of the weight's `ShardSpec`. The last
+    rank's rows are padded with zeros where the group's size does not divide F. The backward pass sums dx over `group`:
+    every rank of it must call.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         sequence: bool = False,
         parts: int = 1,
+        interleaved: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.group = group
@@ -52,7 +56,8 @@ class ColumnParallelLinear(nn.Module):
         index, count = group.rank(), group.size()
         dim = len(leading)
         shape = (*leading, out_features, in_features)
-        self.weight = init.matrix(ShardSpec.split(f"{name}.weight", shape, dim, index, count), std)
+        spec = replace(ShardSpec.split(f"{name}.weight", shape, dim, index, count), interleaved=interleaved)
+        self.weight = init.matrix(spec, std)
         self.bias = None
         if bias:
             spec = ShardSpec.split(f"{name}.bias", shape[:-1], dim, index, count)

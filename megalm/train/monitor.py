@@ -41,7 +41,7 @@ class ParameterCount:
 def count_parameters(model: ModelSection, vocab: int) -> ParameterCount:
     """Return the exact parameter count of each part, from the recipe alone. `vocab` is unpadded."""
     heads_width = model.heads * model.head_size
-    qkv_width = _projected_width(model)
+    qkv_width = model.projected_width
     up_width = model.feed_forward * (2 if model.has_gated_activation else 1)
     norm = model.hidden * (2 if model.norm == "layernorm" and model.bias else 1)
     attention = model.hidden * (qkv_width + heads_width)
@@ -64,12 +64,6 @@ def count_parameters(model: ModelSection, vocab: int) -> ParameterCount:
     )
 
 
-def _projected_width(model: ModelSection) -> int:
-    """Return the features of queries, gates, keys and values together."""
-    queries = model.heads * (2 if model.attention_gate else 1)
-    return (queries + 2 * model.key_value_heads) * model.head_size
-
-
 def flops_per_token(model: ModelSection, vocab: int, sequence: int | None = None) -> float:
     """Return the model FLOPs of one token's forward and backward pass in rows of `sequence` tokens (None: whole ones).
 
@@ -82,7 +76,7 @@ def flops_per_token(model: ModelSection, vocab: int, sequence: int | None = None
     """
     heads_width = model.heads * model.head_size
     up_width = model.feed_forward * (2 if model.has_gated_activation else 1)
-    block_weights = model.hidden * (_projected_width(model) + heads_width + up_width + model.feed_forward)
+    block_weights = model.hidden * (model.projected_width + heads_width + up_width + model.feed_forward)
     matmul_weights = model.layers * block_weights + vocab * model.hidden
     return 6.0 * matmul_weights + 12.0 * model.layers * heads_width * (sequence or model.sequence)
 

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from megalm.config.optim import OptimRule, OptimSection
+from megalm.config.optim import OptimSection
 from megalm.distributed.sharding import ShardSpec
 from megalm.nn.ops import select_operations
 from megalm.registry import Registry
 from megalm.train.adafactor import Adafactor
 from megalm.train.foreign_optimizers import EightBitAdamW, apex_adamw
+from megalm.train.muon import Muon
 from megalm.train.narrow_state import NarrowState
 from megalm.zero.engine import shard_of
 
@@ -157,6 +158,21 @@ def adafactor(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
     return Adafactor(groups, lr=config.lr)
 
 
+@OPTIMIZERS.register("muon")
+def muon(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
+    """Return Muon for hidden matrices, with AdamW for all else."""
+    return Muon(
+        groups,
+        lr=config.lr,
+        momentum=config.muon_momentum,
+        nesterov=config.muon_nesterov,
+        ns_steps=config.muon_ns_steps,
+        adjust_lr_fn=config.muon_adjust_lr_fn,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
 @OPTIMIZERS.register("adamw8bit")
 def adamw8bit(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
     """Return AdamW with a state of 8 bits, which torchao has."""
@@ -172,7 +188,7 @@ def apex(groups: Groups, config: OptimSection) -> torch.optim.Optimizer:
 def build_optimizer(
     config: OptimSection, tensors: Sequence[tuple[ShardSpec, Tensor]], width_factor: float = 1.0, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer over the tensors, a group for each weight decay and factor of the rate.
+    """Return the recipe's optimizer over the tensors, a group for each way in which parameters are treated.
 
     `width_factor` is the model's, how many times as wide as muP's base it is; `seed` the run's, for a state that is
     rounded at random.
@@ -182,41 +198,49 @@ def build_optimizer(
     """
     if not tensors:
         return torch.optim.SGD([{"params": [], "lr_scale": 1.0}], lr=config.lr)
-    groups: dict[tuple[float, float], list[Tensor]] = {(config.weight_decay, 1.0): [], (0.0, 1.0): []}
+    groups: dict[Treatment, list[Tensor]] = {Treatment(config.weight_decay, 1.0): [], Treatment(0.0, 1.0): []}
     for spec, tensor in tensors:
         groups.setdefault(treatment(config, spec, width_factor), []).append(tensor)
     made = [
-        {"params": params, "weight_decay": decay, "lr_scale": scale}
-        for (decay, scale), params in groups.items()
+        {"params": params, "weight_decay": how.weight_decay, "lr_scale": how.lr}
+        | ({"muon": how.muon} if config.kind == "muon" else {})
+        for how, params in groups.items()
         if params
     ]
     optimizer = OPTIMIZERS.get(config.kind)(made, config)
     return optimizer if config.state_dtype is None else NarrowState(optimizer, seed)
 
 
-def treatment(config: OptimSection, spec: ShardSpec, width_factor: float = 1.0) -> tuple[float, float]:
-    """Return weight decay and factor of the learning rate of a parameter, by its logical name and whole shape.
+class Treatment(NamedTuple):
+    """Weight decay, factor of the learning rate, and whether Muon updates it, of a parameter."""
 
-    Matrices of a model that is wider than muP's base learn slower by that, and lose no less in a step for it.
+    weight_decay: float
+    lr: float
+    muon: bool = False
+
+
+def treatment(config: OptimSection, spec: ShardSpec, width_factor: float = 1.0) -> Treatment:
+    """Return how a parameter is treated, by its logical name and whole shape.
+
+    Matrices of a model that is wider than muP's base learn slower by that, and lose no less in a step for it; not
+    those of Muon, as what an orthogonal matrix gives is as large at every width.
     """
     decay = config.weight_decay if is_decayed(spec) else 0.0
-    rule, factor = rule_of(config, spec.name), 1.0
+    rule, factor = config.rule_of(spec.name), 1.0
     if rule is not None:
         decay, factor = decay if rule.weight_decay is None else rule.weight_decay, rule.lr
-    if width_factor != 1.0 and is_wide_matrix(spec):
+    by_muon = is_hidden_matrix(spec) and config.is_muons(spec.name)
+    if config.kind == "muon" and not by_muon and config.adamw_lr is not None:
+        factor *= config.adamw_lr / config.lr
+    if width_factor != 1.0 and is_hidden_matrix(spec) and not by_muon:
         decay, factor = decay * width_factor, factor / width_factor
-    return decay, factor
-
-
-def rule_of(config: OptimSection, name: str) -> OptimRule | None:
-    """Return the first rule that matches a logical name."""
-    return next((rule for rule in config.rules if fnmatchcase(name, rule.match)), None)
+    return Treatment(decay, factor, by_muon)
 
 
 def freeze(config: OptimSection, parameters: Iterable[nn.Parameter]) -> None:
     """Make those parameters need no gradient that a rule freezes; before their engine is built."""
     for parameter in parameters:
-        rule = rule_of(config, shard_of(parameter).name)
+        rule = config.rule_of(shard_of(parameter).name)
         if rule is not None and rule.freeze:
             parameter.requires_grad_(False)
 
@@ -226,10 +250,13 @@ def rules_without_parameters(config: OptimSection, names: Sequence[str]) -> list
     return [not any(fnmatchcase(name, rule.match) for name in names) for rule in config.rules]
 
 
-def is_wide_matrix(spec: ShardSpec) -> bool:
-    """Return whether both sides of a parameter grow with the model's width: the matrices of the blocks."""
+def is_hidden_matrix(spec: ShardSpec) -> bool:
+    """Return whether both sides of a parameter grow with the model's width: the matrices of the blocks.
+
+    Not tables of scores, which have a side of heads or experts.
+    """
     matrix = spec.name.startswith("blocks.") and spec.name.endswith(".weight") and len(spec.global_shape) >= 2
-    return matrix and not spec.name.endswith(".relative.weight")
+    return matrix and not spec.name.endswith((".relative.weight", ".router.weight"))
 
 
 def is_decayed(spec: ShardSpec) -> bool:

@@ -7,7 +7,7 @@ from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.errors import ConfigError
 from megalm.models.build import build_stage
-from megalm.train.optimizers import rule_of, rules_without_parameters
+from megalm.train.optimizers import rules_without_parameters
 from megalm.zero.engine import shard_of
 
 
@@ -44,5 +44,5 @@ def _names(config: RunConfig, vocab: int, stage: int) -> list[str]:
 
 
 def _is_frozen(config: RunConfig, name: str) -> bool:
-    rule = rule_of(config.optim, name)
+    rule = config.optim.rule_of(name)
     return rule is not None and rule.freeze

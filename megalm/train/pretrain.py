@@ -15,6 +15,7 @@ from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.load import dump_yaml
 from megalm.config.ramps import ramp_steps, rows_of_rank, samples_before, sequence_at, sequence_steps
 from megalm.config.run import RunConfig
+from megalm.config.storage import muon_parameters
 from megalm.data.datasets import PreparedData, open_prepared
 from megalm.data.loader import HeldOut, Loader
 from megalm.data.sampler import GlobalOrder
@@ -221,6 +222,7 @@ def _facts(
     parameters = count_parameters(config.model, vocab)
     return [
         ("parameters", f"{parameters.total:,} (vocabulary {vocab})"),
+        *_muons(config, parameters.total),
         ("data", f"{data.path}: {format_count(len(data.train))} tokens, {format_count(len(data.validation))} held out"),
         *_rows(config, windows),
         ("length", _length(config, windows)),
@@ -229,6 +231,15 @@ def _facts(
         ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, {mesh.device.type}"),
         ("MFU", f"of {peak.flops / 1e12:.3g} TFLOP/s a rank ({peak.source})"),
     ]
+
+
+def _muons(config: RunConfig, parameters: int) -> list[tuple[str, str]]:
+    """Return what the console says of two optimizers."""
+    if config.optim.kind != "muon":
+        return []
+    own, frozen = muon_parameters(config), any(rule.freeze for rule in config.optim.rules)
+    rest = "all else that is not frozen" if frozen else f"{parameters - own:,}"
+    return [("optimizer", f"Muon for {own:,} parameters, AdamW for {rest}")]
 
 
 def _rows(config: RunConfig, windows: Windows) -> list[tuple[str, str]]:

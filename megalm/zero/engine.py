@@ -152,7 +152,7 @@ def counted_here(parameter: Tensor, mesh: ParallelMesh, tied_weight: Tensor | No
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, kinds: Sequence[str], steps: int
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """Give every tensor of the optimizer a zero state of `kinds`, as after `steps` updates; return it for filling.
+    """Give every tensor of the optimizer a zero state of its `kinds`, as after `steps` updates; return it for filling.
 
     The step counter has the dtype and place that torch's own first update would give it; apex has one for each group.
     """
@@ -160,13 +160,14 @@ def restore_optimizer(
     placed = isinstance(optimizer, PlacedOptimizer)
     narrow = optimizer.state_dtype if isinstance(optimizer, PlacedOptimizer) else None
     for group in optimizer.param_groups:
-        on_device = bool(group.get("fused") or group.get("capturable")) and not placed
+        on_device = bool(group.get("fused") or group.get("capturable")) and narrow is None
+        own = optimizer.kinds_of(group, kinds) if isinstance(optimizer, PlacedOptimizer) else kinds
         if "bias_correction" in group:
             group["step"] = steps
         for tensor in group["params"]:
             state: dict[str, Tensor] = {
                 kind: torch.zeros_like(tensor, dtype=None if kind == "ema" else narrow, requires_grad=False)
-                for kind in kinds
+                for kind in own
             }
             if placed or counted & set(kinds):
                 device = tensor.device if on_device else torch.device("cpu")

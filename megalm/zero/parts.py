@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,10 @@ class PlacedOptimizer(torch.optim.Optimizer):
     def place(self, parts: Mapping[Tensor, Sequence[Part]], mesh: ParallelMesh, divided: bool) -> None:
         """Say what each tensor of the groups holds; the data ranks give the same parameters in the same order."""
         self.parts, self.mesh, self.divided = parts, mesh, divided
+
+    def kinds_of(self, group: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:
+        """Return those of a checkpoint's kinds of state that the tensors of a group have."""
+        return list(kinds)
 
     def own_states(self) -> Iterator[tuple[Part, ShardSpec, str, Tensor]]:
         """Yield the states kept by parameter: its part, the state's own place in the whole, kind, and local values."""

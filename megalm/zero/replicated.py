@@ -170,7 +170,7 @@ class ReplicatedEngine(ZeroEngine):
         states = restore_optimizer(self.optimizer, alike, steps)
         with torch.no_grad():
             for weight, master in zip(self.weights, self.masters, strict=True):
-                for kind in ("weight", *alike):
+                for kind in ("weight", *(kind for kind in alike if kind in states[master])):
                     target = master if kind == "weight" else states[master][kind]
                     target.view(-1).copy_(read(shard_of(weight), kind, 0, master.numel()))
             for _, shard, kind, values in own_states(self.optimizer):

@@ -271,7 +271,7 @@ class ShardedEngine(ZeroEngine):
             for piece in self.pieces:
                 flat = self.flats[piece.flat]
                 at = slice(piece.offset, piece.offset + piece.length)
-                for kind in ("weight", *alike):
+                for kind in ("weight", *(kind for kind in alike if kind in states[flat])):
                     target = flat if kind == "weight" else states[flat][kind]
                     stop = piece.start + piece.length
                     target.view(-1)[at].copy_(read(piece.shard, kind, piece.start, stop))

@@ -155,7 +155,8 @@ def test_every_key_has_a_declaration() -> None:
     "override",
     [
         *("model.rotary_share=0.5", "model.relative_buckets=8", "model.window_pattern=SL", "model.nope_every=2"),
-        *("optim.alpha=0.9", "optim.nesterov=true", "lr_schedule.factor=0.5"),
+        *("optim.muon_momentum=0.9", "optim.muon_nesterov=false", "optim.muon_ns_steps=6", "optim.adamw_lr=0.1"),
+        *("optim.muon_adjust_lr_fn=original", "optim.alpha=0.9", "optim.nesterov=true", "lr_schedule.factor=0.5"),
         *("profile.steps=5", "profile.ranks=[1]", "profile.memory=true"),
         *("lr_schedule.cooldown_shape=sqrt", "train.recompute_every=2"),
     ],

@@ -18,6 +18,9 @@ FUSED_HEAD: dict[str, Any] = {"loss.fused_head": True}
 UNFUSED_ATTENTION: dict[str, Any] = {"model.flash_attention": False}
 OUR_ADAMW: dict[str, Any] = {"optim.kind": "fused_adamw"}
 PAD: dict[str, Any] = {"train.pad_batch": True}
+MUON: dict[str, Any] = {"optim.kind": "muon"}
+CUT: dict[str, Any] = {"model.layers": 3}
+"""Two or four data ranks cut what lies flat within a layer; four layers they would cut between them."""
 OFFLOAD2: dict[str, Any] = {"zero.stage": 2, "zero.config": "zero2-offload"}
 OFFLOAD3: dict[str, Any] = {"zero.stage": 3, "zero.config": "zero3-offload"}
 
@@ -80,9 +83,12 @@ CASES: tuple[Case, ...] = (
     Case(2, 3, 1, {**PAD, **zero(2), **batch(7, 2)}),
     Case(1, 4, 2, {**PAD, **zero(1), **SEQUENCE, **batch(5, 2)}),
     Case(1, 3, 1, {**PAD, **zero(3), **batch(7, 1)}),
+    Case(1, 4, 2, {**MUON, **CUT, **LLAMA, **zero(2), **batch(8, 1)}),
+    Case(2, 2, 2, {**MUON, **CUT, **partition(2, 1), "model.kv_heads": 1}),
+    Case(1, 2, 1, {**MUON, **CUT, **OFFLOAD2}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}

@@ -18,7 +18,7 @@ STEPS = 8
 
 MUTANTS: tuple[Mutant, ...] = (*faults.MUTANTS, *option_faults.MUTANTS)
 
-REPRESENTATIVE: tuple[int, ...] = (0, 4, 7, 8, 12, 14, 17, 36, 38)
+REPRESENTATIVE: tuple[int, ...] = (0, 4, 7, 8, 12, 14, 17, 36, 38, 51, 54)
 """The mutants, by their place, that every test run plants."""
 
 

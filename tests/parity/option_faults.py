@@ -13,9 +13,9 @@ from megalm.config.patterns import BlockPattern
 from megalm.models import losses, transformer
 from megalm.nn import activations, attention, pattern_attention, positions, rotary
 from megalm.nn.dropout import StochasticDepth
-from megalm.train import adafactor, gradients, trainer
-from megalm.zero import replicated
-from tests.parity.cases import SEQUENCE, zero
+from megalm.train import adafactor, gradients, muon, optimizers, trainer
+from megalm.zero import replicated, wholes
+from tests.parity.cases import CUT, MUON, SEQUENCE, batch, zero
 from tests.parity.faults import Mutant, Patches, _identity
 from tests.parity.harness import Case
 
@@ -168,6 +168,80 @@ def adafactor_means_of_one_ranks_partition() -> Patches:
     yield mock.patch.object(adafactor.Adafactor, "place", place)
 
 
+def muon_orthogonalises_each_ranks_shard() -> Patches:
+    def join(self: Any, local: Any, here: Any, like: Tensor) -> Any:
+        return {slab: local[slab].view(self.slabs[slab].local_shape) for slab in here}
+
+    yield mock.patch.object(wholes.Wholes, "_join", join)
+    yield mock.patch.object(
+        wholes.Wholes, "_part", lambda self, results, *rest: {slab: x.reshape(-1) for slab, x in results.items()}
+    )
+
+
+def muon_orthogonalises_each_partition() -> Patches:
+    """What a rank lacks of a matrix counts as zeros."""
+
+    def transform(self: Any, values: Any, dtype: Any, compute: Any) -> None:
+        for number, slab in enumerate(self.slabs):
+            whole = torch.zeros(slab.size, dtype=dtype)
+            if number in self._own:
+                own = self._own[number]
+                whole[own.start : own.start + own.length] = self._values(values, number)
+                (result,) = compute([(slab, whole.view(slab.local_shape))])
+                self._values(values, number).copy_(result.reshape(-1)[own.start : own.start + own.length])
+
+    yield mock.patch.object(wholes.Wholes, "transform", transform)
+
+
+def muon_scales_by_the_shape_of_a_shard() -> Patches:
+    original = muon.update_scale
+    yield mock.patch.object(muon, "update_scale", lambda kind, rows, columns: original(kind, rows // 2, columns))
+
+
+def the_owners_result_is_lost_on_the_last_data_rank() -> Patches:
+    yield from the_owners_result_is_lost_on_the_last_partition()
+
+
+def the_owners_result_is_lost_on_the_last_partition() -> Patches:
+    original = wholes.Wholes._spread
+
+    def spread(self: Any, values: Any, *rest: Any) -> None:
+        last = self.at.data == self.mesh.size("data") - 1
+        original(self, [value.clone() for value in values] if last else values, *rest)
+
+    yield mock.patch.object(wholes.Wholes, "_spread", spread)
+
+
+def ranges_of_a_matrix_in_the_order_of_the_ranks() -> Patches:
+    """Each range goes to the beginning of the owner's matrix."""
+    original = wholes.Wholes._told
+
+    def told(self: Any) -> Any:
+        return [[r._replace(start=0) for r in ranges] for ranges in original(self)]
+
+    yield mock.patch.object(wholes.Wholes, "_told", told)
+
+
+def queries_keys_and_values_are_one_matrix() -> Patches:
+    yield mock.patch.object(muon, "matrices", lambda shard, whole: [whole])
+    yield mock.patch.object(muon, "_interleaved", lambda shard, parts: parts[0])
+
+
+def queries_keys_and_values_in_a_row() -> Patches:
+    """As if the fused projection had all queries first."""
+
+    def matrices(shard: Any, whole: Tensor) -> list[Tensor]:
+        shares = shard.interleaved or (1,)
+        return list(whole.split([share * len(whole) // sum(shares) for share in shares]))
+
+    yield mock.patch.object(muon, "matrices", matrices)
+    yield mock.patch.object(muon, "_interleaved", lambda shard, parts: torch.cat(list(parts)))
+
+
+def tables_and_embeddings_are_hidden_matrices() -> Patches:
+    yield mock.patch.object(optimizers, "is_hidden_matrix", optimizers.is_decayed)
+
+
 def summaries_of_blocks_that_are_seen_besides() -> Patches:
     original = BlockPattern.sees
 
@@ -242,6 +316,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(gradients_cut_before_they_are_summed, Case(1, 2, 1, {"train.clip_grad_value": 0.002}), "sgd"),
     Mutant(adafactor_means_of_one_ranks_rows, Case(1, 1, 2, ADAFACTOR)),
     Mutant(adafactor_means_of_one_ranks_partition, Case(1, 2, 1, {**ADAFACTOR, **zero(2)})),
+    Mutant(muon_orthogonalises_each_ranks_shard, Case(1, 1, 2, MUON)),
+    Mutant(muon_orthogonalises_each_partition, Case(1, 2, 1, {**MUON, **zero(2), **CUT})),
+    Mutant(muon_scales_by_the_shape_of_a_shard, Case(1, 1, 2, MUON)),
+    Mutant(the_owners_result_is_lost_on_the_last_partition, Case(1, 2, 1, {**MUON, **zero(1)})),
+    Mutant(the_owners_result_is_lost_on_the_last_data_rank, Case(1, 2, 1, MUON)),
+    Mutant(ranges_of_a_matrix_in_the_order_of_the_ranks, Case(1, 4, 1, {**MUON, **zero(1), **CUT, **batch(8, 1)})),
+    Mutant(queries_keys_and_values_are_one_matrix, Case(1, 1, 1, {**MUON, "model.kv_heads": 2})),
+    Mutant(queries_keys_and_values_in_a_row, Case(1, 1, 2, {**MUON, "model.kv_heads": 2})),
+    Mutant(tables_and_embeddings_are_hidden_matrices, Case(1, 1, 2, {**MUON, "model.tie_embeddings": False})),
     Mutant(strides_counted_from_the_first_block, Case(1, 1, 1, STRIDED)),
     Mutant(masks_of_keys_as_they_are_gathered, Case(1, 1, 2, {**STRIDED, "model.attention_dropout": 0.2})),
     Mutant(summaries_of_blocks_that_are_seen_besides, Case(1, 1, 1, HIERARCHICAL)),

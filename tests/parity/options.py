@@ -27,6 +27,13 @@ ROTARY: Value = {"model.position": "rotary"}
 SCALED: Value = {**ROTARY, "model.rotary_factor": 4.0}
 STRIDED: Value = {"model.attention_pattern": "strided", "model.block_size": 2, "model.local_blocks": 2}
 HIERARCHICAL: Value = {**STRIDED, "model.attention_pattern": "hierarchical"}
+ORIGINAL: Value = {
+    "optim.muon_adjust_lr_fn": "original",
+    "optim.lr": 0.02,
+    "optim.adamw_lr": 1e-3,
+    "optim.muon_nesterov": False,
+    "optim.muon_momentum": 0.8,
+}
 LAYOUT = "layout"
 FACTORS: dict[str, list[Any]] = {
     LAYOUT: [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (2, 2, 2)],
@@ -100,6 +107,8 @@ FACTORS: dict[str, list[Any]] = {
         {"optim.kind": "rmsprop", "optim.momentum": 0.5, "optim.eps": 1e-4},
         {"optim.kind": "adagrad"},
         {"optim.kind": "adafactor"},
+        {"optim.kind": "muon"},
+        {"optim.kind": "muon", **ORIGINAL},
     ],
     "rules": [
         NONE,

@@ -1,9 +1,9 @@
 """The definition of correctness: the model and one training step in plain PyTorch, on one process.
 
 Shares no code with megalm but the recipe (`megalm.config`): random numbers, initial weights, dropout masks,
-loss, clipping and learning rate are written here, the model in `reference_model`, once more, as formulas. Nothing is
-split, fused or recomputed, and the whole global batch is one batch. Every layout of megalm must give these losses and
-these gradients.
+loss, clipping and learning rate are written here, the model in `reference_model` and what torch's optimizers lack in
+`reference_optimizers`, once more, as formulas. Nothing is split, fused or recomputed, and the whole global batch is one
+batch. Every layout of megalm must give these losses and these gradients.
 
 Shapes: G sequences of the global batch, T tokens, V vocabulary.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megalm.config.run import RunConfig
 from tests.parity import reference_model
+from tests.parity.reference_optimizers import Lion, Muon, matrix_rows
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """tokens [G,T] int64, labels [G,T] int64, mask [G,T] bool (False: the token does not count in the loss)."""
@@ -138,20 +139,6 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return lowest + (lr - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-class Lion(torch.optim.Optimizer):
-    """Lion, one tensor at a time. Source: Chen et al. 2023, algorithm 2."""
-
-    def step(self) -> None:  # type: ignore[override]
-        """Update all tensors."""
-        for group in self.param_groups:
-            first, second = group["betas"]
-            for weight in group["params"]:
-                average = self.state[weight].get("average", torch.zeros_like(weight))
-                direction = torch.sign(first * average + (1.0 - first) * weight.grad)
-                weight.sub_(group["lr"] * (direction + group["weight_decay"] * weight))
-                self.state[weight]["average"] = second * average + (1.0 - second) * weight.grad
-
-
 class Reference:
     """The model of `config` with a vocabulary of `vocab` entries, and its optimizer.
 
@@ -185,10 +172,14 @@ class Reference:
             model = self.config.model
             matrix = name.endswith(".weight") and not name.endswith("relative.weight") and parameter.dim() >= 2
             wide = name.startswith("blocks.") and matrix
-            if model.mup_base is not None and wide:
+            by_muon = optim.kind == "muon" and wide and (rule is None or rule.muon)
+            if model.mup_base is not None and wide and not by_muon:
                 factor *= model.mup_base / model.hidden
                 decay *= model.hidden / model.mup_base
-            groups.append({"params": [parameter], "weight_decay": decay, "factor": factor})
+            if optim.kind == "muon" and not by_muon and optim.adamw_lr is not None:
+                factor *= optim.adamw_lr / optim.lr
+            rows = matrix_rows(self.config.model, name, parameter) if by_muon else None
+            groups.append({"params": [parameter], "weight_decay": decay, "factor": factor, "rows": rows})
         if optim.kind == "sgd":
             return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
         if optim.kind == "rmsprop":
@@ -197,6 +188,10 @@ class Reference:
             return torch.optim.Adagrad(groups, lr=optim.lr, eps=optim.eps)
         if optim.kind == "adafactor":
             return torch.optim.Adafactor(groups, lr=optim.lr, eps=(1e-15, 1e-3))
+        if optim.kind == "muon":
+            own = {"momentum": optim.muon_momentum, "nesterov": optim.muon_nesterov, "steps": optim.muon_ns_steps}
+            own |= {"scale": optim.muon_adjust_lr_fn, "betas": optim.betas, "eps": optim.eps}
+            return Muon(groups, {"lr": optim.lr, **own})
         if optim.kind == "lion":
             return Lion(groups, {"lr": optim.lr, "betas": optim.betas})
         kind = torch.optim.Adam if optim.kind == "adam" else torch.optim.AdamW

@@ -107,6 +107,10 @@ def test_checkpoints_are_estimated_from_the_parameters(tmp_path: Path) -> None:
     assert checkpoint_bytes(config, 10**9) == int(1.02 * 12 * 10**9)
     assert checkpoint_bytes(recipe(tmp_path, "optim.kind=sgd"), 10**9) == int(1.02 * 4 * 10**9)
     assert checkpoint_bytes(recipe(tmp_path, "optim.kind=sgd", "optim.momentum=0.9"), 10**9) == int(1.02 * 8 * 10**9)
+    muon = recipe(tmp_path, "optim.kind=muon")
+    hidden = sum(muon.model.hidden_matrices.values())
+    assert 0 < hidden < 10**9
+    assert checkpoint_bytes(muon, 10**9) == int(1.02 * (8 * hidden + 12 * (10**9 - hidden)))
 
 
 def test_the_gate_is_on_unless_the_recipe_says_no(tmp_path: Path) -> None:

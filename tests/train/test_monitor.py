@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from megalm.config.run import ModelSection
+from megalm.config.storage import muon_parameters
+from megalm.distributed.sharding import ShardSpec
 from megalm.train.monitor import (
     Peak,
     Throughput,
@@ -19,6 +21,7 @@ from megalm.train.monitor import (
     peak_flops,
     peak_memory_bytes,
 )
+from megalm.train.optimizers import is_hidden_matrix, treatment
 from tests.parity.harness import VOCAB
 from tests.parity.options import covering_array
 from tests.parity.reference_model import parameter_shapes
@@ -52,6 +55,20 @@ def test_every_option_is_counted() -> None:
         config = case.config()
         shapes = parameter_shapes(config.model, VOCAB)
         assert count_parameters(config.model, VOCAB).total == sum(map(math.prod, shapes.values())), case.name
+
+
+def test_hidden_matrices_are_those_of_the_blocks_with_every_option() -> None:
+    for case in covering_array():
+        config = case.config()
+        shapes = parameter_shapes(config.model, VOCAB)
+        specs = [ShardSpec.whole(name, shape) for name, shape in shapes.items()]
+        expected = {spec.name: math.prod(spec.global_shape) for spec in specs if is_hidden_matrix(spec)}
+        assert config.model.hidden_matrices == expected, case.name
+        optim = config.optim
+        if optim.kind == "muon":
+            trained = [s for s in specs if (rule := optim.rule_of(s.name)) is None or not rule.freeze]
+            muons = sum(math.prod(s.global_shape) for s in trained if treatment(optim, s).muon)
+            assert muon_parameters(config) == muons, case.name
 
 
 def test_flops_agree_with_megatrons_formula() -> None:

@@ -34,6 +34,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 PLACED: dict[str, dict[str, Any]] = {
     "adafactor": {"optim.kind": "adafactor", "optim.lr": 0.01, "optim.rules": [{"match": "*.bias", "lr": 0.5}]},
+    "muon": {"optim.kind": "muon", "optim.lr": 0.01, "optim.rules": [{"match": "*.mlp.down.weight", "muon": False}]},
     "narrow adamw": {**ADAMW, "optim.state_dtype": "bf16"},
     "narrow sgd": {**SGD, "optim.state_dtype": "bf16"},
 }
@@ -46,6 +47,7 @@ KINDS = {
     "lion": {"weight", "exp_avg"},
     "rmsprop": {"weight", "momentum_buffer", "square_avg"},
     "adagrad": {"weight", "sum"},
+    "muon": {"weight", "momentum_buffer", "exp_avg", "exp_avg_sq"},
     "adafactor": {"weight", "row_var", "col_var", "variance"},
     "adamw8bit": {"weight"} | {f"exp_avg{end}" for end in ("", "_codes", "_scales", "_sq", "_sq_codes", "_sq_scales")},
 }
@@ -111,16 +113,24 @@ def check_state_is_whole(store: Store, config: RunConfig) -> None:
     wide = torch.float64 if config.precision == "fp64" else torch.float32
     wide = torch.bfloat16 if config.zero.config == LOW_MEMORY else wide
     for kind in store.kinds():
-        expected = shapes.keys() if kind == "weight" else trained
+        expected = {name for name in (shapes if kind == "weight" else trained) if has(config, name, kind)}
         own = {name: whole for (name, other), whole in store.wholes.items() if other == kind}
         if kind in ("weight", "ema") or config.optim.kind not in ("adafactor", "adamw8bit"):
-            assert own.keys() == set(expected), kind
+            assert own.keys() == expected, kind
             assert {name: store.shapes[name, kind] for name in own} == {name: shapes[name] for name in expected}
             narrow = config.optim.state_dtype is not None and kind not in ("weight", "ema")
             found = {whole.dtype for name, whole in own.items() if name in trained}
             assert found == {torch.bfloat16 if narrow else wide}, kind
     for name in trained:  # each has some state, if not of each kind
         assert any(other == name and kind not in ("weight", "ema") for other, kind in store.wholes), name
+
+
+def has(config: RunConfig, name: str, kind: str) -> bool:
+    """Return whether a parameter has a state of a kind: under Muon either a momentum or AdamW's two."""
+    if config.optim.kind != "muon" or kind in ("weight", "ema"):
+        return True
+    hidden = name.startswith("blocks.") and name.endswith((".qkv.weight", ".out.weight", ".up.weight"))
+    return hidden == (kind == "momentum_buffer")
 
 
 def check_resume(

@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
+from megalm.train.trainer import TrainState
 from tests.parity.harness import build_trainer
 from tests.shards import Store, assert_close
 from tests.worker_pool import WorkerPool
-from tests.zero.runs import OTHERS, PLACED, Cell, check_cells, check_resume, check_skipped, run_steps, saved
+from tests.zero.runs import OTHERS, PLACED, STEPS, Cell, check_cells, check_resume, check_skipped, run_steps, saved
 
 ENGINES = ("zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload")
 
@@ -35,7 +36,8 @@ def test_every_optimizer_resumes_bit_for_bit(pool: WorkerPool, zero: str) -> Non
 def test_optimizers_that_know_their_parameters_resume_bit_for_bit(pool: WorkerPool, zero: str) -> None:
     cells = [Cell(zero, precision, kind) for precision in ("fp32", "bf16") for kind in PLACED]
     pool.run(check_cells, check_resume, cells, layout=RankLayout(data=2))
-    pool.run(check_cells, check_resume, cells[:2], layout=RankLayout(data=2, tensor=2))
+    average = {"optim.ema_decay": 0.6}
+    pool.run(check_cells, check_resume, cells[:2], 1, average, layout=RankLayout(data=2, tensor=2))
     if zero in ("zero0", "zero1"):
         pool.run(check_cells, check_resume, cells[:2], layout=RankLayout(pipeline=2, data=2))
 
@@ -43,7 +45,7 @@ def test_optimizers_that_know_their_parameters_resume_bit_for_bit(pool: WorkerPo
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2"])
 def test_the_two_stages_of_a_tied_weight_stay_alike(pool: WorkerPool, zero: str) -> None:
     """Among three data ranks the order of a sum shows, and where in memory the weight lies."""
-    cells = [Cell(zero, "fp32", kind) for kind in ("adamw", "sgd", "adafactor", "narrow adamw")]
+    cells = [Cell(zero, "fp32", kind) for kind in ("adamw", "sgd", "adafactor", "muon", "narrow adamw")]
     pool.run(check_cells, check_tied, cells, layout=RankLayout(pipeline=2, data=3))
 
 
@@ -86,8 +88,30 @@ def steps_of(mesh: ParallelMesh, zero: str) -> Store:
     return saved(trainer)
 
 
+@pytest.mark.parametrize("layout", [RankLayout(), RankLayout(pipeline=2, data=2), RankLayout(data=3)], ids=str)
+def test_muons_momentum_is_loaded_in_any_layout(pool: WorkerPool, layout: RankLayout) -> None:
+    """Saved by two tensor and two data ranks under ZeRO 2; what follows is what follows there."""
+    store, expected = pool.run(go_on, None, "zero2", layout=RankLayout(data=2, tensor=2))[0]
+    for zero in ("zero0", "zero1") if layout.pipeline > 1 else ("zero0", "zero1", "zero3"):
+        _, found = pool.run(go_on, store, zero, layout=layout)[0]
+        assert found == pytest.approx(expected, rel=1e-12), zero
+
+
+def go_on(mesh: ParallelMesh, store: Store | None, zero: str) -> tuple[Store, list[float]]:
+    """Return what is saved after some steps, or that which is loaded instead, and the losses of those that follow."""
+    overrides = {"model.layers": 3, "model.dropout": 0.0, "train.global_batch": 6, "train.clip_grad_norm": None}
+    trainer = build_trainer(mesh, Cell(zero, "fp64", "muon").config(mesh, **overrides))
+    if store is None:
+        run_steps(trainer, STEPS)
+        store = saved(trainer)
+    else:
+        trainer.engine.load(store.read, sorted(store.kinds() - {"weight"}), STEPS)
+        trainer.state = TrainState(step=STEPS, samples=STEPS * 6)
+    return store, run_steps(trainer, 3)[::2]
+
+
 def check_skipped_cells(mesh: ParallelMesh, zero: str) -> None:
-    check_cells(mesh, check_skipped, [Cell(zero, "fp32")], math.inf)
+    check_cells(mesh, check_skipped, [Cell(zero, "fp32"), Cell(zero, "fp32", "muon")], math.inf)
     check_cells(mesh, check_skipped, [Cell(zero, "bf16", "sgd")], math.nan)
     check_cells(mesh, check_skipped, [Cell(zero, "fp32", "sgd")], 1e25)
     check_cells(mesh, check_skipped, [Cell(zero, "fp32"), Cell(zero, "bf16", "sgd")], None)

@@ -8,7 +8,8 @@ import pytest
 
 from megalm.cli import main
 from megalm.config.storage import BYTES, stored
-from tests.parity.harness import Case, run_case
+from megalm.train.monitor import count_parameters
+from tests.parity.harness import VOCAB, Case, run_case
 from tests.worker_pool import WorkerPool
 
 DATA = 4
@@ -41,6 +42,19 @@ def check_table(pool: WorkerPool, chosen: dict[str, Any]) -> None:
             expected[row.group] += parameters * BYTES[row.dtype] / (DATA if stage >= row.from_stage else 1)
     for report in reports:
         assert report.held_bytes == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_muon_keeps_one_number_of_hidden_matrices_and_two_of_the_rest_and_zero_divides_both(
+    pool: WorkerPool, stage: int
+) -> None:
+    case = Case(1, DATA, 1, {**SHAPE, "zero.stage": stage, "optim.kind": "muon"})
+    model = case.config().model
+    hidden, every = sum(model.hidden_matrices.values()), count_parameters(model, VOCAB).total
+    _, reports = run_case(pool, case, 2, precision="fp32")
+    expected = 4.0 * (hidden + 2 * (every - hidden)) / (DATA if stage else 1)
+    for report in reports:
+        assert report.held_bytes["optimizer"] == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -184,6 +184,6 @@ def test_an_update_in_bf16_is_torchs_adamw_on_bf16_weights(pool: WorkerPool, sta
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_states_in_bf16_resume_bit_for_bit(pool: WorkerPool, stage: int) -> None:
-    cells = [Cell(f"zero{stage}", "bf16", kind, LOW_MEMORY) for kind in ("adamw", "sgd", *OTHERS, "adafactor")]
+    cells = [Cell(f"zero{stage}", "bf16", kind, LOW_MEMORY) for kind in ("adamw", "sgd", *OTHERS, "adafactor", "muon")]
     pool.run(check_cells, check_resume, cells, layout=RankLayout(data=2))
     pool.run(check_cells, check_skipped, cells[:2], None, layout=RankLayout(data=2))
