@@ -87,6 +87,7 @@ class Broken:
 
     def __init__(self, mesh: ParallelMesh) -> None:
         self._last = mesh.is_last_stage
+        self.loss_stage = mesh.layout.pipeline - 1
 
     def next_logits(self, tokens: list[int]) -> Tensor | None:
         return torch.full((VOCAB,), float("nan")) if self._last else None

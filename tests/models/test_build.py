@@ -20,12 +20,27 @@ from tests.worker_pool import WorkerPool
 def test_stage_plans_follow_the_partition() -> None:
     even = Case(pipeline=2).config()
     assert [stage_plan(even, stage) for stage in range(2)] == [
-        StagePlan(range(0, 2), True, False), StagePlan(range(2, 4), False, True)
+        StagePlan((range(0, 2),), True, False), StagePlan((range(2, 4),), False, True)
     ]  # fmt: skip
     uneven = Case(pipeline=3, overrides={"parallel.partition": [2, 1, 1]}).config()
-    assert [stage_plan(uneven, stage).layers for stage in range(3)] == [range(0, 2), range(2, 3), range(3, 4)]
+    assert [stage_plan(uneven, stage).layers for stage in range(3)] == [(0, 1), (2,), (3,)]
     assert not stage_plan(uneven, 1).first and not stage_plan(uneven, 1).last
-    assert stage_plan(Case().config(), 0) == StagePlan(range(0, 4), True, True)
+    assert stage_plan(Case().config(), 0) == StagePlan((range(0, 4),), True, True)
+
+
+def test_chunks_of_a_stage_are_not_neighbours_and_a_fold_brings_both_ends_to_the_first_stage() -> None:
+    looped = Case(pipeline=2, overrides={"parallel.schedule": "interleaved", "parallel.virtual_stages": 2}).config()
+    assert [stage_plan(looped, stage) for stage in range(2)] == [
+        StagePlan((range(0, 1), range(2, 3)), True, False), StagePlan((range(1, 2), range(3, 4)), False, True)
+    ]  # fmt: skip
+    folded = Case(pipeline=2, overrides={"parallel.schedule": "zb-v"}).config()
+    assert [stage_plan(folded, stage) for stage in range(2)] == [
+        StagePlan((range(0, 1), range(3, 4)), True, True), StagePlan((range(1, 2), range(2, 3)), False, False)
+    ]  # fmt: skip
+    plan = stage_plan(folded, 0)
+    assert plan.layers == (0, 3)
+    assert [plan.embeds(chunk) for chunk in range(2)] == [True, False]
+    assert [plan.predicts(chunk) for chunk in range(2)] == [False, True]
 
 
 def names_and_values(mesh: ParallelMesh, overrides: dict[str, Any]) -> list[str]:
@@ -47,6 +62,8 @@ def names_and_values(mesh: ParallelMesh, overrides: dict[str, Any]) -> list[str]
         (RankLayout(), {"precision": "bf16"}),
         (RankLayout(pipeline=2, tensor=2), {"model.tie_embeddings": False}),
         (RankLayout(pipeline=2), {"precision": "fp32", "parallel.partition": [1, 3]}),
+        (RankLayout(pipeline=2), {"parallel.schedule": "interleaved", "parallel.virtual_stages": 2}),
+        (RankLayout(pipeline=2, tensor=2), {"parallel.schedule": "zb-v"}),
     ],
 )
 def test_stages_hold_every_logical_tensor_with_the_first_values_of_one_process(
@@ -56,7 +73,7 @@ def test_stages_hold_every_logical_tensor_with_the_first_values_of_one_process(
     config = Case(layout.pipeline, 1, layout.tensor, overrides).config()
     expected = parameter_shapes(config, VOCAB).keys()
     assert set(names) == expected
-    if config.model.tie_embeddings and layout.pipeline > 1:
+    if config.model.tie_embeddings and layout.pipeline > 1 and config.parallel.schedule != "zb-v":
         names.remove("embedding.weight")
     assert all(names.count(name) in (1, layout.tensor) for name in expected)
 
