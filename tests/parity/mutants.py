@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
-from tests.parity import faults, option_faults
+from tests.parity import faults, option_faults, schedule_faults
 from tests.parity.cases import OPTIMIZERS, misses
 from tests.parity.faults import Mutant, Patches
 from tests.parity.harness import RankReport, compare, reference_run, train_rank
@@ -16,9 +16,9 @@ from tests.worker_pool import WorkerError, WorkerPool
 
 STEPS = 8
 
-MUTANTS: tuple[Mutant, ...] = (*faults.MUTANTS, *option_faults.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (*faults.MUTANTS, *option_faults.MUTANTS, *schedule_faults.MUTANTS)
 
-REPRESENTATIVE: tuple[int, ...] = (0, 4, 7, 8, 12, 14, 17, 36, 38)
+REPRESENTATIVE: tuple[int, ...] = (0, 4, 7, 8, 12, 14, 17, 36, 38, 55, 57, 64)
 """The mutants, by their place, that every test run plants."""
 
 

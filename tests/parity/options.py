@@ -75,6 +75,11 @@ FACTORS: dict[str, list[Any]] = {
     "tied": one("model.tie_embeddings", False),
     "attention": one("model.flash_attention", False),
     "sequence": one("parallel.sequence", True),
+    "schedule": [
+        *one("parallel.schedule", "gpipe", "zb-h1", "zb-h2", "zb-v", "dualpipe-v"),
+        {"parallel.schedule": "interleaved", "parallel.virtual_stages": 2},
+        {"parallel.schedule": "breadth-first", "parallel.virtual_stages": 2},
+    ],
     "zero": one("zero.stage", 1, 2, 3),
     "recompute": [
         NONE,
