@@ -71,8 +71,10 @@ def simulate(
 
     A stage runs its actions in order. An action starts when the stage is free, its message has arrived
     (`transfer_time` after its source action ended; sends do not block) and, for a backward, the stage's own
-    forward of that microbatch is done. With `most_in_flight` a sender waits besides until no more messages than that
-    are sent and not yet asked for on a link. Raises ScheduleError with the stages and actions concerned.
+    forward of that microbatch is done. Where a schedule splits some backwards, the input gradient of a whole one is on
+    its way before the weights' are made, as layers put these off. With `most_in_flight` a sender waits besides until no
+    more messages than that are sent and not yet asked for on a link. Raises ScheduleError with the stages and actions
+    concerned.
     """
     streams = [tuple(schedule.actions(stage)) for stage in range(schedule.stages)]
     _check_complete(schedule, streams)
@@ -155,7 +157,8 @@ class _Run:
     ) -> None:
         self.schedule, self.streams = schedule, streams
         self.durations, self.transfer_time, self.most_in_flight = durations, transfer_time, most_in_flight
-        self.ended: list[dict[Action, float]] = [{} for _ in streams]
+        self.given: list[dict[Action, float]] = [{} for _ in streams]
+        """When the result of each action was there."""
         self.clock = [0.0] * len(streams)
         self.begun = [0.0] * len(streams)
         self.position = [0] * len(streams)
@@ -180,13 +183,13 @@ class _Run:
         source, target = self.schedule.source(stage, action), self.schedule.target(stage, action)
         start = self.clock[stage]
         if source is not None:
-            arrival = self.ended[source[0]].get(source[1])
+            arrival = self.given[source[0]].get(source[1])
             if arrival is None:
                 self.waiting[source] = stage
                 return False
             start = max(start, arrival + (self.transfer_time if source[0] != stage else 0.0))
         own = self._own_before(action)
-        if own is not None and own not in self.ended[stage]:
+        if own is not None and own not in self.given[stage]:
             return False
         if target is not None and target[0] != stage:
             link = (stage, target[0], target[1].kind)
@@ -199,7 +202,9 @@ class _Run:
         result = _result(action)
         if self.position[stage] == 0:
             self.begun[stage] = start
-        self.ended[stage][result] = self.clock[stage] = start + self.durations[action.kind]
+        early = action.kind is BACKWARD and self.schedule.splits_backward
+        self.given[stage][result] = start + self.durations[INPUT if early else action.kind]
+        self.clock[stage] = start + self.durations[action.kind]
         self.position[stage] += 1
         woken = self.waiting.pop((stage, result), None)
         if woken is not None and woken != stage:
@@ -221,10 +226,10 @@ class _Run:
     def _describe_wait(self, stage: int) -> str:
         action = self.streams[stage][self.position[stage]]
         source = self.schedule.source(stage, action)
-        if source is not None and source[1] not in self.ended[source[0]]:
+        if source is not None and source[1] not in self.given[source[0]]:
             return f"stage {stage} at {action} waits for {source[1]} of stage {source[0]}"
         own = self._own_before(action)
-        if own is not None and own not in self.ended[stage]:
+        if own is not None and own not in self.given[stage]:
             own = own._replace(kind=INPUT) if action.kind is WEIGHT else own
             return f"stage {stage} at {action} comes before its own {own}"
         return f"stage {stage} at {action} has {self.most_in_flight} messages open"
