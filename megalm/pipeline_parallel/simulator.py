@@ -38,6 +38,8 @@ class Simulation:
     busy: tuple[float, ...]
     spans: tuple[float, ...]
     peak_live: tuple[float, ...]
+    starts: tuple[tuple[float, ...], ...]
+    """When each action of each stage begins."""
 
     @property
     def bubble(self) -> float:
@@ -85,8 +87,9 @@ def simulate(
     run = _Run(schedule, streams, durations, transfer_time, most_in_flight)
     run.to_the_end()
     busy = tuple(sum(durations[action.kind] for action in stream) for stream in streams)
-    spans = tuple(end - begin for begin, end in zip(run.begun, run.clock, strict=True))
-    return Simulation(max(run.clock), busy, spans, tuple(_peak_live(stream, kept) for stream in streams))
+    peak_live = tuple(_peak_live(stream, kept) for stream in streams)
+    spans = tuple(end - begins[0] for begins, end in zip(run.starts, run.clock, strict=True))
+    return Simulation(max(run.clock), busy, spans, peak_live, tuple(map(tuple, run.starts)))
 
 
 def _check_complete(schedule: Schedule, streams: Sequence[Sequence[Action]]) -> None:
@@ -160,7 +163,7 @@ class _Run:
         self.given: list[dict[Action, float]] = [{} for _ in streams]
         """When the result of each action was there."""
         self.clock = [0.0] * len(streams)
-        self.begun = [0.0] * len(streams)
+        self.starts: list[list[float]] = [[] for _ in streams]
         self.position = [0] * len(streams)
         self.waiting: dict[tuple[int, Action], int] = {}
         self.open: Counter[_Link] = Counter()
@@ -200,8 +203,7 @@ class _Run:
         if source is not None and source[0] != stage:
             self._take((source[0], stage, source[1].kind))
         result = _result(action)
-        if self.position[stage] == 0:
-            self.begun[stage] = start
+        self.starts[stage].append(start)
         early = action.kind is BACKWARD and self.schedule.splits_backward
         self.given[stage][result] = start + self.durations[INPUT if early else action.kind]
         self.clock[stage] = start + self.durations[action.kind]
