@@ -11,6 +11,7 @@ from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.models.build import DTYPES, build_executor, build_stage, stage_plan
 from megalm.models.transformer import StagePlan
+from megalm.tensor_parallel.linear import Linear
 from tests.parity.harness import VOCAB, Case, build_trainer
 from tests.parity.reference import Reference, parameter_shapes
 from tests.shards import assert_close, part_of, spec_of
@@ -90,6 +91,21 @@ def check_passed_on(mesh: ParallelMesh) -> None:
     assert executor._activation_shape(3, 16) == (3, 8, 32)
     assert build_executor(Case(tensor=2).config(), plain, mesh)._activation_shape(3, 16) == (3, 16, 32)
     build_trainer(mesh, config).train_step()
+
+
+def check_put_off(mesh: ParallelMesh, schedule: str) -> tuple[int, int]:
+    config = Case(pipeline=2, overrides={"parallel.schedule": schedule, "model.kv_heads": 1}).config()
+    model = build_stage(config, VOCAB, mesh)
+    executor = build_executor(config, model, mesh)
+    put_off = executor._weight_gradients.linear
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    return len(layers), sum(layer.linear == put_off for layer in layers)
+
+
+def test_linear_layers_of_blocks_put_their_weights_off_where_the_schedule_splits_backwards(pool: WorkerPool) -> None:
+    layout = RankLayout(pipeline=2)
+    assert pool.run(check_put_off, "1f1b", layout=layout) == [(8, 0)] * 2  # of two blocks: q and kv, out, up, down
+    assert pool.run(check_put_off, "zb-v", layout=layout) == [(8, 8)] * 2
 
 
 def test_sequence_smoothing_and_recompute_reach_the_model_and_its_messages(pool: WorkerPool) -> None:
