@@ -222,6 +222,7 @@ def _add_look_commands(commands: _Commands) -> None:
     what = show.add_mutually_exclusive_group()
     what.add_argument("--deepspeed", action="store_true", help="print what DeepSpeed is started with instead")
     what.add_argument("--mask", action="store_true", help="draw which keys the queries of each layer see instead")
+    what.add_argument("--pipeline", action="store_true", help="draw which stage does what when instead")
     what.add_argument("--storage", action="store_true", help="print what is kept in which number format instead")
     what.add_argument("--json", action="store_true", help="write the result as JSON")
     listing = config.add("list", "config_list", "list the recipes and DeepSpeed files that come with megalm")

@@ -206,11 +206,12 @@ def tokenizer_inspect(args: Namespace) -> int:
 
 
 def config_show(args: Namespace) -> int:
-    """`megalm config show`: a recipe with its size; or its masks, or number formats; or the dict for DeepSpeed."""
+    """`megalm config show`: a recipe with its size; or its masks, formats or pipeline; or what DeepSpeed gets."""
     from megalm.config.deepspeed import deepspeed_config
     from megalm.config.load import dump_yaml, load_recipe
     from megalm.config.masks import draw_masks
     from megalm.config.storage import storage_table
+    from megalm.pipeline_parallel.drawing import draw_pipeline
 
     config = load_recipe(args.recipe, args.overrides)
     joined = deepspeed_config(config)
@@ -218,6 +219,8 @@ def config_show(args: Namespace) -> int:
         return show(draw_masks(config.model))
     if args.storage:
         return show(storage_table(config))
+    if args.pipeline:
+        return show(draw_pipeline(config))
     if args.deepspeed or args.json:
         return show(json.dumps(joined if args.deepspeed else config.model_dump(mode="json"), indent=2))
     lines = [_size(config.model), *([_muons(config)] if config.optim.kind == "muon" else [])]

@@ -48,7 +48,10 @@ WITHOUT_TORCH = (
     "megalm/preflight/report.py",
     "megalm/preflight/storage.py",
     "megalm/preflight/witness.py",
+    "megalm/pipeline_parallel/actions.py",
+    "megalm/pipeline_parallel/drawing.py",
     "megalm/pipeline_parallel/schedules.py",
+    "megalm/pipeline_parallel/zero_bubble.py",
     "megalm/pipeline_parallel/simulator.py",
     "megalm/pipeline_parallel/partition.py",
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megalm.config.choices import CHOICES
+from megalm.config.choices import CHOICES, FOLDED_SCHEDULES, LOOPED_SCHEDULES, SPLITTING_SCHEDULES
 from megalm.data.windows import WINDOWS
 from megalm.models.build import DTYPES
 from megalm.nn.mlp import ACTIVATIONS
@@ -58,3 +58,11 @@ def test_every_kind_of_choice_has_a_registry_or_is_known_to_have_none() -> None:
 
 def test_every_precision_has_a_dtype() -> None:
     assert set(CHOICES["precision"]) == set(DTYPES)
+
+
+def test_the_config_knows_what_kinds_of_schedules_there_are() -> None:
+    kinds = {name: SCHEDULES.get(name) for name in SCHEDULES.names()}
+    assert {name for name, kind in kinds.items() if kind.fixed_chunks is None} == set(LOOPED_SCHEDULES)
+    assert {name for name, kind in kinds.items() if kind.folded} == set(FOLDED_SCHEDULES)
+    assert {name for name, kind in kinds.items() if kind.fixed_chunks == 2} == set(FOLDED_SCHEDULES)
+    assert {name for name, kind in kinds.items() if kind.splits_backward} == set(SPLITTING_SCHEDULES)

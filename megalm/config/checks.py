@@ -183,23 +183,6 @@ def _fused_head_has_no_cap(config: RunConfig) -> Iterator[str]:
         yield "model.logit_softcap acts on logits, which loss.fused_head=true never has; use loss.fused_head=false"
 
 
-@rule("model.layers", "parallel.pipeline", "parallel.partition")
-def _stages_have_layers(config: RunConfig) -> Iterator[str]:
-    layers, stages, partition = config.model.layers, config.parallel.pipeline, config.parallel.partition
-    if stages > layers:
-        yield f"parallel.pipeline={stages} is more than model.layers={layers}; use at most {layers}"
-    elif partition is not None and len(partition) != stages:
-        yield (
-            f"parallel.partition={list(partition)} names {len(partition)} stages, but "
-            f"parallel.pipeline={stages}; give {stages} numbers of layers that add up to {layers}"
-        )
-    elif partition is not None and sum(partition) != layers:
-        yield (
-            f"parallel.partition={list(partition)} adds up to {sum(partition)} layers, but "
-            f"model.layers={layers}; make the {stages} numbers add up to {layers}"
-        )
-
-
 @rule("parallel.sequence", "model.sequence", "parallel.tensor")
 def _tensor_divides_sequence(config: RunConfig) -> Iterator[str]:
     if config.parallel.sequence and config.model.sequence % config.parallel.tensor:
@@ -220,16 +203,6 @@ def _batches(config: RunConfig) -> dict[str, int]:
     """Return by key what every step's global batch is made of."""
     ramp = {"batch_ramp.start": config.batch_ramp.start, "batch_ramp.increment": config.batch_ramp.increment}
     return {"train.global_batch": config.train.global_batch, **{key: n for key, n in ramp.items() if n is not None}}
-
-
-@rule("zero.stage", "parallel.pipeline")
-def _no_zero3_pipeline(config: RunConfig) -> Iterator[str]:
-    if config.zero.stage == 3 and config.parallel.pipeline > 1:
-        yield (
-            f"zero.stage=3 does not work with parallel.pipeline={config.parallel.pipeline}: DeepSpeed's "
-            "ZeRO 3 broadcasts over all ranks between the pipeline's messages and would hang; "
-            "use zero.stage 0, 1 or 2, or parallel.pipeline=1"
-        )
 
 
 @rule("train.recompute_every", "model.layers")

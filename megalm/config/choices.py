@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("normal", "truncated_normal", "xavier", "he"),
     "rotary_scaling": ("none", "linear", "ntk", "yarn", "llama3"),
     "rows": ("stream", "documents"),
-    "schedule": ("gpipe", "1f1b"),
+    "schedule": ("gpipe", "1f1b", "interleaved", "breadth-first", "zb-h1", "zb-h2", "zb-v", "dualpipe-v"),
     "recompute": ("none", "selective", "full"),
     "optimizer": (
         "adamw",
@@ -48,3 +48,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "cooldown_shape": ("linear", "cosine", "sqrt"),
 }
+
+LOOPED_SCHEDULES = ("interleaved", "breadth-first")
+"""Those with `parallel.virtual_stages` chunks a stage."""
+FOLDED_SCHEDULES = ("zb-v", "dualpipe-v")
+"""Those with two chunks a stage, the first and the last layer on the first stage."""
+SPLITTING_SCHEDULES = ("zb-h1", "zb-h2", *FOLDED_SCHEDULES)
+"""Those that make the gradients of weights in actions of their own."""

@@ -18,7 +18,9 @@ from megalm.config import checks, ramps
 from megalm.config import loop_checks as loop_checks  # its rules add themselves
 from megalm.config import optim_checks as optim_checks
 from megalm.config import pattern_checks as pattern_checks
+from megalm.config import pipeline_checks as pipeline_checks
 from megalm.config.checks import check_world as check_world
+from megalm.config.choices import FOLDED_SCHEDULES
 from megalm.config.fields import (
     LARGEST_COUNT,
     LARGEST_ENUMERATED,
@@ -60,13 +62,23 @@ class RunSection(Section):
 
 
 class ParallelSection(Section):
-    """How one copy of the model is split over ranks; data is what remains of the world size."""
+    """How one copy of the model is split over ranks; data is what remains of the world size.
+
+    `virtual_stages` is the number of chunks of layers on each stage where the schedule leaves it open. `partition` is
+    the number of layers of each stage, or of each chunk in the order of the model.
+    """
 
     tensor: Few = 1
     pipeline: Few = 1
     sequence: bool = False
     schedule: Annotated[str, one_of("schedule")] = "1f1b"
+    virtual_stages: Few = 1
     partition: Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)] | None = None
+
+    @property
+    def chunks(self) -> int:
+        """The chunks of layers on each stage."""
+        return 2 if self.schedule in FOLDED_SCHEDULES else self.virtual_stages
 
 
 class ZeroSection(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,10 @@ from megalm.errors import LaunchError
 
 DEFAULT_COLLECTIVE_TIMEOUT_S = 600
 
+Cargo = Literal["activation", "gradient"]
+"""What pipeline stages send to each other."""
+CARGOES: tuple[Cargo, ...] = get_args(Cargo)
+
 
 @dataclass(frozen=True)
 class ParallelMesh:
@@ -25,7 +29,8 @@ class ParallelMesh:
 
     `forward_group` and `backward_group` hold the ranks of the pipeline axis once more each: activations travel
     through the one and gradients through the other, so that messages within each arrive in the order of sending and
-    neither direction waits for the other (NCCL runs the messages of one group in one queue).
+    neither direction waits for the other (NCCL runs the messages of one group in one queue). `message_group` has them,
+    and those for schedules whose activations travel down too, or whose gradients travel up.
     """
 
     layout: RankLayout
@@ -35,6 +40,7 @@ class ParallelMesh:
     forward_group: dist.ProcessGroup = field(repr=False)
     backward_group: dist.ProcessGroup = field(repr=False)
     collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S
+    _returning: dict[Cargo, dist.ProcessGroup] = field(default_factory=dict, repr=False)
 
     @classmethod
     def create(
@@ -106,25 +112,33 @@ class ParallelMesh:
         first = self.coordinates.data // size * size
         return _new_group(tuple(ranks[first : first + size]), timedelta(seconds=self.collective_timeout_s), "block")
 
+    def message_group(self, cargo: Cargo, goes_up: bool) -> dist.ProcessGroup:
+        """Return the group of all stages through which a cargo travels, to later stages or (not `goes_up`) to earlier.
+
+        Activations that go down and gradients that go up have groups that are formed when they are first asked for:
+        every rank of the world must then call, in the same order.
+        """
+        if goes_up is (cargo == "activation"):
+            return self.forward_group if goes_up else self.backward_group
+        if cargo not in self._returning:
+            stages = tuple(self.layout.group_of("pipeline", self.rank) or ())
+            timeout = timedelta(seconds=self.collective_timeout_s)
+            self._returning[cargo] = _new_group(stages, timeout, f"returning {cargo}")
+        return self._returning[cargo]
+
+    def stage_rank(self, stage: int) -> int:
+        """Return the global rank of another stage at this rank's data and tensor index."""
+        return self.layout.rank(stage, self.coordinates.data, self.coordinates.tensor)
+
     @property
     def is_first_stage(self) -> bool:
-        """Tell whether this rank holds the embedding."""
+        """Tell whether this rank is at the begin of the pipeline axis: it holds the embedding."""
         return self.coordinates.pipeline == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Tell whether this rank computes the loss."""
+        """Tell whether this rank is at the end of the pipeline axis."""
         return self.coordinates.pipeline == self.layout.pipeline - 1
-
-    @property
-    def previous_rank(self) -> int | None:
-        """Return the global rank that activations come from; None on the first stage."""
-        return None if self.is_first_stage else self.rank - self.layout.data * self.layout.tensor
-
-    @property
-    def next_rank(self) -> int | None:
-        """Return the global rank that activations go to; None on the last stage."""
-        return None if self.is_last_stage else self.rank + self.layout.data * self.layout.tensor
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.coordinates})"

@@ -1,19 +1,37 @@
-"""Activations to the next pipeline stage and gradients to the previous one, without waiting.
+"""Activations and gradients between pipeline stages, without waiting.
 
-Sizes are known on both sides beforehand, so no header travels. `pipeline_parallel` decides the order of messages.
+Sizes are known on both sides beforehand, so no header travels. `pipeline_parallel` decides which stages talk, and the
+order of messages.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.mesh import CARGOES, Cargo, ParallelMesh
 from megalm.distributed.progress import progress
+
+
+class Route(NamedTuple):
+    """What one stage sends to another."""
+
+    cargo: Cargo
+    sender: int
+    receiver: int
+
+
+def chain(stages: int) -> list[Route]:
+    """Return the routes of stages that hold one piece of the model each: activations up, gradients down."""
+    pairs = [(stage, stage + 1) for stage in range(stages - 1)]
+    return [Route("activation", *pair) for pair in pairs] + [Route("gradient", *pair[::-1]) for pair in pairs]
 
 
 @dataclass(frozen=True)
@@ -73,63 +91,64 @@ class Channel:
 
 
 class StageLinks:
-    """The channels of one pipeline stage; those that lead off the ends of the pipeline do not exist.
+    """The channels of one pipeline stage along the routes that begin or end there (None: those of `chain`).
 
-    A stage may run ahead of its neighbour by as many messages as there are stages: under GPipe and 1F1B no stage then
-    ever waits for one that waits for it. A schedule that runs further ahead says so by `most_in_flight`.
+    A stage may run ahead of its neighbour by `most_in_flight` messages, as many as there are stages if nothing else is
+    said; a schedule knows how many it takes, so that no stage waits for one that waits for it.
     """
 
-    def __init__(self, mesh: ParallelMesh, most_in_flight: int | None = None) -> None:
-        """Open the channels of this rank of `mesh`."""
+    def __init__(self, mesh: ParallelMesh, routes: Iterable[Route] | None = None) -> None:
+        """Open the channels of this rank of `mesh`; all ranks of the pipeline axis must call, with the same routes."""
         self.device = mesh.device
-        limit = mesh.layout.pipeline if most_in_flight is None else most_in_flight
-        previous, following = mesh.previous_rank, mesh.next_rank
-        self._activations_in = None if previous is None else Channel(mesh.forward_group, previous, limit)
-        self._activations_out = None if following is None else Channel(mesh.forward_group, following, limit)
-        self._gradients_in = None if following is None else Channel(mesh.backward_group, following, limit)
-        self._gradients_out = None if previous is None else Channel(mesh.backward_group, previous, limit)
-        self._meet()
+        own = mesh.coordinates.pipeline
+        self._out: dict[tuple[Cargo, int], Channel] = {}
+        self._in: dict[tuple[Cargo, int], Channel] = {}
+        routes = list(chain(mesh.layout.pipeline) if routes is None else routes)
+        for goes_up, cargo in product((True, False), CARGOES):
+            ways = [route for route in routes if route.cargo == cargo and (route.sender < route.receiver) is goes_up]
+            if not ways:
+                continue
+            group = mesh.message_group(cargo, goes_up)
+            for route in dict.fromkeys(ways):
+                if own in (route.sender, route.receiver):
+                    there, channels = (route.receiver, self._out) if own == route.sender else (route.sender, self._in)
+                    channels[cargo, there] = Channel(group, mesh.stage_rank(there), mesh.layout.pipeline)
+            self._meet(cargo, goes_up, own)
 
-    def _meet(self) -> None:
-        """Exchange a number with each neighbour in both directions; the neighbours must do the same.
+    def _meet(self, cargo: Cargo, goes_up: bool, own: int) -> None:
+        """Send each neighbour of a group a number, then take theirs.
 
         NCCL connects a pair at its first message and holds both hosts until it has. A receive that is posted ahead
-        would then wait for a neighbour that itself waits for this rank's next activation (under GPipe it does).
+        would then wait for a neighbour that itself waits for this rank's next activation (under GPipe it does). A group
+        has messages of one direction only, so one end of the pipeline has nothing to send, and frees the next.
         """
         number = torch.zeros(1, device=self.device)
-        if self._activations_out is not None:
-            self.send_forward(number)
-        if self._activations_in is not None:
-            self.receive_forward((1,), number.dtype).wait()
-        if self._gradients_out is not None:
-            self.send_backward(number)
-        if self._gradients_in is not None:
-            self.receive_backward((1,), number.dtype).wait()
+        for (sent, there), channel in self._out.items():
+            if sent == cargo and (own < there) is goes_up:
+                channel.send(number)
+        for (sent, there), channel in self._in.items():
+            if sent == cargo and (there < own) is goes_up:
+                channel.receive((1,), number.dtype, self.device).wait()
         self.drain()
 
-    def send_forward(self, activation: Tensor) -> None:
-        """Start to send an activation to the next stage."""
-        _existing(self._activations_out, "next").send(activation)
+    def allow(self, most_in_flight: int) -> None:
+        """Hold at most so many sent tensors for each neighbour from now on."""
+        for channel in self._out.values():
+            channel.most_in_flight = most_in_flight
 
-    def receive_forward(self, shape: tuple[int, ...], dtype: torch.dtype) -> Receipt:
-        """Start to receive the previous stage's next activation."""
-        return _existing(self._activations_in, "previous").receive(shape, dtype, self.device)
+    def send(self, cargo: Cargo, stage: int, x: Tensor) -> None:
+        """Start to send an activation or a gradient to a stage."""
+        channel = self._out.get((cargo, stage))
+        assert channel is not None, f"this stage sends no {cargo} to stage {stage}"
+        channel.send(x)
 
-    def send_backward(self, gradient: Tensor) -> None:
-        """Start to send a gradient to the previous stage."""
-        _existing(self._gradients_out, "previous").send(gradient)
-
-    def receive_backward(self, shape: tuple[int, ...], dtype: torch.dtype) -> Receipt:
-        """Start to receive the gradient of the next activation from the next stage."""
-        return _existing(self._gradients_in, "next").receive(shape, dtype, self.device)
+    def receive(self, cargo: Cargo, stage: int, shape: tuple[int, ...], dtype: torch.dtype) -> Receipt:
+        """Start to receive a stage's next activation or gradient."""
+        channel = self._in.get((cargo, stage))
+        assert channel is not None, f"this stage gets no {cargo} from stage {stage}"
+        return channel.receive(shape, dtype, self.device)
 
     def drain(self) -> None:
         """Wait until the neighbours have taken all that was sent; called at the end of a step."""
-        for channel in (self._activations_out, self._gradients_out):
-            if channel is not None:
-                channel.drain()
-
-
-def _existing(channel: Channel | None, which: str) -> Channel:
-    assert channel is not None, f"this stage has no {which} stage"
-    return channel
+        for channel in self._out.values():
+            channel.drain()

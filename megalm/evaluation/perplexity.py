@@ -86,7 +86,7 @@ def held_out_loss(
                 labels = batch.labels_BT[batch.loss_mask_BT].numpy()
                 sums[1] += len(labels)
                 sums[2] += int(token_bytes_V[labels].sum())
-    total_nats, tokens, text_bytes = _over_mesh(sums.to(mesh.device), mesh).tolist()
+    total_nats, tokens, text_bytes = _over_mesh(sums.to(mesh.device), mesh, executor.loss_stage).tolist()
     return HeldOutLoss(total_nats, int(tokens), int(text_bytes))
 
 
@@ -94,12 +94,12 @@ def _microbatch(batch: Batch, device: torch.device) -> Microbatch:
     return Microbatch(batch.tokens_BT.to(device), batch.labels_BT.to(device), batch.loss_mask_BT.to(device))
 
 
-def _over_mesh(sums: torch.Tensor, mesh: ParallelMesh) -> torch.Tensor:
-    """Return the last stage's sums, added over the data axis, on every rank."""
+def _over_mesh(sums: torch.Tensor, mesh: ParallelMesh, loss_stage: int) -> torch.Tensor:
+    """Return the loss stage's sums, added over the data axis, on every rank."""
     total = all_reduce_sum(sums, mesh.group("data"))
     group = mesh.group("model")
     if group.size() > 1:
-        source = mesh.layout.rank(pipeline=mesh.layout.pipeline - 1, data=mesh.coordinates.data, tensor=0)
+        source = mesh.layout.rank(pipeline=loss_stage, data=mesh.coordinates.data, tensor=0)
         dist.broadcast(total, source, group=group)
     return total
 

@@ -27,9 +27,11 @@ class NextTokenModel(Protocol):
 
     window: int
     """How many tokens it sees at most."""
+    loss_stage: int
+    """The pipeline stage that has the logits."""
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor | None:
-        """Return logits_V of the token after `tokens` (1 to `window`) on the last stage, None elsewhere."""
+        """Return logits_V of the token after `tokens` (1 to `window`) on `loss_stage`, None elsewhere."""
         ...
 
 
@@ -43,12 +45,13 @@ class WindowModel:
     def __init__(self, executor: PipelineExecutor, mesh: ParallelMesh, *, window: int, vocab: int) -> None:
         assert mesh.size("data") == 1, f"{mesh.size('data')} data ranks would all generate the same text"
         self.window = window
+        self.loss_stage = executor.loss_stage
         self._vocab = vocab
         self._executor = executor
         self._mesh = mesh
 
     def next_logits(self, tokens: Sequence[int]) -> Tensor | None:
-        """Return logits_V, whole and without padding, on all ranks of the last stage; None elsewhere."""
+        """Return logits_V, whole and without padding, on all ranks of `loss_stage`; None elsewhere."""
         assert 1 <= len(tokens) <= self.window, f"{len(tokens)} tokens in a window of {self.window}"
         tokens_1T = torch.tensor([list(tokens)], dtype=torch.int64, device=self._mesh.device)
         outputs = self._executor.forward_only([Microbatch(tokens_1T)])
@@ -80,11 +83,11 @@ def generate_tokens(
     """Yield up to `max_new_tokens` tokens that continue `prompt`; the end-of-text token ends them unseen.
 
     The model sees the last `model.window` tokens. All ranks of the model's group iterate to the end together
-    and get the same tokens: one rank of the last stage draws and sends the token to all others.
+    and get the same tokens: one rank of the stage with the logits draws and sends the token to all others.
     """
     assert prompt, "an empty prompt has no logits; begin with the end-of-text token"
     group = mesh.group("model")
-    drawer = mesh.layout.rank(pipeline=mesh.layout.pipeline - 1, data=mesh.coordinates.data, tensor=0)
+    drawer = mesh.layout.rank(pipeline=model.loss_stage, data=mesh.coordinates.data, tensor=0)
     tokens = list(prompt)
     for draw in range(max_new_tokens):
         logits_V = model.next_logits(tokens[-model.window :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,17 +13,24 @@ from megalm.distributed.mesh import ParallelMesh
 from megalm.models.transformer import StagePlan, Transformer
 from megalm.pipeline_parallel.executor import PipelineExecutor
 from megalm.pipeline_parallel.partition import partition_layers
-from megalm.pipeline_parallel.schedules import SCHEDULES
+from megalm.pipeline_parallel.schedules import SCHEDULES, placement_of
+from megalm.pipeline_parallel.weight_gradients import WeightGradients
 from megalm.tensor_parallel.initialize import Initializer
+from megalm.tensor_parallel.linear import Linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def stage_plan(config: RunConfig, stage: int) -> StagePlan:
     """Return what pipeline stage number `stage` holds."""
-    stages = config.parallel.pipeline
-    layers = partition_layers(config.model.layers, stages, config.parallel.partition)[stage]
-    return StagePlan(layers=layers, first=stage == 0, last=stage == stages - 1)
+    placement = placement_of(config.parallel.schedule, config.parallel.pipeline, config.parallel.virtual_stages)
+    layers = partition_layers(config.model.layers, placement, config.parallel.partition)
+    places = [placement.place(stage, chunk) for chunk in range(placement.chunks)]
+    return StagePlan(
+        chunks=tuple(layers[place] for place in places),
+        first=stage == 0,
+        last=stage == placement.last_stage,
+    )
 
 
 def build_stage(
@@ -55,11 +63,21 @@ def build_stage(
 
 
 def build_executor(config: RunConfig, module: nn.Module, mesh: ParallelMesh) -> PipelineExecutor:
-    """Return the executor of this rank's stage for the recipe's schedule."""
+    """Return the executor of this rank's stage for the recipe's schedule.
+
+    Under a schedule that splits the backward pass the linear layers of the blocks are told to put off the gradients of
+    their weights. Those of the head come at once: what they need is as large as the logits.
+    """
     ranks = mesh.size("tensor") if config.parallel.sequence else 1
-    schedule = SCHEDULES.get(config.parallel.schedule)
+    kind = SCHEDULES.get(config.parallel.schedule)
+    schedule = partial(kind, chunks=kind.fixed_chunks or config.parallel.virtual_stages)
+    weight_gradients = WeightGradients()
+    if kind.splits_backward:
+        for layer in module.modules():
+            if isinstance(layer, Linear):
+                layer.linear = weight_gradients.linear
 
     def hidden_shape(rows: int, tokens: int) -> tuple[int, int, int]:
         return rows, tokens // ranks, config.model.hidden
 
-    return PipelineExecutor(module, schedule, mesh, hidden_shape, DTYPES[config.precision])
+    return PipelineExecutor(module, schedule, mesh, hidden_shape, DTYPES[config.precision], weight_gradients)

@@ -27,15 +27,32 @@ from megalm.tensor_parallel.initialize import Initializer
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Which part of the model a pipeline stage holds."""
+    """Which part of the model a pipeline stage holds: the layers of each of its chunks, and whether it has the ends."""
 
-    layers: range
+    chunks: tuple[range, ...]
     first: bool
+    """The stage embeds, in its first chunk."""
     last: bool
+    """The stage has the final norm and the head, in its last chunk."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Return the layers of all chunks, in ascending order."""
+        return tuple(index for layers in self.chunks for index in layers)
+
+    def embeds(self, chunk: int) -> bool:
+        """Return whether a chunk takes tokens."""
+        return self.first and chunk == 0
+
+    def predicts(self, chunk: int) -> bool:
+        """Return whether a chunk returns the loss."""
+        return self.last and chunk == len(self.chunks) - 1
 
 
 class Transformer(nn.Module):
-    """The blocks of one stage, with the embedding on the first stage and the final norm and head on the last.
+    """The blocks of one stage, with the embedding before the first layer and the final norm and head behind the last.
+
+    A stage may hold several runs of layers, its chunks, of which `forward` computes one.
 
     `group` is the tensor group; every rank of it must call. With `sequence` the residual stream is split over its
     ranks by tokens. Where embeddings are tied and the first stage is not the last, both hold a copy of
@@ -127,24 +144,27 @@ class Transformer(nn.Module):
         loss_mask_BT: Tensor | None = None,
         dropout: DropoutKeys | None = None,
         tokens_BT: Tensor | None = None,
+        chunk: int = 0,
     ) -> Tensor:
-        """Run one microbatch through this stage.
+        """Run one microbatch through one of this stage's chunks.
 
-        The first stage takes tokens_BT (int64) as x, later ones the hidden state x_BTD (x_BTtD with sequence
-        parallelism) of the stage before; a model with document masks needs `tokens_BT` on these too. The last stage
-        returns the loss summed over valid tokens, or, without labels, this tensor rank's logits_BTVt (padding columns
-        included); earlier ones the hidden state.
+        The first of the model takes tokens_BT (int64) as x, later ones the hidden state x_BTD (x_BTtD with sequence
+        parallelism) of the one before; a model with document masks needs `tokens_BT` on these too. The last of the
+        model returns the loss summed over valid tokens, or, without labels, this tensor rank's logits_BTVt (padding
+        columns included); earlier ones the hidden state.
         """
-        context = self._context(x, dropout, x if self.plan.first else tokens_BT, loss_mask_BT)
-        if self.plan.first:
+        embeds = self.plan.embeds(chunk)
+        context = self._context(x, dropout, x if embeds else tokens_BT, embeds, loss_mask_BT)
+        if embeds:
             x = self._embed(x, context)
-        for index, block in zip(self.plan.layers, self.blocks.values(), strict=True):
+        for index in self.plan.chunks[chunk]:
+            block = self.blocks[str(index)]
             again = self.recompute == "full" and index % self.recompute_every == 0
             if again and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, context)
-        if not self.plan.last:
+        if not self.plan.predicts(chunk):
             return x
         x = self.final_norm(x)
         x = x if self.head_factor == 1.0 else x * self.head_factor
@@ -162,10 +182,15 @@ class Transformer(nn.Module):
         return token_loss_sum(self._logits(x), labels_BT, loss_mask_BT, group=self.group, **loss)
 
     def _context(
-        self, x: Tensor, dropout: DropoutKeys | None, tokens_BT: Tensor | None, loss_mask_BT: Tensor | None
+        self,
+        x: Tensor,
+        dropout: DropoutKeys | None,
+        tokens_BT: Tensor | None,
+        embeds: bool,
+        loss_mask_BT: Tensor | None,
     ) -> Context:
         ranks = self.group.size() if self.sequence else 1
-        tokens = x.shape[1] if self.plan.first else x.shape[1] * ranks
+        tokens = x.shape[1] if embeds else x.shape[1] * ranks
         first_token = self.group.rank() * (tokens // ranks) if self.sequence else 0
         documents = None
         if self.document_start is not None:

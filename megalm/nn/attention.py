@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +22,7 @@ from megalm.nn.ops import select_operations
 from megalm.nn.pattern_attention import pattern_attention
 from megalm.nn.positions import POSITIONS
 from megalm.tensor_parallel.initialize import Initializer
-from megalm.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalm.tensor_parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 
 Projected = tuple[Tensor, Tensor | None, Tensor, Tensor]
 """q_BTHE, the gate of each head's result in the same shape (None: there is none), k_BTGE, v_BTGE."""
@@ -173,7 +172,7 @@ class GroupedQuery(nn.Module):
         return q, gate[0] if gate else None, k, v
 
 
-class MultiQuery(nn.Module):
+class MultiQuery(Linear):
     """All queries share one key and value head, which every tensor rank computes (Shazeer 2019).
 
     Queries, and their gates beside them, have weight `q` [1 or 2, H * E, D], split by heads; key and value have `kv`
@@ -206,8 +205,8 @@ class MultiQuery(nn.Module):
         x = gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
         q_bias = None if self.q_bias is None else self.q_bias.flatten()
         kv_bias = None if self.kv_bias is None else sum_gradient(self.kv_bias, self.group)
-        own = F.linear(x, self.q_weight.flatten(0, -2), q_bias)
-        shared = F.linear(x, sum_gradient(self.kv_weight, self.group), kv_bias)
+        own = self.linear(x, self.q_weight.flatten(0, -2), q_bias)
+        shared = self.linear(x, sum_gradient(self.kv_weight, self.group), kv_bias)
         q, *gate = (part.unflatten(-1, (-1, self.head_size)) for part in own.chunk(2 if self.gated else 1, dim=-1))
         k, v = (part.unsqueeze(2) for part in shared.chunk(2, dim=-1))
         return q, gate[0] if gate else None, k, v

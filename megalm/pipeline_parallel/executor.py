@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalm.distributed.launch import is_lost_peer
-from megalm.distributed.mesh import ParallelMesh
-from megalm.distributed.p2p import Receipt, StageLinks
+from megalm.distributed.mesh import Cargo, ParallelMesh
+from megalm.distributed.p2p import Receipt, Route, StageLinks
 from megalm.distributed.progress import progress
 from megalm.errors import DistributedError, MegalmError
-from megalm.pipeline_parallel.schedules import Action, ActionKind, Schedule
+from megalm.pipeline_parallel.actions import Action, ActionKind, Placement, Schedule
+from megalm.pipeline_parallel.weight_gradients import Owed, WeightGradients, pay
 
 
 class PipelineError(MegalmError):
@@ -44,14 +45,16 @@ class Microbatch:
 
 
 class PipelineExecutor:
-    """This rank's stage of the pipeline: the part of the model it holds and its stream of actions.
+    """This rank's stage of the pipeline: the parts of the model it holds and its stream of actions.
 
-    `module(x, labels_BT=, loss_mask_BT=, dropout=, tokens_BT=)` takes tokens on the first stage and the hidden state
-    of the stage before on later ones, `tokens_BT` and `loss_mask_BT` being the same on all of them; it returns the loss
-    sum (or logits, without labels) on the last stage, else the hidden state. `activation_shape(rows, tokens)` is the
-    hidden state's shape for a microbatch of that size, `dtype` its dtype. `schedule` is made anew where a step has
-    another number of microbatches. After `run`, `peak_live` is the largest number of microbatches whose activations
-    were held at once.
+    `module(x, labels_BT=, loss_mask_BT=, dropout=, tokens_BT=, chunk=)` runs one of them. It takes tokens where the
+    model begins and the hidden state of the part before elsewhere, `tokens_BT` and `loss_mask_BT` being the same
+    everywhere; it returns the loss sum (or logits, without labels) where the model ends, else the hidden state. The
+    hidden state of a microbatch has the shape `activation_shape(rows, tokens)` and the dtype `dtype`.
+    `schedule(stages, microbatches)` is called anew where a step has another number of microbatches. `weight_gradients`
+    collects what the module's layers put off until the weight gradients' own actions. After `run`, `peak_live` is the
+    largest number of microbatches, each chunk counted, whose activations, or what their weight gradients need, were
+    held at once.
     """
 
     def __init__(
@@ -61,18 +64,28 @@ class PipelineExecutor:
         mesh: ParallelMesh,
         activation_shape: Callable[[int, int], tuple[int, ...]],
         dtype: torch.dtype,
+        weight_gradients: WeightGradients | None = None,
     ) -> None:
         self.peak_live = 0
         self._module = module
-        self._schedule, self._stages = schedule, mesh.layout.pipeline
+        self._make_schedule, self._stages = schedule, mesh.layout.pipeline
         self._stage = mesh.coordinates.pipeline
-        self._microbatches, self._actions = 0, tuple[Action, ...]()
-        self._is_first, self._is_last = mesh.is_first_stage, mesh.is_last_stage
-        self._links = StageLinks(mesh)
+        self._schedule = schedule(self._stages, 1)
+        self._actions = tuple(self._schedule.actions(self._stage))
+        self._placement = self._schedule.placement
+        self._links = StageLinks(mesh, _routes(self._placement))
         self._activation_shape = activation_shape
         self._dtype = dtype
         self._loss_dtype = torch.float64 if dtype is torch.float64 else torch.float32
         self._device = mesh.device
+        self._weight_gradients = weight_gradients or WeightGradients()
+        self._handed: dict[Action, Tensor] = {}
+        """Results that this stage has made for itself, under the action that needs them."""
+
+    @property
+    def loss_stage(self) -> int:
+        """The pipeline stage that computes the loss."""
+        return self._placement.last_stage
 
     def run(
         self,
@@ -83,51 +96,66 @@ class PipelineExecutor:
         """Run this stage's forwards and backwards of one step; return the detached loss sum, a scalar.
 
         All ranks of the pipeline axis must call. Gradients of `loss_scale` x loss are added to the
-        parameters' `.grad`; `after_backward` is called after each microbatch's backward. The loss is fp32
-        (fp64 for a module of fp64), and zero on all stages but the last. Raises PipelineError when the module
+        parameters' `.grad`; `after_backward` is called after each action that may have made some. The loss is fp32
+        (fp64 for a module of fp64), and zero on all stages but the loss's. Raises PipelineError when the module
         fails, DistributedError when a neighbouring stage is gone or silent until the collective time-out.
         """
-        if len(microbatches) != self._microbatches:
-            self._microbatches = len(microbatches)
-            self._actions = tuple(self._schedule(self._stages, self._microbatches).actions(self._stage))
+        self._expect(len(microbatches))
         total = torch.zeros((), dtype=self._loss_dtype, device=self._device)
         scale = torch.as_tensor(loss_scale, dtype=self._loss_dtype, device=self._device)
-        live: dict[int, tuple[Tensor | None, GradientEdge | None]] = {}
+        live: dict[tuple[int, int], tuple[Tensor | None, GradientEdge | None]] = {}
+        owed: dict[tuple[int, int], list[Owed]] = {}
         self.peak_live = 0
         for action, message in self._receive(self._actions, microbatches):
+            piece = action.microbatch, action.chunk
             if action.kind is ActionKind.FORWARD:
-                live[action.microbatch] = self._train_forward(action, microbatches, message, total)
-                self.peak_live = max(self.peak_live, len(live))
-            else:
-                self._train_backward(action, *live.pop(action.microbatch), scale if message is None else message)
+                live[piece] = self._train_forward(action, microbatches, message, total)
+                self.peak_live = max(self.peak_live, len(live) + len(owed))
+                continue
+            if action.kind is not ActionKind.WEIGHT_GRADIENT:
+                self._train_backward(action, *live.pop(piece), scale if message is None else message)
+                after_backward()
+                owed[piece] = self._weight_gradients.take()
+            if action.kind is not ActionKind.INPUT_GRADIENT and self._pay(action, owed.pop(piece)):
                 after_backward()
         self._drain()
         return total
 
     @torch.no_grad()
     def forward_only(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
-        """Return the last stage's outputs, one a microbatch: loss sums where there are labels, else logits.
+        """Return the loss stage's outputs, one a microbatch: loss sums where there are labels, else logits.
 
         All ranks of the pipeline axis must call, with microbatches of the same shapes, which may differ from
-        those of training; [] on all stages but the last. Raises as `run` does.
+        those of training; [] on all other stages. Raises as `run` does. What the schedule's other actions left out
+        leave waits for nothing else than before.
         """
+        if not microbatches:
+            return []
+        self._expect(len(microbatches))
         outputs = []
-        actions = [Action(ActionKind.FORWARD, index) for index in range(len(microbatches))]
+        actions = [action for action in self._actions if action.kind is ActionKind.FORWARD]
         for action, message in self._receive(actions, microbatches):
             output = self._call_module(action, microbatches[action.microbatch], message)
-            if self._is_last:
+            if self._makes_loss(action):
                 outputs.append(output)
             else:
-                self._send(action, microbatches[action.microbatch], output)
+                self._pass_on(action, output, microbatches[action.microbatch])
         self._drain()
         return outputs
+
+    def _expect(self, microbatches: int) -> None:
+        """Take the schedule of so many microbatches."""
+        if microbatches != self._schedule.microbatches:
+            self._schedule = self._make_schedule(self._stages, microbatches)
+            self._actions = tuple(self._schedule.actions(self._stage))
+            self._links.allow(self._schedule.most_in_flight)
 
     def _train_forward(
         self, action: Action, microbatches: Sequence[Microbatch], hidden: Tensor | None, total: Tensor
     ) -> tuple[Tensor | None, GradientEdge | None]:
         """Run a forward; return what its backward needs: the received leaf, the output's place in the graph.
 
-        A first stage whose weights are all frozen has no graph, and nothing to do in its backward.
+        A model's begin whose weights are all frozen has no graph, and nothing to do in its backward.
 
         The output itself is not kept: backward does not need its value, so on a sending stage its memory is
         free as soon as the message is through.
@@ -136,10 +164,10 @@ class PipelineExecutor:
         if hidden is not None:
             hidden.requires_grad_()
         output = self._call_module(action, microbatch, hidden)
-        if self._is_last:
+        if self._makes_loss(action):
             total += output.detach()
         else:
-            self._send(action, microbatch, output)
+            self._pass_on(action, output, microbatch)
         return hidden, get_gradient_edge(output) if output.requires_grad else None
 
     def _train_backward(
@@ -151,17 +179,28 @@ class PipelineExecutor:
             torch.autograd.backward(output, gradient)
         if hidden is not None:
             assert hidden.grad is not None, f"stage {self._stage} does not use the hidden state it is given"
-            with self._naming_lost_neighbour(action):
-                self._links.send_backward(hidden.grad)
+            self._pass_on(action, hidden.grad)
+
+    def _pay(self, action: Action, owed: list[Owed]) -> bool:
+        """Make the weight gradients that a backward has put off; return whether there were any."""
+        any_owed = bool(owed)
+        with self._naming_failure(action):
+            pay(owed)
+        return any_owed
+
+    def _makes_loss(self, action: Action) -> bool:
+        return self._placement.place(self._stage, action.chunk) == self._placement.places - 1
 
     def _call_module(self, action: Action, microbatch: Microbatch, hidden: Tensor | None) -> Tensor:
+        is_last = self._makes_loss(action)
         with self._naming_failure(action):
             output: Tensor = self._module(
                 microbatch.tokens_BT if hidden is None else hidden,
-                labels_BT=microbatch.labels_BT if self._is_last else None,
+                labels_BT=microbatch.labels_BT if is_last else None,
                 loss_mask_BT=microbatch.loss_mask_BT,
                 dropout=microbatch.dropout,
                 tokens_BT=microbatch.tokens_BT,
+                chunk=action.chunk,
             )
         return output
 
@@ -173,7 +212,7 @@ class PipelineExecutor:
         for action, following in zip_longest(actions, actions[1:]):
             ahead = self._post(following, microbatches) if following is not None else None
             if posted is None:
-                yield action, None
+                yield action, self._handed_to(action)
             else:
                 with self._naming_lost_neighbour(action):
                     message = posted.wait()
@@ -181,21 +220,33 @@ class PipelineExecutor:
             progress.acts += 1
             posted = ahead
 
-    def _post(self, action: Action, microbatches: Sequence[Microbatch]) -> Receipt | None:
-        is_forward = action.kind is ActionKind.FORWARD
-        if self._is_first if is_forward else self._is_last:
-            return None
-        receive = self._links.receive_forward if is_forward else self._links.receive_backward
-        with self._naming_lost_neighbour(action):
-            return receive(self._hidden_shape(microbatches[action.microbatch]), self._dtype)
+    def _handed_to(self, action: Action) -> Tensor | None:
+        """Return what this stage has made for the action itself; None where it needs nothing."""
+        return None if self._schedule.source(self._stage, action) is None else self._handed.pop(_need(action))
 
-    def _send(self, action: Action, microbatch: Microbatch, output: Tensor) -> None:
-        expected = self._hidden_shape(microbatch)
-        assert (*output.shape,) == expected and output.dtype is self._dtype, (
-            f"stage {self._stage} made {tuple(output.shape)} {output.dtype}, not {expected} {self._dtype}"
-        )
+    def _post(self, action: Action, microbatches: Sequence[Microbatch]) -> Receipt | None:
+        source = self._schedule.source(self._stage, action)
+        if source is None or source[0] == self._stage:
+            return None
         with self._naming_lost_neighbour(action):
-            self._links.send_forward(output)
+            shape = self._hidden_shape(microbatches[action.microbatch])
+            return self._links.receive(_cargo(action), source[0], shape, self._dtype)
+
+    def _pass_on(self, action: Action, result: Tensor, microbatch: Microbatch | None = None) -> None:
+        """Give an activation, or a gradient, to the stage that needs it: another one or this one."""
+        if microbatch is not None:
+            expected = self._hidden_shape(microbatch)
+            assert (*result.shape,) == expected and result.dtype is self._dtype, (
+                f"stage {self._stage} made {tuple(result.shape)} {result.dtype}, not {expected} {self._dtype}"
+            )
+        target = self._schedule.target(self._stage, action)
+        assert target is not None, f"nobody needs the result of {action} on stage {self._stage}"
+        stage, needing = target
+        if stage == self._stage:
+            self._handed[needing] = result.detach()
+            return
+        with self._naming_lost_neighbour(action):
+            self._links.send(_cargo(action), stage, result)
 
     def _drain(self) -> None:
         with self._naming_lost_neighbour("the end of the step"):
@@ -214,9 +265,10 @@ class PipelineExecutor:
             if is_lost_peer(error):  # of the tensor or data axis: the module is not to blame
                 raise
             reason = next(iter(str(error).splitlines()), "")
+            chunk = f" in chunk {action.chunk}" if action.chunk else ""
             raise PipelineError(
                 f"pipeline stage {self._stage} failed in {action.kind.value} of microbatch "
-                f"{action.microbatch}: {type(error).__name__}: {reason}"
+                f"{action.microbatch}{chunk}: {type(error).__name__}: {reason}"
             ) from error
 
     @contextmanager
@@ -228,3 +280,21 @@ class PipelineExecutor:
                 f"pipeline stage {self._stage} lost a neighbouring stage at {where}; "
                 f"the first error of the other ranks says why: {error}"
             ) from error
+
+
+def _routes(placement: Placement) -> list[Route]:
+    """Return who sends what to whom: activations to the holder of the next place, gradients back."""
+    holders = [placement.holder(place)[0] for place in range(placement.places)]
+    pairs = [(lower, upper) for lower, upper in pairwise(holders) if lower != upper]
+    return [Route("activation", lower, upper) for lower, upper in pairs] + [
+        Route("gradient", upper, lower) for lower, upper in pairs
+    ]
+
+
+def _cargo(action: Action) -> Cargo:
+    return "activation" if action.kind is ActionKind.FORWARD else "gradient"
+
+
+def _need(action: Action) -> Action:
+    """Return the name under which an action's message waits: an input gradient waits for the same as a backward."""
+    return action._replace(kind=ActionKind.BACKWARD) if action.kind is ActionKind.INPUT_GRADIENT else action

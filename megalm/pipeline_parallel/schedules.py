@@ -2,72 +2,28 @@
 
 A schedule says what a stage computes and in which order; it knows nothing of tensors or messages and imports
 no torch. `simulator` proves a schedule right and says what it costs, `executor` runs one stage of it. To add
-a schedule, subclass `Schedule`, give `actions`, and register it.
+a schedule, subclass `Schedule`, give `order`, and register it. Those that split the backward pass are in
+`zero_bubble`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from enum import Enum
-from typing import NamedTuple
 
+from megalm.pipeline_parallel.actions import Action, ActionKind, Placement, Schedule
+from megalm.pipeline_parallel.zero_bubble import DualPipeV, ZeroBubbleH1, ZeroBubbleH2, ZeroBubbleV
 from megalm.registry import Registry
 
-
-class ActionKind(Enum):
-    """What a stage does with one microbatch."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-
-    # Actions are keys of the simulator's tables; members are singletons, so identity is a valid and far
-    # cheaper hash than Enum's own, which hashes the name in Python.
-    __hash__ = object.__hash__
-
-
-class Action(NamedTuple):
-    """One piece of work: `kind` of `microbatch` (from 0) in `chunk`, the stage's n-th piece of the model."""
-
-    kind: ActionKind
-    microbatch: int
-    chunk: int = 0
-
-    def __str__(self) -> str:
-        suffix = f" of chunk {self.chunk}" if self.chunk else ""
-        return f"{self.kind.name}({self.microbatch}){suffix}"
-
-
-class Schedule(ABC):
-    """The order of work of `stages` pipeline stages over the `microbatches` of one step.
-
-    Raises ValueError if there is less than one stage or less than one microbatch. There may be fewer
-    microbatches than stages.
-    """
-
-    chunks = 1
-
-    def __init__(self, stages: int, microbatches: int) -> None:
-        if stages < 1 or microbatches < 1:
-            raise ValueError(f"a schedule needs at least 1 stage and 1 microbatch, got {stages} and {microbatches}")
-        self.stages = stages
-        self.microbatches = microbatches
-
-    @abstractmethod
-    def actions(self, stage: int) -> Iterator[Action]:
-        """Yield what `stage` (from 0) runs in one step, in order."""
-
-    def source(self, stage: int, action: Action) -> tuple[int, Action] | None:
-        """Return the stage and action whose result `stage` receives for `action`; None where it gets none.
-
-        Activations go up one stage, gradients go down one.
-        """
-        if action.kind is ActionKind.FORWARD:
-            return (stage - 1, action) if stage > 0 else None
-        return (stage + 1, action) if stage < self.stages - 1 else None
-
-
 SCHEDULES: Registry[type[Schedule]] = Registry("schedule")
+SCHEDULES.register("zb-h1")(ZeroBubbleH1)
+SCHEDULES.register("zb-h2")(ZeroBubbleH2)
+SCHEDULES.register("zb-v")(ZeroBubbleV)
+SCHEDULES.register("dualpipe-v")(DualPipeV)
+
+
+def placement_of(schedule: str, stages: int, virtual_stages: int) -> Placement:
+    """Return where the pieces of the model lie under the schedule of that name."""
+    return SCHEDULES.get(schedule).placement_of(stages, virtual_stages)
 
 
 @SCHEDULES.register("gpipe")
@@ -79,11 +35,11 @@ class GPipe(Schedule):
     order.
     """
 
-    def actions(self, stage: int) -> Iterator[Action]:
+    def order(self, stage: int, microbatches: int) -> Iterator[Action]:
         """Yield what `stage` runs in one step, in order."""
-        for microbatch in range(self.microbatches):
+        for microbatch in range(microbatches):
             yield Action(ActionKind.FORWARD, microbatch)
-        for microbatch in range(self.microbatches):
+        for microbatch in range(microbatches):
             yield Action(ActionKind.BACKWARD, microbatch)
 
 
@@ -96,13 +52,66 @@ class OneForwardOneBackward(Schedule):
     al. 2021, section 2.2.1).
     """
 
-    def actions(self, stage: int) -> Iterator[Action]:
+    def order(self, stage: int, microbatches: int) -> Iterator[Action]:
         """Yield what `stage` runs in one step, in order."""
-        warmup = min(self.stages - 1 - stage, self.microbatches)
-        for microbatch in range(warmup):
-            yield Action(ActionKind.FORWARD, microbatch)
-        for microbatch in range(warmup, self.microbatches):
-            yield Action(ActionKind.FORWARD, microbatch)
-            yield Action(ActionKind.BACKWARD, microbatch - warmup)
-        for microbatch in range(self.microbatches - warmup, self.microbatches):
-            yield Action(ActionKind.BACKWARD, microbatch)
+        forwards = [Action(ActionKind.FORWARD, microbatch) for microbatch in range(microbatches)]
+        backwards = [Action(ActionKind.BACKWARD, microbatch) for microbatch in range(microbatches)]
+        return _alternating(forwards, backwards, self.stages - 1 - stage)
+
+
+@SCHEDULES.register("interleaved")
+class Interleaved(Schedule):
+    """1F1B over v chunks a stage, depth first: p microbatches go through a chunk, then the same ones through the next.
+
+    Bubble (p-1)/(vm+p-1), a v-th of 1F1B's, for v times the messages. Stage s holds min(2(p-1-s) + (v-1)p + 1, vm)
+    activations of a chunk. Written for multiples of p microbatches. Source: Narayanan et al. 2021, section 2.2.2.
+    """
+
+    fixed_chunks = None
+
+    @property
+    def whole_rounds(self) -> int:
+        """Return the next multiple of the stages."""
+        return -(-self.microbatches // self.stages) * self.stages
+
+    def order(self, stage: int, microbatches: int) -> Iterator[Action]:
+        """Yield what `stage` runs in one step, in order."""
+        p, v = self.stages, self.chunks
+        runs = [(first, chunk) for first in range(0, microbatches, p) for chunk in range(v)]
+        forwards = [Action(ActionKind.FORWARD, first + i, chunk) for first, chunk in runs for i in range(p)]
+        backwards = [Action(ActionKind.BACKWARD, first + i, v - 1 - chunk) for first, chunk in runs for i in range(p)]
+        return _alternating(forwards, backwards, 2 * (p - 1 - stage) + (v - 1) * p)
+
+
+@SCHEDULES.register("breadth-first")
+class BreadthFirst(Schedule):
+    """GPipe over v chunks a stage, breadth first: all microbatches go through a chunk before any goes through the next.
+
+    Bubble (p-1)/(vm+p-1) for m >= p; a stage holds the activations of all microbatches. The gradients of a chunk are
+    whole early, one chunk after the other. Source: Lamy-Poirier 2022, section 4.
+    """
+
+    fixed_chunks = None
+
+    @property
+    def most_in_flight(self) -> int:
+        """Return all microbatches: the last stage is through with many before the first begins its next chunk."""
+        return max(self.stages, self.microbatches)
+
+    def order(self, stage: int, microbatches: int) -> Iterator[Action]:
+        """Yield what `stage` runs in one step, in order."""
+        for chunk in range(self.chunks):
+            for microbatch in range(microbatches):
+                yield Action(ActionKind.FORWARD, microbatch, chunk)
+        for chunk in reversed(range(self.chunks)):
+            for microbatch in range(microbatches):
+                yield Action(ActionKind.BACKWARD, microbatch, chunk)
+
+
+def _alternating(forwards: list[Action], backwards: list[Action], warmup: int) -> Iterator[Action]:
+    """Yield `warmup` forwards, then one forward and one backward in turn, then the other backwards."""
+    yield from forwards[:warmup]
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+        yield forward
+        yield backward
+    yield from backwards[max(0, len(forwards) - warmup) :]

@@ -8,6 +8,7 @@ tokens instead of replicated, and the collectives become all-gather and reduce-s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -25,7 +26,20 @@ from megalm.distributed.sharding import ShardSpec
 from megalm.tensor_parallel.initialize import Initializer
 
 
-class ColumnParallelLinear(nn.Module):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b; `F.linear` is looked up at each call, as DeepSpeed's stage 3 replaces it."""
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Module):
+    """A layer with products by weights, all taken by `linear`, which a schedule may set to its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear: Callable[..., Tensor] = linear
+
+
+class ColumnParallelLinear(Linear):
     """Split a linear layer's output features over the tensor axis: y = x W^T + b.
 
     x_BTD (x_BTtD with `sequence`) -> y_BTFt. With `parts` > 1 the layer holds that many projections of the same
@@ -67,10 +81,10 @@ class ColumnParallelLinear(nn.Module):
         """Return this rank's output features."""
         x = gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
         bias = None if self.bias is None else self.bias.flatten()
-        return F.linear(x, self.weight.flatten(0, -2), bias)
+        return self.linear(x, self.weight.flatten(0, -2), bias)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Linear):
     """Split a linear layer's input features over the tensor axis: y = sum over ranks of x_t W_t^T, plus b.
 
     x_BTFt -> y_BTD (y_BTtD with `sequence`). The forward pass sums over `group`: every rank of it must call.
@@ -103,8 +117,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the whole output features, of all tokens or (with `sequence`) of this rank's tokens."""
         if self.group.size() == 1:
-            return F.linear(x, self.weight, self.bias)
-        partial = F.linear(x, self.weight)
+            return self.linear(x, self.weight, self.bias)
+        partial = self.linear(x, self.weight)
         if not self.sequence:
             y = reduce_from_group(partial, self.group)
             return y if self.bias is None else y + self.bias

@@ -154,8 +154,11 @@ class ShardedEngine(ZeroEngine):
                 offset += size
 
     def microbatch_done(self) -> None:
-        """Under stages 2 and 3 reduce this microbatch's gradients into the partition now; they are not kept."""
-        if self.stage == 2:
+        """Under stages 2 and 3 reduce this microbatch's gradients into the partition now; they are not kept.
+
+        Stage 2 has buffers only if there are some; a chunk of frozen layers gives none.
+        """
+        if self.stage == 2 and self.optimizer.ready_for_gradients:
             self.optimizer.set_gradient_accumulation_boundary(False)
             self.optimizer.overlapping_partition_gradients_reduce_epilogue()
         elif self.stage == 3:

@@ -135,8 +135,8 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         "  recipe.yaml: model.haeds: unknown key; did you mean heads?",
         "  command line: zero.stag: unknown key; did you mean zero.stage?",
         "  recipe.yaml: train.steps=ten is not a whole number; write one such as 4, or null, the default",
-        "  command line: parallel.pipeline=9 is more than model.layers=4; use at most 4",
         "  recipe.yaml: train.global_batch=12 is not divisible by train.micro_batch=5; use 1, 2, 3, 4, 6 or 12",
+        "  command line: parallel.pipeline=9 is more than model.layers=4; use at most 4",
     ]  # fmt: skip
 
 

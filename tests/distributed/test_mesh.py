@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megalm.distributed.layout import AXES, RankLayout
-from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.mesh import CARGOES, ParallelMesh
 from megalm.errors import LaunchError
 from tests.worker_pool import WorkerPool
 
@@ -26,7 +26,8 @@ def describe(mesh: ParallelMesh):
         "places": {axis: (mesh.index(axis), mesh.size(axis)) for axis in AXES},
         "stages": [dist.get_process_group_ranks(group) for group in (mesh.forward_group, mesh.backward_group)],
         "names": {mesh.forward_group.group_name, mesh.backward_group.group_name, mesh.group("pipeline").group_name},
-        "ends": (mesh.is_first_stage, mesh.is_last_stage, mesh.previous_rank, mesh.next_rank),
+        "ends": (mesh.is_first_stage, mesh.is_last_stage),
+        "stage ranks": [mesh.stage_rank(stage) for stage in range(mesh.layout.pipeline)],
         "text": str(mesh),
     }
 
@@ -41,10 +42,24 @@ def test_groups_hold_the_layout_s_ranks(pool: WorkerPool, layout):
         assert seen["stages"] == [expected["pipeline"]] * 2
         assert len(seen["names"]) == (1 if layout.pipeline == 1 else 3)
         stages = expected["pipeline"]
-        before = stages[at.pipeline - 1] if at.pipeline else None
-        after = stages[at.pipeline + 1] if at.pipeline + 1 < layout.pipeline else None
-        assert seen["ends"] == (before is None, after is None, before, after)
+        assert seen["ends"] == (rank == stages[0], rank == stages[-1])
+        assert seen["stage ranks"] == stages
         assert seen["text"] == f"rank {rank} (pipeline {at.pipeline}, data {at.data}, tensor {at.tensor})"
+
+
+def ways(mesh: ParallelMesh) -> list[str]:
+    groups = [mesh.message_group(cargo, up) for cargo in CARGOES for up in (True, False)]
+    again = [mesh.message_group(cargo, up) for cargo in CARGOES for up in (True, False)]
+    assert all(one is other for one, other in zip(groups, again, strict=True))
+    assert groups[0] is mesh.forward_group and groups[3] is mesh.backward_group
+    stages = dist.get_process_group_ranks(mesh.group("pipeline"))
+    assert all(dist.get_process_group_ranks(group) == stages for group in groups)
+    return [group.group_name for group in groups]
+
+
+def test_each_cargo_has_a_group_for_each_direction(pool: WorkerPool):
+    for names in pool.run(ways, layout=RankLayout(pipeline=2, data=2)):
+        assert len(set(names)) == 4
 
 
 def create_wrong(rank: int) -> str:

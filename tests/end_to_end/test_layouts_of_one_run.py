@@ -102,3 +102,20 @@ def test_a_run_goes_on_with_more_and_fewer_data_ranks(place: Path) -> None:
             assert found.keys() == record.keys() and found["tokens"] == record["tokens"]
             assert found["train/loss"] == pytest.approx(record["train/loss"], rel=1e-5)
             assert found["optim/grad_norm"] == pytest.approx(record["optim/grad_norm"], rel=1e-4)
+
+
+def test_a_folded_run_that_goes_on_interleaved_learns_what_one_process_does(place: Path) -> None:
+    recipe = ("recipe.yaml", "model.layers=4", "train.steps=6", "evaluate.every=3")
+    succeed(place, "train", *recipe, "run.dir=alone")
+    succeed(
+        place, "train", *recipe, "parallel.pipeline=2", "parallel.schedule=zb-v", "run.dir=parts", "train.stop_at=3"
+    )
+    chunks = ("parallel.schedule=interleaved", "parallel.virtual_stages=2")
+    said = succeed(place, "train", *recipe, "parallel.pipeline=2", *chunks, "zero.stage=1", "run.dir=parts")
+    assert "resuming parts/checkpoints/step-00000003 at step 3" in said
+    alone, parts = logged(place / "alone"), logged(place / "parts")
+    assert len(alone) == len(parts) == 8
+    for one, other in zip(alone, parts, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    answer = json.loads(succeed(place, "evaluate", "parts", "--json"))
+    assert answer["loss"] == pytest.approx(parts[-1]["evaluate/loss"], rel=1e-6)

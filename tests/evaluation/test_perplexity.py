@@ -32,16 +32,22 @@ def tokens_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def measured(
-    mesh: ParallelMesh, path: str, sequences: int | None, micro_batch: int, sequence_parallel: bool
+    mesh: ParallelMesh, path: str, sequences: int | None, micro_batch: int, sequence_parallel: bool, schedule: str
 ) -> tuple[float, int, int]:
     """One rank's answer."""
     layout = mesh.layout
     config = small_recipe(
         precision="fp64",
-        model={"init_std": 0.5},
+        model={"layers": 4, "init_std": 0.5},
         train={"global_batch": 12},
         loss={"label_smoothing": 0.3, "z_loss": 0.2},
-        parallel={"tensor": layout.tensor, "pipeline": layout.pipeline, "sequence": sequence_parallel},
+        parallel={
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "sequence": sequence_parallel,
+            "schedule": schedule,
+            "virtual_stages": 2 if schedule == "interleaved" else 1,
+        },
     )
     model = build_stage(config, VOCAB, mesh)
     file = TokenFile(path)
@@ -54,7 +60,7 @@ def measured(
 
 def plain_loss(mesh: ParallelMesh, path: str, sequences: int | None) -> tuple[float, int, int]:
     """Each window on its own through the whole model, token by token."""
-    model = build_stage(small_recipe(precision="fp64", model={"init_std": 0.5}), VOCAB, mesh)
+    model = build_stage(small_recipe(precision="fp64", model={"layers": 4, "init_std": 0.5}), VOCAB, mesh)
     stream = TokenFile(path)
     tokens = stream.window(0, len(stream))
     nats, count, text_bytes = 0.0, 0, 0
@@ -75,14 +81,16 @@ def test_every_layout_measures_what_a_plain_loop_does(
 ) -> None:
     nats, count, text_bytes = pool.run(plain_loss, tokens_path, sequences, layout=RankLayout())[0]
     assert count == (101 if sequences is None else 48)
-    for layout, micro_batch, sequence_parallel in [
-        (RankLayout(), 2, False),
-        (RankLayout(data=3), 2, False),
-        (RankLayout(pipeline=2, tensor=2), 3, False),
-        (RankLayout(pipeline=2, tensor=2), 1, True),
-        (RankLayout(pipeline=2, data=2), 1, False),
+    for layout, *how in [
+        (RankLayout(), 2, False, "1f1b"),
+        (RankLayout(data=3), 2, False, "1f1b"),
+        (RankLayout(pipeline=2, tensor=2), 3, False, "1f1b"),
+        (RankLayout(pipeline=2, tensor=2), 1, True, "1f1b"),
+        (RankLayout(pipeline=2, data=2), 1, False, "1f1b"),
+        (RankLayout(pipeline=2, tensor=2), 1, True, "zb-v"),
+        (RankLayout(pipeline=2, data=2), 1, False, "interleaved"),
     ]:
-        answers = pool.run(measured, tokens_path, sequences, micro_batch, sequence_parallel, layout=layout)
+        answers = pool.run(measured, tokens_path, sequences, *how, layout=layout)
         assert all(answer == answers[0] for answer in answers), f"{layout}: {answers}"
         assert answers[0] == (pytest.approx(nats, rel=1e-12), count, text_bytes), str(layout)
 

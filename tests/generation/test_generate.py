@@ -20,25 +20,25 @@ VOCAB, WINDOW, END = 11, 16, 0
 # their turn.
 MODELS = {
     1: {"init_std": 0.5, "position": "rotary", "tie_embeddings": False},
-    2: {"init_std": 0.5, "position": "learned", "tie_embeddings": True},
+    2: {"layers": 4, "init_std": 0.5, "position": "learned", "tie_embeddings": True},
 }
 PROMPT = [3, 1, 4, 1, 5]
 SAMPLINGS = [Sampling(temperature=0.0), Sampling(temperature=1.5, top_k=7, top_p=0.9, seed=8)]
 LAYOUTS = [RankLayout(), RankLayout(tensor=2), RankLayout(pipeline=2), RankLayout(pipeline=2, tensor=2)]
 
 
-def window_model(mesh: ParallelMesh) -> WindowModel:
+def window_model(mesh: ParallelMesh, schedule: str) -> WindowModel:
     config = small_recipe(
         precision="fp64",
         model=MODELS[mesh.layout.pipeline],
-        parallel={"tensor": mesh.layout.tensor, "pipeline": mesh.layout.pipeline},
+        parallel={"tensor": mesh.layout.tensor, "pipeline": mesh.layout.pipeline, "schedule": schedule},
     )
     model = build_stage(config, VOCAB, mesh)
     return WindowModel(build_executor(config, model, mesh), mesh, window=WINDOW, vocab=VOCAB)
 
 
-def generated(mesh: ParallelMesh, sampling: Sampling, count: int, end: int) -> list[int]:
-    return list(generate_tokens(window_model(mesh), mesh, PROMPT, count, sampling, end))
+def generated(mesh: ParallelMesh, sampling: Sampling, count: int, end: int, schedule: str = "1f1b") -> list[int]:
+    return list(generate_tokens(window_model(mesh, schedule), mesh, PROMPT, count, sampling, end))
 
 
 def plain(mesh: ParallelMesh, sampling: Sampling, count: int, pipeline: int) -> list[int]:
@@ -59,6 +59,7 @@ def test_every_layout_continues_as_a_plain_loop_does(pool: WorkerPool, sampling:
         expected = pool.run(plain, sampling, count, layout.pipeline, layout=RankLayout())[0]
         assert len(set(expected)) > 1
         assert pool.run(generated, sampling, count, VOCAB, layout=layout) == [expected] * layout.world_size
+    assert pool.run(generated, sampling, count, VOCAB, "zb-v", layout=layout) == [expected] * layout.world_size
 
 
 def test_generation_stops_at_the_end_of_text_on_all_ranks(pool: WorkerPool) -> None:
@@ -87,6 +88,7 @@ class Broken:
 
     def __init__(self, mesh: ParallelMesh) -> None:
         self._last = mesh.is_last_stage
+        self.loss_stage = mesh.layout.pipeline - 1
 
     def next_logits(self, tokens: list[int]) -> Tensor | None:
         return torch.full((VOCAB,), float("nan")) if self._last else None

@@ -37,7 +37,7 @@ def make(config: RunConfig, mesh: ParallelMesh, layers: range | None = None, **r
     return Transformer(
         config.model,
         vocab=VOCAB,
-        plan=StagePlan(layers, layers.start == 0, layers.stop == everything.stop),
+        plan=StagePlan((layers,), layers.start == 0, layers.stop == everything.stop),
         group=mesh.group("tensor"),
         init=Initializer(config.seed, torch.float64, torch.device("cpu")),
         label_smoothing=config.loss.label_smoothing,

@@ -14,6 +14,8 @@ UNTIED: dict[str, Any] = {"model.tie_embeddings": False}
 SEQUENCE: dict[str, Any] = {"parallel.sequence": True}
 GPIPE: dict[str, Any] = {"parallel.schedule": "gpipe"}
 RECOMPUTE: dict[str, Any] = {"train.recompute": "full"}
+SELECTIVE: dict[str, Any] = {"train.recompute": "selective"}
+EIGHT: dict[str, Any] = {"model.layers": 8}
 FUSED_HEAD: dict[str, Any] = {"loss.fused_head": True}
 UNFUSED_ATTENTION: dict[str, Any] = {"model.flash_attention": False}
 OUR_ADAMW: dict[str, Any] = {"optim.kind": "fused_adamw"}
@@ -28,6 +30,12 @@ OFFLOAD3: dict[str, Any] = {"zero.stage": 3, "zero.config": "zero3-offload"}
 def zero(stage: int) -> dict[str, Any]:
     """Return the overrides of a ZeRO stage."""
     return {"zero.stage": stage}
+
+
+def schedule(kind: str, virtual_stages: int = 1) -> dict[str, Any]:
+    """Return the overrides of a pipeline schedule, with so many chunks a stage where it leaves that open."""
+    chunks = {"parallel.virtual_stages": virtual_stages} if virtual_stages > 1 else {}
+    return {"parallel.schedule": kind, **chunks}
 
 
 def batch(global_batch: int, micro_batch: int) -> dict[str, Any]:
@@ -86,9 +94,23 @@ CASES: tuple[Case, ...] = (
     Case(1, 4, 2, {**MUON, **CUT, **LLAMA, **zero(2), **batch(8, 1)}),
     Case(2, 2, 2, {**MUON, **CUT, **partition(2, 1), "model.kv_heads": 1}),
     Case(1, 2, 1, {**MUON, **CUT, **OFFLOAD2}),
+    Case(4, 1, 1, {**schedule("interleaved", 2), "model.layers": 10, **partition(1, 2, 1, 1, 1, 1, 2, 1)}),
+    Case(4, 1, 2, {**schedule("interleaved", 2), **EIGHT, **SEQUENCE, **RECOMPUTE, **DROPOUT}),
+    Case(2, 2, 2, {**schedule("interleaved", 2), **zero(2), **UNTIED, **batch(12, 2)}),
+    Case(4, 2, 1, {**schedule("breadth-first", 2), **EIGHT, **zero(1), **DROPOUT}),
+    Case(2, 1, 2, {**schedule("breadth-first", 2), **LLAMA, **SEQUENCE, **SELECTIVE}),
+    Case(4, 1, 2, {**schedule("zb-h1"), **SEQUENCE, **RECOMPUTE, **DROPOUT}),
+    Case(2, 2, 2, {**schedule("zb-h1"), **zero(2), **UNTIED, **DROPOUT}),
+    Case(4, 2, 1, {**schedule("zb-h2"), **zero(1), **SELECTIVE, **DROPOUT}),
+    Case(2, 1, 2, {**schedule("zb-h2"), **LLAMA, **SEQUENCE, **batch(12, 2)}),
+    Case(4, 1, 2, {**schedule("zb-v"), **EIGHT, **SEQUENCE, **RECOMPUTE, **DROPOUT}),
+    Case(2, 2, 2, {**schedule("zb-v"), **zero(2), **DROPOUT, **SMOOTHING}),
+    Case(2, 2, 1, {**schedule("zb-v"), **OFFLOAD2}),
+    Case(4, 2, 1, {**schedule("dualpipe-v"), **EIGHT, **UNTIED, **zero(1), **DROPOUT}),
+    Case(2, 2, 2, {**schedule("dualpipe-v"), **SEQUENCE, **zero(2), **SELECTIVE}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}

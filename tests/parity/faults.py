@@ -188,7 +188,7 @@ def labels_shifted_behind_a_stage_boundary() -> Patches:
     original = PipelineExecutor._call_module
 
     def shifted(self: Any, action: Any, microbatch: Any, hidden: Tensor | None) -> Tensor:
-        if self._is_last and not self._is_first:
+        if hidden is not None and self._makes_loss(action):
             microbatch = replace(microbatch, labels_BT=microbatch.labels_BT.roll(1, dims=1))
         return original(self, action, microbatch, hidden)
 
@@ -199,7 +199,7 @@ def gradient_shifted_at_a_stage_boundary() -> Patches:
     original = PipelineExecutor._train_backward
 
     def shifted(self: Any, action: Any, hidden: Tensor | None, output: Any, gradient: Tensor) -> None:
-        if not self._is_last:
+        if gradient.dim():  # not the scale of the loss
             gradient = gradient.roll(1, dims=1)
         original(self, action, hidden, output, gradient)
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
-from tests.parity import faults, option_faults
+from tests.parity import faults, option_faults, schedule_faults
 from tests.parity.cases import OPTIMIZERS, misses
 from tests.parity.faults import Mutant, Patches
 from tests.parity.harness import RankReport, compare, reference_run, train_rank
@@ -16,9 +16,26 @@ from tests.worker_pool import WorkerError, WorkerPool
 
 STEPS = 8
 
-MUTANTS: tuple[Mutant, ...] = (*faults.MUTANTS, *option_faults.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (*faults.MUTANTS, *option_faults.MUTANTS, *schedule_faults.MUTANTS)
 
-REPRESENTATIVE: tuple[int, ...] = (0, 4, 7, 8, 12, 14, 17, 36, 38, 51, 54)
+_IN_EVERY_TEST_RUN = (
+    "no_all_reduce_behind_a_column_parallel_layer",
+    "replicated_norms_counted_on_every_tensor_rank",
+    "stale_tied_embedding",
+    "loss_weighted_by_this_ranks_tokens",
+    "earlier_microbatches_fade_under_zero_2",
+    "same_dropout_mask_for_the_heads_of_every_rank",
+    "labels_shifted_behind_a_stage_boundary",
+    "layers_counted_from_the_stage_s_first",
+    "head_norms_see_one_ranks_heads_only",
+    "padding_has_a_loss",
+    "muon_orthogonalises_each_ranks_shard",
+    "the_owners_result_is_lost_on_the_last_partition",
+    "weight_gradients_made_twice_for_a_microbatch",
+    "weight_gradients_of_another_microbatch_s_inputs",
+    "message_taken_for_that_of_the_other_chunk",
+)
+REPRESENTATIVE = tuple([mutant.plant.__name__ for mutant in MUTANTS].index(name) for name in _IN_EVERY_TEST_RUN)
 """The mutants, by their place, that every test run plants."""
 
 

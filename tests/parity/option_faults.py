@@ -78,10 +78,10 @@ def sinks_in_the_numerator() -> Patches:
 def documents_known_on_the_first_stage_only() -> Patches:
     original = transformer.Transformer._context
 
-    def context(self: Any, x: Tensor, dropout: Any, tokens_BT: Tensor | None) -> Any:
-        if not self.plan.first:
+    def context(self: Any, x: Tensor, dropout: Any, tokens_BT: Tensor | None, embeds: bool) -> Any:
+        if not embeds:
             self.document_start = None
-        return original(self, x, dropout, tokens_BT)
+        return original(self, x, dropout, tokens_BT, embeds)
 
     yield mock.patch.object(transformer.Transformer, "_context", context)
 

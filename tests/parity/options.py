@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from itertools import combinations, product
 from typing import Any
 
 from allpairspy import AllPairs
 
+from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
+from megalm.models.build import stage_plan
 from tests.parity.harness import Case
 
 STEPS = 3
@@ -82,6 +85,11 @@ FACTORS: dict[str, list[Any]] = {
     "tied": one("model.tie_embeddings", False),
     "attention": one("model.flash_attention", False),
     "sequence": one("parallel.sequence", True),
+    "schedule": [
+        *one("parallel.schedule", "gpipe", "zb-h1", "zb-h2", "zb-v", "dualpipe-v"),
+        {"parallel.schedule": "interleaved", "parallel.virtual_stages": 2},
+        {"parallel.schedule": "breadth-first", "parallel.virtual_stages": 2},
+    ],
     "zero": one("zero.stage", 1, 2, 3),
     "recompute": [
         NONE,
@@ -143,10 +151,17 @@ def case_of(row: Sequence[Any]) -> Case:
 def may_be(row: Sequence[Any]) -> bool:
     """Return whether a recipe may have these values together."""
     try:
-        case_of(row).config()
+        config = case_of(row).config()
     except ConfigError:
         return False
-    return True
+    return config.zero.stage == 0 or all(
+        any(not _is_frozen(config, layer) for layer in stage_plan(config, stage).layers)
+        for stage in range(config.parallel.pipeline)
+    )  # a run is refused where ZeRO has nothing to divide
+
+
+def _is_frozen(config: RunConfig, layer: int) -> bool:
+    return any(rule.freeze and fnmatch(f"blocks.{layer}.", rule.match) for rule in config.optim.rules)
 
 
 @functools.cache

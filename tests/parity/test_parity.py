@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megalm.config.choices import CHOICES
 from megalm.config.run import RunConfig
 from megalm.distributed.layout import RankLayout
 from tests.parity import options
@@ -54,7 +55,7 @@ def test_cases_cover_every_axis_and_feature() -> None:
     assert {layout.pipeline for layout in layouts} >= {1, 2, 3, 4}
     assert {layout.data for layout in layouts} >= {1, 2, 4}
     assert {config.zero.stage for config in configs} == {0, 1, 2, 3}
-    assert {config.parallel.schedule for config in configs} == {"gpipe", "1f1b"}
+    assert {config.parallel.schedule for config in configs} == set(CHOICES["schedule"])
     assert {config.parallel.sequence for config in configs} == {True, False}
     assert {config.model.tie_embeddings for config in configs} == {True, False}
     assert any(config.parallel.partition for config in configs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 import weakref
@@ -13,27 +14,37 @@ from torch import Tensor, nn
 
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
+from megalm.pipeline_parallel.actions import Placement, Schedule
 from megalm.pipeline_parallel.executor import Microbatch, PipelineExecutor
 from megalm.pipeline_parallel.partition import partition_layers
 from megalm.pipeline_parallel.schedules import SCHEDULES
 from megalm.pipeline_parallel.simulator import simulate
+from megalm.pipeline_parallel.weight_gradients import WeightGradients
 from tests.worker_pool import WorkerError, WorkerPool
 
-VOCAB, HIDDEN, ROWS, TOKENS, LAYERS = 11, 6, 2, 5, 5
+VOCAB, HIDDEN, ROWS, TOKENS, LAYERS = 11, 6, 2, 5, 8
 SCALE = 0.37
+CHUNKS = {"interleaved": 2, "breadth-first": 2}
+
+
+def make_schedule(name: str, stages: int, microbatches: int) -> Schedule:
+    return SCHEDULES.get(name)(stages, microbatches, CHUNKS.get(name))
 
 
 class Toy(nn.Module):
-    """Layers `layers` of a small model; the hidden state's gradients are kept in `hidden_gradients`."""
+    """Runs of layers of a small model; the gradients of the hidden state before layer i are kept in its list i."""
 
-    def __init__(self, layers: range) -> None:
+    def __init__(self, *chunks: range) -> None:
         super().__init__()
-        self.layers = layers
-        self.hidden_gradients: list[Tensor] = []
-        self.first, self.last = layers.start == 0, layers.stop == LAYERS
+        self.chunks = chunks
+        self.layers = [layer for layers in chunks for layer in layers]
+        self.hidden_gradients: dict[int, list[Tensor]] = {layers.start: [] for layers in chunks if layers.start}
+        self.first, self.last = 0 in self.layers, LAYERS - 1 in self.layers
+        self.linear = nn.functional.linear
         if self.first:
             self.embedding = nn.Parameter(torch.zeros(VOCAB, HIDDEN, dtype=torch.float64))
-        self.blocks = nn.ModuleDict({str(i): nn.Linear(HIDDEN, HIDDEN, dtype=torch.float64) for i in layers})
+        self.blocks = nn.ModuleDict({str(i): nn.Linear(HIDDEN, HIDDEN, dtype=torch.float64) for i in self.layers})
+        self.gains = nn.ParameterDict({str(i): torch.zeros(HIDDEN, dtype=torch.float64) for i in self.layers})
         if self.last:
             self.head = nn.Parameter(torch.zeros(VOCAB, HIDDEN, dtype=torch.float64))
         for name, parameter in self.named_parameters():  # the same on every stage, and in the whole model
@@ -47,16 +58,19 @@ class Toy(nn.Module):
         loss_mask_BT: Tensor | None = None,
         dropout: float | None = None,
         tokens_BT: Tensor | None = None,
+        chunk: int = 0,
     ) -> Tensor:
         assert tokens_BT is not None, "every stage is told the tokens"
         assert labels_BT is None or loss_mask_BT is not None, "every stage is told the mask"
-        if self.first:
+        layers = self.chunks[chunk]
+        if layers.start == 0:
             x = self.embedding[x]
         elif x.requires_grad:
-            x.register_hook(self.hidden_gradients.append)
-        for i in self.layers:
-            x = x + torch.tanh(self.blocks[str(i)](x)) * (1.0 if dropout is None else dropout)
-        if not self.last:
+            x.register_hook(self.hidden_gradients[layers.start].append)
+        for i in layers:
+            block, gain = self.blocks[str(i)], self.gains[str(i)]
+            x = x + gain * torch.tanh(self.linear(x, block.weight, block.bias)) * (1.0 if dropout is None else dropout)
+        if layers.stop < LAYERS:
             assert labels_BT is None
             return x
         logits = x @ self.head.T
@@ -65,6 +79,11 @@ class Toy(nn.Module):
         assert loss_mask_BT is not None
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), reduction="none")
         return (losses * loss_mask_BT.flatten()).sum()
+
+
+def chunks_of(placement: Placement, stage: int) -> list[range]:
+    layers = partition_layers(LAYERS, placement)
+    return [layers[placement.place(stage, chunk)] for chunk in range(placement.chunks)]
 
 
 def make_microbatches(count: int, labels: bool = True, tokens: int = TOKENS) -> list[Microbatch]:
@@ -84,17 +103,24 @@ def make_microbatches(count: int, labels: bool = True, tokens: int = TOKENS) -> 
     return made
 
 
-def make_executor(mesh: ParallelMesh, schedule: str, microbatches: int) -> tuple[Toy, PipelineExecutor]:
-    stages = mesh.size("pipeline")
-    module = Toy(partition_layers(LAYERS, stages)[mesh.index("pipeline")])
-    executor = PipelineExecutor(
+def executor_of(module: Toy, mesh: ParallelMesh, schedule: str) -> PipelineExecutor:
+    weight_gradients = WeightGradients()
+    if SCHEDULES.get(schedule).splits_backward:
+        module.linear = weight_gradients.linear  # type: ignore[assignment]
+    return PipelineExecutor(
         module,
-        SCHEDULES.get(schedule),
+        functools.partial(make_schedule, schedule),
         mesh,
         activation_shape=lambda rows, tokens: (rows, tokens, HIDDEN),
         dtype=torch.float64,
+        weight_gradients=weight_gradients,
     )
-    return module, executor
+
+
+def make_executor(mesh: ParallelMesh, schedule: str, kind: type[Toy] = Toy) -> tuple[Any, PipelineExecutor]:
+    placement = make_schedule(schedule, mesh.size("pipeline"), 1).placement
+    module = kind(*chunks_of(placement, mesh.index("pipeline")))
+    return module, executor_of(module, mesh, schedule)
 
 
 def call(module: Toy, microbatch: Microbatch) -> Tensor:
@@ -121,7 +147,7 @@ def plain_hidden_gradients(microbatches: list[Microbatch], first_layer: int) -> 
         hidden = below(tokens, dropout=microbatch.dropout, tokens_BT=tokens).detach().requires_grad_()
         loss = above(hidden, microbatch.labels_BT, microbatch.loss_mask_BT, microbatch.dropout, tokens)
         (loss * SCALE).backward()
-    return above.hidden_gradients
+    return above.hidden_gradients[first_layer]
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -132,51 +158,68 @@ def check_step(mesh: ParallelMesh, schedule: str, count: int) -> None:
     """Run two steps, the second with its scale as a tensor, and compare with plain autograd."""
     microbatches = make_microbatches(count)
     loss, gradients = plain_step(microbatches)
-    module, executor = make_executor(mesh, schedule, count)
+    module, executor = make_executor(mesh, schedule)
     calls: list[bool] = []
     for scale in (SCALE, torch.tensor(SCALE, dtype=torch.float64)):
         module.zero_grad()
-        module.hidden_gradients.clear()
+        for kept in module.hidden_gradients.values():
+            kept.clear()
         calls.clear()
         total = executor.run(
-            microbatches,
-            scale,
-            lambda: calls.append(module.blocks[str(module.layers[0])].weight.grad is not None),
+            microbatches, scale, lambda: calls.append(any(gain.grad is not None for gain in module.gains.values()))
         )
-        assert calls == [True] * count
+        passes = count * len(module.chunks)
+        assert calls == [True] * passes * (2 if SCHEDULES.get(schedule).splits_backward else 1)
         assert total.dtype is torch.float64 and total.shape == () and not total.requires_grad
-        assert total.item() == pytest.approx(loss if mesh.is_last_stage else 0.0, rel=1e-13)
+        here = executor.loss_stage == mesh.index("pipeline")
+        assert here is module.last and total.item() == pytest.approx(loss if here else 0.0, rel=1e-13)
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None and close(parameter.grad, gradients[name]), name
-    if not mesh.is_first_stage:
-        expected = plain_hidden_gradients(microbatches, module.layers.start)
-        assert len(module.hidden_gradients) == count
-        assert all(close(a, b) for a, b in zip(module.hidden_gradients, expected, strict=True))
-    simulation = simulate(SCHEDULES.get(schedule)(mesh.size("pipeline"), count))
+    for first_layer, kept in module.hidden_gradients.items():
+        expected = plain_hidden_gradients(microbatches, first_layer)
+        assert len(kept) == count
+        assert all(close(a, b) for a, b in zip(kept, expected, strict=True))
+    simulation = simulate(make_schedule(schedule, mesh.size("pipeline"), count))
     assert executor.peak_live == simulation.peak_live[mesh.index("pipeline")]
+    assert not executor._handed
 
 
-def check_steps(mesh: ParallelMesh, counts: list[int]) -> None:
-    for schedule in ("gpipe", "1f1b"):
-        for count in counts:
-            check_step(mesh, schedule, count)
+def check_steps(mesh: ParallelMesh, schedule: str, counts: list[int]) -> None:
+    for count in counts:
+        check_step(mesh, schedule, count)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_gradients_losses_and_peak_are_those_of_plain_autograd(pool: WorkerPool, stages: int) -> None:
-    pool.run(check_steps, [1, 2, 3, 4, 9], layout=RankLayout(pipeline=stages))
+@pytest.mark.parametrize("schedule", SCHEDULES.names())
+def test_gradients_losses_and_peak_are_those_of_plain_autograd(pool: WorkerPool, schedule: str, stages: int) -> None:
+    pool.run(check_steps, schedule, [1, 2, 3, 4, 9], layout=RankLayout(pipeline=stages))
 
 
-def test_pipelines_of_two_data_ranks_do_not_mix(pool: WorkerPool) -> None:
-    pool.run(check_steps, [3], layout=RankLayout(pipeline=2, data=2))
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_pipelines_of_two_data_ranks_do_not_mix(pool: WorkerPool, schedule: str) -> None:
+    pool.run(check_steps, schedule, [3], layout=RankLayout(pipeline=2, data=2))
 
 
-def check_forward_only(mesh: ParallelMesh) -> None:
-    _, executor = make_executor(mesh, "1f1b", 2)
+def check_another_number_of_microbatches(mesh: ParallelMesh, schedule: str) -> None:
+    module, executor = make_executor(mesh, schedule)
+    for count in (1, 6, 3, 12):
+        gradients = plain_step(make_microbatches(count))[1]
+        module.zero_grad()
+        executor.run(make_microbatches(count), SCALE, lambda: None)
+        assert all(close(p.grad, gradients[name]) for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.names())
+def test_the_number_of_microbatches_may_change_from_step_to_step(pool: WorkerPool, schedule: str) -> None:
+    pool.run(check_another_number_of_microbatches, schedule, layout=RankLayout(pipeline=2))
+
+
+def check_forward_only(mesh: ParallelMesh, schedule: str) -> None:
+    _, executor = make_executor(mesh, schedule)
     whole = Toy(range(LAYERS))
     for microbatches in (make_microbatches(5), make_microbatches(3, labels=False, tokens=2), []):
         outputs = executor.forward_only(microbatches)
-        if not mesh.is_last_stage:
+        if mesh.index("pipeline") != executor.loss_stage:
             assert outputs == []
             continue
         expected = [call(whole, microbatch) for microbatch in microbatches]
@@ -184,16 +227,20 @@ def check_forward_only(mesh: ParallelMesh) -> None:
         assert all(close(a, b) and not a.requires_grad for a, b in zip(outputs, expected, strict=True))
 
 
-@pytest.mark.parametrize("stages", [1, 3])
-def test_forward_only_gives_losses_or_logits_of_any_size_without_gradients(pool: WorkerPool, stages: int) -> None:
-    pool.run(check_forward_only, layout=RankLayout(pipeline=stages))
+@pytest.mark.parametrize(
+    ("schedule", "stages"), [("1f1b", 1), ("1f1b", 3), ("interleaved", 3), ("breadth-first", 2), ("dualpipe-v", 3)]
+)
+def test_forward_only_gives_losses_or_logits_of_any_size_without_gradients(
+    pool: WorkerPool, schedule: str, stages: int
+) -> None:
+    pool.run(check_forward_only, schedule, layout=RankLayout(pipeline=stages))
 
 
 class Watched(Toy):
     """Notes how many of its hidden states are still held by someone when a forward begins."""
 
-    def __init__(self, layers: range) -> None:
-        super().__init__(layers)
+    def __init__(self, *chunks: range) -> None:
+        super().__init__(*chunks)
         self.made: list[Any] = []
         self.most_alive = 0
 
@@ -205,9 +252,7 @@ class Watched(Toy):
 
 
 def check_outputs_are_let_go(mesh: ParallelMesh) -> int:
-    module = Watched(partition_layers(LAYERS, 2)[mesh.index("pipeline")])
-    schedule = SCHEDULES.get("gpipe")
-    executor = PipelineExecutor(module, schedule, mesh, lambda rows, tokens: (rows, tokens, HIDDEN), torch.float64)
+    module, executor = make_executor(mesh, "gpipe", Watched)
     executor.run(make_microbatches(12), SCALE, lambda: None)
     assert executor.peak_live == 12
     return module.most_alive
@@ -218,16 +263,16 @@ def test_outputs_are_not_held_for_the_backward(pool: WorkerPool) -> None:
 
 
 class Breaks(Toy):
-    """Fails on the stage of layer 2: in its first backward, or in the first forward after it."""
+    """Fails on the stage of layer 3: in its first backward, or in the first forward after it."""
 
     fails_in_backward = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = super().forward(x, *args, **kwargs)
-        if 2 in self.layers:
+        if 3 in self.layers:
             if self.fails_in_backward:
                 output.register_hook(self._fail)
-            elif self.hidden_gradients:
+            elif any(self.hidden_gradients.values()):
                 self._fail(output)
         return output
 
@@ -236,10 +281,8 @@ class Breaks(Toy):
 
 
 def run_breaking(mesh: ParallelMesh, backward: bool) -> None:
-    module = Breaks(partition_layers(LAYERS, 3)[mesh.index("pipeline")])
+    module, executor = make_executor(mesh, "1f1b", Breaks)
     module.fails_in_backward = backward
-    schedule = SCHEDULES.get("1f1b")
-    executor = PipelineExecutor(module, schedule, mesh, lambda rows, tokens: (rows, tokens, HIDDEN), torch.float64)
     executor.run(make_microbatches(4), SCALE, lambda: None)
 
 

@@ -7,18 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.errors import ConfigError
+from megalm.pipeline_parallel.actions import Placement
 from megalm.pipeline_parallel.partition import partition_layers
 
 
 def counts(layers: int, stages: int, explicit: list[int] | None = None) -> list[int]:
-    return [len(part) for part in partition_layers(layers, stages, explicit)]
+    return [len(part) for part in partition_layers(layers, Placement(stages), explicit)]
 
 
 @settings(deadline=None)
 @given(st.integers(1, 40).flatmap(lambda stages: st.tuples(st.integers(stages, 200), st.just(stages))))
 def test_stages_cover_all_layers_in_order_and_differ_by_at_most_one(sizes: tuple[int, int]) -> None:
     layers, stages = sizes
-    parts = partition_layers(layers, stages)
+    parts = partition_layers(layers, Placement(stages))
     assert [layer for part in parts for layer in part] == list(range(layers))
     lengths = [len(part) for part in parts]
     assert max(lengths) - min(lengths) <= 1
@@ -43,7 +44,7 @@ def test_the_remainder_goes_to_the_middle(layers: int, stages: int, expected: li
 
 
 def test_explicit_partition_is_taken_as_it_is() -> None:
-    assert partition_layers(6, 3, [1, 4, 1]) == [range(0, 1), range(1, 5), range(5, 6)]
+    assert partition_layers(6, Placement(3), [1, 4, 1]) == [range(0, 1), range(1, 5), range(5, 6)]
 
 
 @pytest.mark.parametrize(
@@ -57,10 +58,38 @@ def test_explicit_partition_is_taken_as_it_is() -> None:
 )
 def test_explicit_partition_that_does_not_fit_is_refused(explicit: list[int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        partition_layers(6, 3, explicit)
+        partition_layers(6, Placement(3), explicit)
 
 
 @pytest.mark.parametrize("stages", [0, 4])
 def test_more_stages_than_layers_are_refused(stages: int) -> None:
     with pytest.raises(ConfigError, match="use 1 to 3 stages"):
-        partition_layers(3, stages)
+        partition_layers(3, Placement(stages))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(1, 5), st.booleans(), st.integers(0, 60))
+def test_chunks_cover_all_layers_and_stages_differ_by_at_most_one(p: int, v: int, folded: bool, more: int) -> None:
+    placement = Placement(p, v, folded)
+    parts = partition_layers(p * v + more, placement)
+    assert [layer for part in parts for layer in part] == list(range(p * v + more))
+    held = [sum(len(parts[placement.place(stage, chunk)]) for chunk in range(v)) for stage in range(p)]
+    assert max(held) - min(held) <= 1
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_partition_of_chunks_is_given_in_the_order_of_the_model() -> None:
+    placement = Placement(2, 2)
+    assert partition_layers(7, placement, [1, 2, 3, 1]) == [range(0, 1), range(1, 3), range(3, 6), range(6, 7)]
+    with pytest.raises(ConfigError, match="chunk after chunk in the order of the model"):
+        partition_layers(7, placement, [3, 4])
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline=2 with 2 chunks a stage does not fit model\.layers=3"):
+        partition_layers(3, placement)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_places_and_holders_are_each_others_inverse(folded: bool) -> None:
+    placement = Placement(4, 3, folded)
+    holders = [placement.holder(place) for place in range(placement.places)]
+    assert [placement.place(*holder) for holder in holders] == list(range(12)) and len(set(holders)) == 12
+    assert [stage for stage, _ in holders[4:8]] == ([3, 2, 1, 0] if folded else [0, 1, 2, 3])

@@ -1,0 +1,163 @@
+"""One stage of the pipeline benchmark: `python pipeline_process.py JOB.json`, started by `pipeline.py`.
+
+The stage's layers wait instead of computing. Rank 0 writes what was measured beside the job.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalm.config.load import load_recipe
+from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.world import joined_mesh
+from megalm.pipeline_parallel.executor import Microbatch, PipelineExecutor
+from megalm.pipeline_parallel.schedules import SCHEDULES
+from megalm.pipeline_parallel.weight_gradients import WeightGradients
+
+TOKENS, HIDDEN = 64, 256
+"""Of a microbatch of one row: 64 KiB in fp32."""
+HEAD_START_S = 0.05
+
+
+def result_of(job_path: Path) -> Path:
+    """Return where the result of a job lies."""
+    return job_path.with_suffix(".result.json")
+
+
+class Clock:
+    """Waits, and counts for how long."""
+
+    def __init__(self) -> None:
+        self.busy_s = 0.0
+
+    def wait(self, seconds: float) -> None:
+        """Wait at least so long."""
+        begin = time.perf_counter()
+        time.sleep(seconds)
+        self.busy_s += time.perf_counter() - begin
+
+
+@dataclass(frozen=True)
+class OwedWait:
+    """A weight gradient that takes its time and gives nothing."""
+
+    clock: Clock
+    seconds: float
+
+    def pay(self) -> None:
+        """Wait."""
+        self.clock.wait(self.seconds)
+
+
+class WaitingGradients(WeightGradients):
+    """Weight gradients that are waits."""
+
+    def owe(self, wait: Any) -> None:
+        """Note a wait for later."""
+        self._owed.append(wait)
+
+
+class _Layers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: WaitingLayers) -> Tensor:
+        ctx.layers = layers
+        layers.clock.wait(layers.forward_s)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        layers: WaitingLayers = ctx.layers
+        if layers.splits:
+            layers.clock.wait(layers.input_s)
+            layers.gradients.owe(OwedWait(layers.clock, layers.weight_s))
+        else:
+            layers.clock.wait(layers.input_s + layers.weight_s)
+        return gradient, None
+
+
+class WaitingLayers(nn.Module):
+    """A stage's chunks, each of which takes its part of the stage's times and hands its input on.
+
+    With `splits` the weight gradients' part of a backward is put off, as by the model's linear layers.
+    """
+
+    def __init__(
+        self, clock: Clock, gradients: WaitingGradients, times: dict[str, float], chunks: int, splits: bool
+    ) -> None:
+        super().__init__()
+        self.clock, self.gradients, self.splits = clock, gradients, splits
+        self.forward_s, self.input_s, self.weight_s = (times[name] / chunks for name in ("forward", "input", "weight"))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, labels_BT: Tensor | None = None, **rest: Any) -> Tensor:
+        """Return the hidden state, or its sum where there are labels."""
+        if not x.is_floating_point():
+            x = self.scale.expand(1, TOKENS, HIDDEN).clone()
+        x = _Layers.apply(x, self)
+        return x if labels_BT is None else x.sum()
+
+
+def measure_step(mesh: ParallelMesh, name: str, microbatches: int, job: dict[str, Any]) -> list[dict[str, float]]:
+    """Return, for each repeat, the step's time and bubble, over all stages; on every rank."""
+    kind = SCHEDULES.get(name)
+    chunks = kind.fixed_chunks or job["virtual_stages"]
+    clock, gradients = Clock(), WaitingGradients()
+    layers = WaitingLayers(clock, gradients, job["times"], chunks, kind.splits_backward)
+    executor = PipelineExecutor(
+        layers,
+        partial(kind, chunks=chunks),
+        mesh,
+        lambda rows, tokens: (rows, tokens, HIDDEN),
+        torch.float32,
+        gradients,
+    )
+    tokens_BT = torch.zeros(1, TOKENS, dtype=torch.int64)
+    batch = [Microbatch(tokens_BT, tokens_BT, tokens_BT.bool())] * microbatches
+    executor.run(batch, 1.0, lambda: None)
+    repeats = []
+    for _ in range(job["repeats"]):
+        clock.busy_s = 0.0
+        begin = agreed_begin()
+        executor.run(batch, 1.0, lambda: None)
+        seen: list[Any] = [None] * mesh.size("pipeline")
+        dist.all_gather_object(seen, (time.perf_counter() - begin, clock.busy_s))
+        step_s = max(end for end, _ in seen)
+        bubble = 1.0 - sum(busy for _, busy in seen) / (len(seen) * step_s)
+        repeats.append({"step_s": step_s, "bubble": bubble})
+    return repeats
+
+
+def agreed_begin() -> float:
+    """Wait until a moment that all ranks of this machine take for the begin; its monotonic clock is one for all."""
+    moment = [time.perf_counter() + HEAD_START_S]
+    dist.broadcast_object_list(moment, src=0)
+    time.sleep(max(0.0, moment[0] - time.perf_counter()))
+    return moment[0]
+
+
+def work(job_path: Path) -> None:
+    """Do the job described in a file, and write rank 0's result beside it."""
+    job = json.loads(job_path.read_text())
+    torch.set_num_threads(1)
+    keys = {"parallel.pipeline": job["stages"], "model.layers": job["stages"], "run.device": "cpu"}
+    config = load_recipe("gpt-tiny", [f"{key}={value}" for key, value in keys.items()])
+    measured: dict[str, dict[int, Any]] = {}
+    with joined_mesh(config) as mesh:
+        for name in job["schedules"]:
+            measured[name] = {count: measure_step(mesh, name, count, job) for count in job["microbatches"]}
+        if mesh.rank == 0:
+            result_of(job_path).write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -1,0 +1,70 @@
+"""A recipe's pipeline as text: which layers lie where, what a step costs, and who does what when. Imports no torch."""
+
+from __future__ import annotations
+
+from megalm.config.run import RunConfig
+from megalm.pipeline_parallel.actions import Action, ActionKind, Schedule
+from megalm.pipeline_parallel.partition import partition_layers
+from megalm.pipeline_parallel.schedules import SCHEDULES
+from megalm.pipeline_parallel.simulator import simulate
+
+COLUMNS = 100
+"""A drawing has at most so many columns, each as long as the forward of one chunk."""
+_LETTERS = dict(zip(ActionKind, "FBIW", strict=True))
+_LEGEND = (
+    "F forward, B backward, I its gradient of the input, W those of the weights, . waits; small letters: not the first "
+    "chunk"
+)
+
+
+def draw_pipeline(config: RunConfig) -> str:
+    """Return the stages' layers, the step's cost and a drawing of its begin, for one data rank and the whole batch."""
+    parallel = config.parallel
+    kind = SCHEDULES.get(parallel.schedule)
+    microbatches = config.train.global_batch // config.train.micro_batch
+    schedule = kind(parallel.pipeline, microbatches, kind.fixed_chunks or parallel.virtual_stages)
+    cost = simulate(schedule, float(schedule.chunks), 2.0 * schedule.chunks)
+    peaks = ", ".join(f"{peak / schedule.chunks:g}" for peak in cost.peak_live)
+    lines = [
+        f"{parallel.schedule}: {_count(parallel.pipeline, 'stage')} of {_count(schedule.chunks, 'chunk')}, "
+        f"{_count(microbatches, 'microbatch')} a step on one data rank",
+        *_layers(config, schedule),
+        f"bubble {cost.bubble:.1%}, where a backward takes twice as long as a forward and messages no time",
+        f"activations held at once, in those of a microbatch on a whole stage: {peaks}",
+        "",
+        *(_row(schedule, stage, cost.starts[stage]) for stage in range(schedule.stages)),
+        _LEGEND,
+    ]
+    return "\n".join(lines)
+
+
+def _layers(config: RunConfig, schedule: Schedule) -> list[str]:
+    """Return a line a stage with the parts of the model that it holds."""
+    placement = schedule.placement
+    parts = partition_layers(config.model.layers, placement, config.parallel.partition)
+    lines = []
+    for stage in range(placement.stages):
+        held = [parts[placement.place(stage, chunk)] for chunk in range(placement.chunks)]
+        names = ["embedding"] if stage == 0 else []
+        names += [f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in held]
+        names += ["head"] if stage == placement.last_stage else []
+        lines.append(f"stage {stage}: layers {', '.join(names)}")
+    return lines
+
+
+def _row(schedule: Schedule, stage: int, starts: tuple[float, ...]) -> str:
+    cells: list[str] = []
+    for action, start in zip(schedule.actions(stage), starts, strict=True):
+        if start >= COLUMNS:
+            return "".join(cells)[:COLUMNS] + " ..."
+        cells += "." * (round(start) - len(cells)) + _cell(action)
+    return "".join(cells)
+
+
+def _cell(action: Action) -> str:
+    letter = _LETTERS[action.kind]
+    return (letter.lower() if action.chunk else letter) * (2 if action.kind is ActionKind.BACKWARD else 1)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('h') else 's'}"

@@ -1,0 +1,34 @@
+"""A drawn pipeline says which layers lie where and what each stage does when."""
+
+from __future__ import annotations
+
+import pytest
+
+from megalm.cli import main
+
+
+def shown(capsys: pytest.CaptureFixture[str], *overrides: str) -> list[str]:
+    size = ["model.layers=8", "train.global_batch=8", "train.micro_batch=2"]
+    assert main(["config", "show", "gpt-tiny", "--pipeline", *size, *overrides]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_fold_is_drawn_with_both_ends_of_the_model_on_the_first_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, "parallel.pipeline=2", "parallel.schedule=zb-v") == [
+        "zb-v: 2 stages of 2 chunks, 4 microbatches a step on one data rank",
+        "stage 0: layers embedding, 0-1, 6-7, head",
+        "stage 1: layers 2-3, 4-5",
+        "bubble 4.0%, where a backward takes twice as long as a forward and messages no time",
+        "activations held at once, in those of a microbatch on a whole stage: 2, 2",
+        "",
+        "FFFfiwfiwFIWfiwIWfiwIWIW",
+        ".FfFfiwFIWfiwFIWfiwIiIWwW",
+        "F forward, B backward, I its gradient of the input, W those of the weights, . waits; small letters: not the "
+        "first chunk",
+    ]
+
+
+def test_a_long_step_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "parallel.pipeline=2", "train.global_batch=100")
+    assert "stage 1: layers 4-7, head" in lines and "FF..BBFBBFBB" in lines[-3]
+    assert [len(line) for line in lines[-3:-1]] == [104, 104] and lines[-2].endswith(" ...")
