@@ -186,16 +186,23 @@ def measure(options: argparse.Namespace, rates: dict[str, float]) -> dict[str, A
     return {"walks": walks, "rates": rates, "losses": losses}
 
 
-def joined(before: dict[str, Any], options: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any]:
-    """Return what was measured with what a file holds. Ends the program where the two do not belong together."""
-    sizes = ("steps", "seeds", "hidden", "sequence", "batch")
-    other = [size for size in sizes if before[size] != getattr(options, size)]
-    old, new = before["measured"]["losses"][BASELINE], measured["losses"][BASELINE]
-    if other or any(abs(one - two) > 1e-6 for one, two in zip(old, new, strict=False)):
-        sys.exit(
-            f"{options.out}: other sizes ({', '.join(other)})" if other else f"{options.out}: baseline {old}, {new}"
-        )
-    return {part: {**before["measured"][part], **measured[part]} for part in ("walks", "rates", "losses")}
+def earlier(file: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a file holds. Ends the program where it was measured in other sizes."""
+    before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    other = [
+        size for size in ("steps", "seeds", "hidden", "sequence", "batch") if before[size] != getattr(options, size)
+    ]
+    if other:
+        sys.exit(f"{file}: measured with {', '.join(f'--{size} {before[size]}' for size in other)}")
+    return before
+
+
+def joined(before: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """Return old and new measurements. Ends the program where their baselines differ."""
+    old, new = before["losses"][BASELINE], measured["losses"][BASELINE]
+    if any(abs(one - two) > 1e-6 for one, two in zip(old, new, strict=True)):
+        sys.exit(f"the baseline was {old} and is {new}: measure all choices anew")
+    return {part: {**before[part], **measured[part]} for part in ("walks", "rates", "losses")}
 
 
 def rows_of(measured: dict[str, Any]) -> list[tuple[Choice, list[float], list[float]]]:
@@ -204,7 +211,7 @@ def rows_of(measured: dict[str, Any]) -> list[tuple[Choice, list[float], list[fl
     rows = []
     groups = {choice.group for choice in CHOICES if choice.settings and choice.name in measured["losses"]}
     for choice in CHOICES:
-        if choice.group not in groups:
+        if choice.group not in groups or (choice.settings and choice.name not in measured["losses"]):
             continue
         losses = measured["losses"][choice.name if choice.settings else BASELINE]
         rows.append((choice, losses, [own - other for own, other in zip(losses, base, strict=True)]))
@@ -281,7 +288,7 @@ def main() -> None:
         print(table(json.loads(file.read_text(encoding="utf-8"))["measured"]))
         return
     began = time.monotonic()
-    before = json.loads(file.read_text(encoding="utf-8")) if options.choices else None
+    before = earlier(file, options) if options.choices else None
     measured = measure(options, before["measured"]["rates"] if before else {})
     facts = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}", "torch": torch.__version__, "python": platform.python_version(),
@@ -289,7 +296,7 @@ def main() -> None:
     }  # fmt: skip
     settings = {key: value for key, value in vars(options).items() if key not in ("choices", "out", "table")}
     if before is not None:
-        measured = joined(before, options, measured)
+        measured = joined(before["measured"], measured)
         facts["seconds"] += before["seconds"]
         settings["groups"] = before["groups"]
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,19 @@ def test_a_run_gives_figures_a_table_and_a_picture(
     assert recipes.table(measured) in printed and "| norms | rmsnorm before |" in printed
     assert out.with_suffix(".png").stat().st_size > 10_000
 
+    some = ["recipes.py", f"--data={tmp_path / 'data'}", "--choices", "relu", "muon", *sizes, f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", some)
+    recipes.main()
+    both = json.loads(out.with_suffix(".json").read_text())["measured"]
+    assert both["losses"].keys() == measured["losses"].keys() | {"relu", "muon"}
+    assert both["walks"].keys() == {"adamw", "muon"} and both["walks"]["adamw"] == measured["walks"]["adamw"]
+    monkeypatch.setattr(sys, "argv", [*some, "--steps=5"])
+    with pytest.raises(SystemExit, match="measured with --steps 4"):
+        recipes.main()
+    measured["losses"]["baseline"][0] += 0.1
+    with pytest.raises(SystemExit, match=r"the baseline was .* measure all choices anew"):
+        recipes.joined(measured, both)
+
 
 def test_an_interval_is_students() -> None:
     assert recipes.half_width([0.1, 0.2, 0.3]) == pytest.approx(4.303 * 0.1 / 3**0.5)

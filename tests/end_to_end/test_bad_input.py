@@ -124,7 +124,7 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         ([FREEZE_FIRST_STAGE, "parallel.pipeline=2", "zero.stage=1"], "freeze every parameter of a pipeline stage, wh"),
         (["optim.ema_decay=1.0"], "optim.ema_decay=1.0"),
         (["optim.kind=muon", "optim.muon_adjust_lr_fn=original"], "original needs optim.adamw_lr"),
-        (["optim.kind=muon", "model.mup_base=8"], "moves by the root of the width; use original"),
+        (["optim.kind=muon", "model.mup_base=8"], "move by the root of the width; use original"),
         (["model.mup_base=8", "optim.kind=sgd"], "optim.kind=sgd does not; use adamw, fused_adamw"),
         (["precision=fp64", "train.reduce_dtype=bf16"], "would round what precision=fp64 checks; leave it out"),
         (["loss_scale.initial=2"], "loss_scale.initial=2.0 has no effect without precision=fp16; leave it out"),

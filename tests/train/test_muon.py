@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from megalm.zero.engine import shard_of
 from megalm.zero.parts import Part, place
 from tests.train.test_optimizers import section
 
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 STEPS = 20
 SHAPES = {
     "blocks.0.attention.out.weight": (8, 12), "blocks.1.mlp.down.weight": (30, 7), "embedding.weight": (11, 8),
@@ -32,28 +34,28 @@ ORIGINAL: dict[str, Any] = {"muon_adjust_lr_fn": "original", "adamw_lr": 3e-3}
 Held = list[tuple[ShardSpec, Tensor]]
 
 
-def alone() -> ParallelMesh:
-    mesh = ParallelMesh.on_meta(RankLayout(), 0)
-    object.__setattr__(mesh, "device", torch.device("cpu"))
-    return mesh
+def alone(device: str = "cpu") -> ParallelMesh:
+    return replace(ParallelMesh.on_meta(RankLayout(), 0), device=torch.device(device))
 
 
-def start(dtype: torch.dtype = torch.float64) -> Held:
+def start(dtype: torch.dtype = torch.float64, device: str = "cpu") -> Held:
     generator = torch.Generator().manual_seed(1)
-    return [(ShardSpec.whole(n, s), (0.1 * torch.randn(s, generator=generator)).to(dtype)) for n, s in SHAPES.items()]
+    values = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    return [(ShardSpec.whole(name, SHAPES[name]), value.to(device, dtype)) for name, value in values.items()]
 
 
 def give_gradients(held: Held, step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for index, (_, tensor) in enumerate(held):
-        tensor.grad = (torch.randn(tensor.shape, generator=generator) * 10.0 ** (index - 2)).to(tensor.dtype)
+        tensor.grad = (torch.randn(tensor.shape, generator=generator) * 10.0 ** (index - 2)).to(tensor)
 
 
 def placed(config: OptimSection, held: Held) -> torch.optim.Optimizer:
     optimizer = build_optimizer(config, held)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * group["lr_scale"]
-    place(optimizer, {t: [Part(spec, 0, 0, t.numel(), True)] for spec, t in held}, alone(), divided=False)
+    mesh = alone(held[0][1].device.type)
+    place(optimizer, {t: [Part(spec, 0, 0, t.numel(), True)] for spec, t in held}, mesh, divided=False)
     return optimizer
 
 
@@ -89,23 +91,24 @@ def test_twenty_steps_are_those_of_torchs(monkeypatch: pytest.MonkeyPatch, optio
             torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12, msg=f"{spec.name}, step {step}")
 
 
-def test_twenty_steps_in_bf16_are_near_those_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def test_twenty_steps_in_bf16_are_near_those_of_torchs(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Where both iterate in bf16, they part by its rounding: of what twenty steps move, some hundredths."""
-    config, ours, theirs = section("muon", lr=0.02), start(torch.float32), start(torch.float32)
-    monkeypatch.setattr("megalm.train.muon.iteration_dtype", lambda weights, mesh: torch.bfloat16)
+    config, ours, theirs = section("muon", lr=0.02), start(torch.float32, device), start(torch.float32, device)
+    if device == "cpu":
+        monkeypatch.setattr("megalm.train.muon.iteration_dtype", lambda weights, mesh: torch.bfloat16)
     optimizer, references = placed(config, ours), torchs(config, theirs)
     for step in range(STEPS):
         for held in (ours, theirs):
             give_gradients(held, step)
         for each in (optimizer, *references):
             each.step()
-    for (spec, own), (_, other), (_, first) in zip(ours, theirs, start(torch.float32), strict=True):
+    for (spec, own), (_, other), (_, first) in zip(ours, theirs, start(torch.float32, device), strict=True):
         assert float((own - other).norm()) < 0.05 * float((own - first).norm()), spec.name
 
 
 def test_the_iteration_is_in_fp64_where_weights_are_in_fp32_on_a_cpu_and_in_bf16_on_a_gpu() -> None:
-    cpu, gpu = alone(), alone()
-    object.__setattr__(gpu, "device", torch.device("cuda"))
+    cpu, gpu = alone(), alone("cuda")
     assert iteration_dtype(torch.float64, gpu) is torch.float64
     assert iteration_dtype(torch.float32, cpu) is iteration_dtype(torch.bfloat16, cpu) is torch.float32
     assert iteration_dtype(torch.float32, gpu) is torch.bfloat16
