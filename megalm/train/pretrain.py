@@ -13,13 +13,12 @@ import torch.distributed as dist
 from megalm.checkpoint.manager import CheckpointManager
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.load import dump_yaml
-from megalm.config.ramps import ramp_steps, rows_of_rank, samples_before, sequence_at, sequence_steps
+from megalm.config.ramps import samples_before, sequence_at
 from megalm.config.run import RunConfig
-from megalm.config.storage import muon_parameters
 from megalm.data.datasets import PreparedData, open_prepared
 from megalm.data.loader import HeldOut, Loader
 from megalm.data.sampler import GlobalOrder
-from megalm.data.windows import Windows, all_windows, predicted_tokens
+from megalm.data.windows import all_windows
 from megalm.distributed.collectives import agree
 from megalm.distributed.communication_time import CommunicationClock
 from megalm.distributed.mesh import ParallelMesh, world_group
@@ -38,9 +37,10 @@ from megalm.train.profiling import Profile
 from megalm.train.recovery import GoBack
 from megalm.train.replicas import CompareReplicas
 from megalm.train.run_directory import RunDirectory, open_run
+from megalm.train.run_facts import run_facts
 from megalm.train.sinks import Sinks
 from megalm.train.stragglers import NameStragglers
-from megalm.train.tracking import Tracker, format_count
+from megalm.train.tracking import Tracker
 from megalm.train.trainer import Trainer, TrainState
 from megalm.watchdog.watch import watched
 from megalm.zero.build import build_engine, partitioner
@@ -112,7 +112,7 @@ def _train(
     sinks = Sinks(config.log.sinks, run, trainer.state.step, config) if mesh.rank == 0 else None
     tracker = Tracker(run, trainer.state.step, trainer.last_step, active=mesh.rank == 0, sinks=sinks)
     with closing(tracker):
-        tracker.header(dump_yaml(config), _facts(config, data, windows, vocab, mesh, peak))
+        tracker.header(dump_yaml(config), run_facts(config, data, windows, vocab, mesh, peak))
         if reader is not None:
             tracker.note(f"resuming {reader.directory} at step {trainer.state.step}")
         held_out_windows = all_windows(data.validation, config.model.sequence, config.data.rows)
@@ -212,64 +212,6 @@ def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]
     kinds = [kind for kind in reader.kinds() if kind != "weight"]
     trainer.state = TrainState(**reader.state["progress"])
     trainer.engine.load(reader.read_flat, kinds, trainer.state.updates)
-
-
-def _facts(
-    config: RunConfig, data: PreparedData, windows: Windows, vocab: int, mesh: ParallelMesh, peak: Peak
-) -> list[tuple[str, str]]:
-    """Return what the console says of the run beside its recipe."""
-    layout = mesh.layout
-    parameters = count_parameters(config.model, vocab)
-    return [
-        ("parameters", f"{parameters.total:,} (vocabulary {vocab})"),
-        *_muons(config, parameters.total),
-        ("data", f"{data.path}: {format_count(len(data.train))} tokens, {format_count(len(data.validation))} held out"),
-        *_rows(config, windows),
-        ("length", _length(config, windows)),
-        *_ramps(config),
-        *_filling(config, layout.data),
-        ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, {mesh.device.type}"),
-        ("MFU", f"of {peak.flops / 1e12:.3g} TFLOP/s a rank ({peak.source})"),
-    ]
-
-
-def _muons(config: RunConfig, parameters: int) -> list[tuple[str, str]]:
-    """Return what the console says of two optimizers."""
-    if config.optim.kind != "muon":
-        return []
-    own, frozen = muon_parameters(config), any(rule.freeze for rule in config.optim.rules)
-    rest = "all else that is not frozen" if frozen else f"{parameters - own:,}"
-    return [("optimizer", f"Muon for {own:,} parameters, AdamW for {rest}")]
-
-
-def _rows(config: RunConfig, windows: Windows) -> list[tuple[str, str]]:
-    """Return what the console says of rows that are padded."""
-    if config.data.rows == "stream":
-        return []
-    padding = 1.0 - predicted_tokens(windows) / (len(windows) * config.model.sequence)
-    places = config.model.sequence
-    return [("rows", f"{len(windows):,} of {places} places, of one document each; {padding:.1%} are padding")]
-
-
-def _length(config: RunConfig, windows: Windows) -> str:
-    samples = samples_before(config, config.steps)
-    tokens = format_count(samples * config.model.sequence)
-    return f"{config.steps:,} steps, {tokens} tokens, {samples / len(windows):.3g} epochs"
-
-
-def _filling(config: RunConfig, data_ranks: int) -> list[tuple[str, str]]:
-    """Return what the console says of rows that fill up a batch."""
-    batch = config.train.global_batch
-    rows = rows_of_rank(config, batch, data_ranks) * data_ranks
-    return [] if rows == batch else [("filling", f"{rows - batch} of {rows} rows of a batch, which have no loss")]
-
-
-def _ramps(config: RunConfig) -> list[tuple[str, str]]:
-    """Return what the console says of batches and sequences that grow."""
-    start, first = config.batch_ramp.start, config.sequence_warmup.start
-    batch = f"{start} to {config.train.global_batch} sequences over {ramp_steps(config):,} steps"
-    sequence = f"{first} to {config.model.sequence} tokens over {sequence_steps(config):,} steps"
-    return [*([] if start is None else [("batch", batch)]), *([] if first is None else [("sequences", sequence)])]
 
 
 def _describe(config: RunConfig, mesh: ParallelMesh) -> dict[str, Any]:
