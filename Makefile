@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 OLD_TRITON_VERSION := 3.6.0
 OLD_TRITON := .triton-3.6
 
-.PHONY: help install quickstart test test-slurm lint parity mutants bench kernels-compile kernels-bench clean
+.PHONY: help install quickstart test test-slurm lint parity mutants fuzz bench kernels-compile kernels-bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,6 +37,9 @@ lint: $(STAMP)  ## ruff and mypy
 
 parity: $(STAMP)  ## every layout against one plain process, as a table
 	$(BIN)/python -m tests.parity $(ARGS)
+
+fuzz: $(STAMP)  ## 500 random recipes in random layouts, trained as one plain process does or refused
+	$(BIN)/python -m tests.parity.fuzz $(ARGS)
 
 mutants: $(STAMP)  ## planted faults, each of which the parity gate must catch, as a table
 	$(BIN)/python -m tests.parity.mutants $(ARGS)

@@ -287,8 +287,10 @@ def assemble(reports: Sequence[RankReport]) -> dict[str, Tensor]:
     return tensors
 
 
-def run_case(pool: WorkerPool, case: Case, steps: int, **more: Any) -> tuple[Difference, list[RankReport]]:
+def run_case(
+    pool: WorkerPool, case: Case, steps: int, limit_s: float | None = None, **more: Any
+) -> tuple[Difference, list[RankReport]]:
     """Train the case on the pool and compare it with the reference."""
     config = case.config(**more)
-    reports = pool.run(train_rank, config, steps, layout=case.layout)
+    reports = pool.run(train_rank, config, steps, layout=case.layout, timeout_s=limit_s)
     return compare(reports, reference_run(config, steps)), reports
