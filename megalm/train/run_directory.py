@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megalm.config.load import dump_yaml
+from megalm.config.optim import OptimRule
 from megalm.config.run import RunConfig, section_types
 from megalm.config.storage import masters_dtype, wide_dtype
 from megalm.errors import ConfigError
@@ -231,7 +232,7 @@ def _refuse_other_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -
 
     A key that the run was started without, as it came later, had what is its default now.
     """
-    old, new = {**defaults(), **before["fixed"]}, {**defaults(), **now["fixed"]}
+    old, new = (_with_defaults(each["fixed"]) for each in (before, now))
     differences = [
         f"{key}={_show(old.get(key))} there, {_show(new.get(key))} here"
         for key in sorted({*old, *new})
@@ -248,6 +249,13 @@ def _refuse_other_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -
             f"run.dir={path} holds another run: {'; '.join(differences)}; choose another run.dir, "
             "or --fresh to remove that run"
         )
+
+
+def _with_defaults(fixed: dict[str, Any]) -> dict[str, Any]:
+    whole = {**defaults(), **fixed}
+    fields = OptimRule.model_fields.items()
+    own = {key: field.get_default() for key, field in fields if not field.is_required()}
+    return {**whole, "optim.rules": [{**own, **rule} for rule in whole["optim.rules"]]}
 
 
 def defaults() -> dict[str, Any]:

@@ -67,6 +67,17 @@ def test_a_run_from_before_a_key_had_its_default(tmp_path: Path) -> None:
         open_once(tmp_path, loss={"z_loss": 0.1})
 
 
+def test_a_rule_from_before_a_key_had_its_default(tmp_path: Path) -> None:
+    optim = {"rules": [{"match": "*.bias", "lr": 0.5}]}
+    open_once(tmp_path, optim=optim)
+    identity = json.loads((tmp_path / "run.json").read_text())
+    del identity["fixed"]["optim.rules"][0]["muon"], identity["fixed"]["optim.rules"][0]["freeze"]
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    assert open_once(tmp_path, optim=optim).resumed is True
+    with pytest.raises(ConfigError, match=r"optim\.rules=.* there, .* here"):
+        open_once(tmp_path, optim={"rules": [{"match": "*.bias", "lr": 0.25}]})
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
