@@ -133,6 +133,7 @@ class RandomText:
             mask = torch.arange(self.sequence) < torch.randint(1, self.sequence + 1, (), generator=generator)
         else:
             mask = torch.rand(self.sequence, generator=generator) < (0.3 + 0.6 * (number % 3) / 2)
+            mask[number % self.sequence] = True  # a batch of one sample has a loss too
         return tokens[:-1], tokens[1:], mask
 
 
