@@ -107,34 +107,38 @@ class WaitingLayers(nn.Module):
         return x if labels_BT is None else x.sum()
 
 
-def measure_step(mesh: ParallelMesh, name: str, microbatches: int, job: dict[str, Any]) -> list[dict[str, float]]:
-    """Return, for each repeat, the step's time and bubble, over all stages; on every rank."""
-    kind = SCHEDULES.get(name)
-    chunks = kind.fixed_chunks or job["virtual_stages"]
-    clock, gradients = Clock(), WaitingGradients()
-    layers = WaitingLayers(clock, gradients, job["times"], chunks, kind.splits_backward)
-    executor = PipelineExecutor(
-        layers,
-        partial(kind, chunks=chunks),
-        mesh,
-        lambda rows, tokens: (rows, tokens, HIDDEN),
-        torch.float32,
-        gradients,
-    )
-    tokens_BT = torch.zeros(1, TOKENS, dtype=torch.int64)
-    batch = [Microbatch(tokens_BT, tokens_BT, tokens_BT.bool())] * microbatches
-    executor.run(batch, 1.0, lambda: None)
-    repeats = []
-    for _ in range(job["repeats"]):
-        clock.busy_s = 0.0
+class Stage:
+    """This rank's stage under one schedule, its layers waiting."""
+
+    def __init__(self, mesh: ParallelMesh, name: str, job: dict[str, Any]) -> None:
+        kind = SCHEDULES.get(name)
+        chunks = kind.fixed_chunks or job["virtual_stages"]
+        gradients = WaitingGradients()
+        self.clock = Clock()
+        self.executor = PipelineExecutor(
+            WaitingLayers(self.clock, gradients, job["times"], chunks, kind.splits_backward),
+            partial(kind, chunks=chunks),
+            mesh,
+            lambda rows, tokens: (rows, tokens, HIDDEN),
+            torch.float32,
+            gradients,
+        )
+        self._run(1)
+
+    def _run(self, microbatches: int) -> None:
+        tokens_BT = torch.zeros(1, TOKENS, dtype=torch.int64)
+        batch = [Microbatch(tokens_BT, tokens_BT, tokens_BT.bool())] * microbatches
+        self.executor.run(batch, 1.0, lambda: None)
+
+    def step(self, microbatches: int) -> dict[str, float]:
+        """Return a step's time and bubble, over all stages; on every rank."""
+        self.clock.busy_s = 0.0
         begin = agreed_begin()
-        executor.run(batch, 1.0, lambda: None)
-        seen: list[Any] = [None] * mesh.size("pipeline")
-        dist.all_gather_object(seen, (time.perf_counter() - begin, clock.busy_s))
+        self._run(microbatches)
+        seen: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, (time.perf_counter() - begin, self.clock.busy_s))
         step_s = max(end for end, _ in seen)
-        bubble = 1.0 - sum(busy for _, busy in seen) / (len(seen) * step_s)
-        repeats.append({"step_s": step_s, "bubble": bubble})
-    return repeats
+        return {"step_s": step_s, "bubble": 1.0 - sum(busy for _, busy in seen) / (len(seen) * step_s)}
 
 
 def agreed_begin() -> float:
@@ -151,10 +155,13 @@ def work(job_path: Path) -> None:
     torch.set_num_threads(1)
     keys = {"parallel.pipeline": job["stages"], "model.layers": job["stages"], "run.device": "cpu"}
     config = load_recipe("gpt-tiny", [f"{key}={value}" for key, value in keys.items()])
-    measured: dict[str, dict[int, Any]] = {}
+    measured: dict[str, dict[int, Any]] = {name: {n: [] for n in job["microbatches"]} for name in job["schedules"]}
     with joined_mesh(config) as mesh:
-        for name in job["schedules"]:
-            measured[name] = {count: measure_step(mesh, name, count, job) for count in job["microbatches"]}
+        stages = {name: Stage(mesh, name, job) for name in job["schedules"]}
+        for _ in range(job["repeats"]):  # all in turn, so that what disturbs the machine for a while meets none alone
+            for name, stage in stages.items():
+                for count, steps in measured[name].items():
+                    steps.append(stage.step(count))
         if mesh.rank == 0:
             result_of(job_path).write_text(json.dumps(measured))
 

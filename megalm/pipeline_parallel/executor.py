@@ -183,10 +183,11 @@ class PipelineExecutor:
 
     def _pay(self, action: Action, owed: list[Owed]) -> bool:
         """Make the weight gradients that a backward has put off; return whether there were any."""
-        any_owed = bool(owed)
+        if not owed:
+            return False
         with self._naming_failure(action):
             pay(owed)
-        return any_owed
+        return True
 
     def _makes_loss(self, action: Action) -> bool:
         return self._placement.place(self._stage, action.chunk) == self._placement.places - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from megalm.config.choices import CHOICES
 from megalm.config.run import RunConfig
@@ -22,7 +23,7 @@ from tests.parity.cases import (
     UNFUSED_ATTENTION,
     misses,
 )
-from tests.parity.harness import LLAMA, Case, run_case
+from tests.parity.harness import LLAMA, Case, run_case, train_rank
 from tests.worker_pool import WorkerPool
 
 
@@ -73,14 +74,29 @@ def test_a_model_of_fused_kernels_equals_one_plain_process(pool: WorkerPool, fea
     assert not misses(difference, "fp32")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_bf16_follows_the_reference_through_a_pipeline(pool: WorkerPool, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "kind"), [(0, "1f1b"), (1, "1f1b"), (2, "1f1b"), (0, "zb-v"), (2, "dualpipe-v")])
+def test_bf16_follows_the_reference_through_a_pipeline(pool: WorkerPool, stage: int, kind: str) -> None:
     """bf16 rounds by 2^-9, so curves part by about that; a gradient that is wrong, not rounded, moves them more."""
-    case = Case(2, 2, 2, {"zero.stage": stage, "precision": "bf16", "train.micro_batch": 1})
+    overrides = {"zero.stage": stage, "precision": "bf16", "train.micro_batch": 1, "parallel.schedule": kind}
+    case = Case(2, 2, 2, overrides)
     difference, _ = run_case(pool, case, 10)
     assert difference.gradient < 0.05
     assert difference.loss < 2e-3
     assert difference.norm < 2e-2
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 0), ("bf16", 2), ("fp16", 1)])
+def test_split_backwards_give_the_bits_of_whole_ones(pool: WorkerPool, precision: str, stage: int) -> None:
+    """With the same layers on each stage the same numbers are added in the same order, whatever the precision."""
+    found = []
+    for kind in ("1f1b", "zb-h1", "zb-h2"):
+        case = Case(2, 2, 1, {"parallel.schedule": kind, "zero.stage": stage, "train.recompute": "full", **DROPOUT})
+        config = case.config(precision=precision, train__micro_batch=1)
+        reports = pool.run(train_rank, config, 4, layout=case.layout)
+        found.append((reports[0].losses, reports[0].norms, [g for report in reports for *_, g in report.gradients]))
+    for losses, norms, gradients in found[1:]:
+        assert losses == found[0][0] and norms == found[0][1]
+        assert all(torch.equal(one, other) for one, other in zip(gradients, found[0][2], strict=True))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
