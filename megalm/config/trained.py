@@ -12,7 +12,7 @@ from megalm.config.load import load_resolved
 from megalm.config.run import RunConfig, key_fields
 from megalm.errors import ConfigError
 
-# One process, whatever trained the model. These come before the user's overrides.
+# One process that runs forward, whatever trained the model. These come before the user's overrides.
 ONE_PROCESS = (
     "parallel.tensor=1",
     "parallel.pipeline=1",
@@ -22,6 +22,7 @@ ONE_PROCESS = (
     "parallel.partition=null",
     "zero.stage=0",
     "zero.config=null",
+    "train.compile=false",  # of training alone, and it excludes schedules
 )
 _FREE_SECTIONS = frozenset({"parallel", "evaluate"})
 _FREE_KEYS = frozenset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megalm.config.ramps import rows_of_rank
 from megalm.config.run import RunConfig
 from megalm.pipeline_parallel.actions import Action, ActionKind, Schedule
 from megalm.pipeline_parallel.partition import partition_layers
@@ -21,7 +22,7 @@ def draw_pipeline(config: RunConfig) -> str:
     """Return the stages' layers, the step's cost and a drawing of its begin, for one data rank and the whole batch."""
     parallel = config.parallel
     kind = SCHEDULES.get(parallel.schedule)
-    microbatches = -(-config.train.global_batch // config.train.micro_batch)
+    microbatches = rows_of_rank(config, config.train.global_batch, data_ranks=1) // config.train.micro_batch
     schedule = kind(parallel.pipeline, microbatches, kind.fixed_chunks or parallel.virtual_stages)
     cost = simulate(schedule, float(schedule.chunks), 2.0 * schedule.chunks)
     peaks = ", ".join(f"{peak / schedule.chunks:g}" for peak in cost.peak_live)

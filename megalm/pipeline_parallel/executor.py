@@ -185,7 +185,7 @@ class PipelineExecutor:
         """Make the weight gradients that a backward has put off; return whether there were any."""
         if not owed:
             return False
-        with self._naming_failure(action):
+        with self._naming_failure(action._replace(kind=ActionKind.WEIGHT_GRADIENT)):
             pay(owed)
         return True
 
@@ -259,17 +259,17 @@ class PipelineExecutor:
 
     @contextmanager
     def _naming_failure(self, action: Action) -> Iterator[None]:
+        piece = f"{action.microbatch} of chunk {action.chunk}" if action.chunk else f"{action.microbatch}"
         try:
-            with progress.doing(action.kind.value, action.microbatch):
+            with progress.doing(action.kind.value, piece):
                 yield
         except Exception as error:
             if is_lost_peer(error):  # of the tensor or data axis: the module is not to blame
                 raise
             reason = next(iter(str(error).splitlines()), "")
-            chunk = f" in chunk {action.chunk}" if action.chunk else ""
             raise PipelineError(
-                f"pipeline stage {self._stage} failed in {action.kind.value} of microbatch "
-                f"{action.microbatch}{chunk}: {type(error).__name__}: {reason}"
+                f"pipeline stage {self._stage} failed in {action.kind.value} of microbatch {piece}: "
+                f"{type(error).__name__}: {reason}"
             ) from error
 
     @contextmanager

@@ -157,7 +157,8 @@ def restore_optimizer(
     The step counter has the dtype and place that torch's own first update would give it; apex has one for each group.
     """
     counted = {"exp_avg", "square_avg"}  # torch counts the steps of Adam and RMSprop
-    placed = isinstance(optimizer, PlacedOptimizer)
+    # Before an update torch's optimizers have no state at all; those with kinds of their own count from 0.
+    keeps_count = isinstance(optimizer, PlacedOptimizer) and (steps > 0 or bool(optimizer.own_kinds))
     narrow = optimizer.state_dtype if isinstance(optimizer, PlacedOptimizer) else None
     for group in optimizer.param_groups:
         on_device = bool(group.get("fused") or group.get("capturable")) and narrow is None
@@ -169,7 +170,7 @@ def restore_optimizer(
                 kind: torch.zeros_like(tensor, dtype=None if kind == "ema" else narrow, requires_grad=False)
                 for kind in own
             }
-            if placed or counted & set(kinds):
+            if counted & set(kinds) or keeps_count:
                 device = tensor.device if on_device else torch.device("cpu")
                 state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=device)
             optimizer.state[tensor] = state

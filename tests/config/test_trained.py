@@ -35,6 +35,13 @@ def test_the_layout_and_the_evaluation_may_be_chosen(run: Path) -> None:
     assert (config.parallel.tensor, config.evaluate.sequences, config.data.path) == (4, 3, "other")
 
 
+def test_a_model_that_was_trained_compiled_takes_any_schedule(run: Path) -> None:
+    recipe = run / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("compile: false", "compile: true"))
+    config = trained_config(run, ["parallel.pipeline=2", "parallel.schedule=zb-v", "parallel.partition=[1,1,1,1]"])
+    assert (config.parallel.schedule, config.train.compile) == ("zb-v", False)
+
+
 @pytest.mark.parametrize("override", ["model.layers=2", "seed=3", "optim.lr=1", "train.steps=3", "zero.stage=3"])
 def test_what_training_has_fixed_may_not(run: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=f"{override} cannot be set for a trained model; what may change"):

@@ -32,3 +32,11 @@ def test_a_long_step_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, "parallel.pipeline=2", "train.global_batch=100")
     assert "stage 1: layers 4-7, head" in lines and "FF..BBFBBFBB" in lines[-3]
     assert [len(line) for line in lines[-3:-1]] == [104, 104] and lines[-2].endswith(" ...")
+
+
+@pytest.mark.parametrize(("batch", "microbatches"), [(1, "1 microbatch"), (5, "3 microbatches")])
+def test_a_batch_that_is_filled_up_is_drawn_with_all_its_microbatches(
+    capsys: pytest.CaptureFixture[str], batch: int, microbatches: str
+) -> None:
+    first = shown(capsys, f"train.global_batch={batch}", "train.pad_batch=true")[0]
+    assert first == f"1f1b: 1 stage of 1 chunk, {microbatches} a step on one data rank"

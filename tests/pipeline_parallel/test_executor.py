@@ -6,6 +6,7 @@ import functools
 import re
 import time
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.progress import progress
 from megalm.pipeline_parallel.actions import Placement, Schedule
 from megalm.pipeline_parallel.executor import Microbatch, PipelineExecutor
 from megalm.pipeline_parallel.partition import partition_layers
@@ -198,6 +200,52 @@ def test_gradients_losses_and_peak_are_those_of_plain_autograd(pool: WorkerPool,
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
 def test_pipelines_of_two_data_ranks_do_not_mix(pool: WorkerPool, schedule: str) -> None:
     pool.run(check_steps, schedule, [3], layout=RankLayout(pipeline=2, data=2))
+
+
+class Names:
+    """What the work is called that is done."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def phase(self, name: str) -> None:
+        raise AssertionError(f"no phase begins: {name}")
+
+    def work(self, kind: str, what: object) -> nullcontext[None]:
+        if kind != "communication":
+            self.seen.append(f"{kind} {what}")
+        return nullcontext()
+
+
+def names_of_a_step(mesh: ParallelMesh, schedule: str) -> list[str]:
+    _, executor = make_executor(mesh, schedule)
+    names = Names()
+    progress.observer = names
+    try:
+        executor.run(make_microbatches(2), SCALE, lambda: None)
+    finally:
+        progress.observer = None
+    return names.seen
+
+
+@pytest.mark.parametrize(
+    ("schedule", "names"),
+    [
+        ("1f1b", {"forward 0", "forward 1", "backward 0", "backward 1"}),
+        (
+            "zb-v",
+            {
+                f"{kind} {microbatch}{chunk}"
+                for kind in ("forward", "input gradient", "weight gradient")
+                for microbatch in (0, 1)
+                for chunk in ("", " of chunk 1")
+            },
+        ),
+    ],
+)
+def test_each_piece_of_work_is_said_once_by_a_name_of_its_own(pool: WorkerPool, schedule: str, names: set[str]) -> None:
+    for seen in pool.run(names_of_a_step, schedule, layout=RankLayout(pipeline=2)):
+        assert sorted(seen) == sorted(names)
 
 
 def check_another_number_of_microbatches(mesh: ParallelMesh, schedule: str) -> None:

@@ -184,6 +184,24 @@ def test_apex_gets_the_recipes_numbers_and_its_steps_back(monkeypatch: pytest.Mo
     assert optimizer.param_groups[0]["step"] == 7
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"), [("muon", {}), ("adafactor", {}), ("adamw8bit", {}), ("adamw", {"state_dtype": "bf16"})]
+)
+def test_a_checkpoint_from_before_the_first_update_has_no_state_and_is_gone_on_from(
+    kind: str, more: dict[str, Any]
+) -> None:
+    """fp16 may overflow at the first steps, and a run may be stopped there."""
+    plain, restored = start(torch.float32), start(torch.float32)
+    for held, is_restored in ((plain, False), (restored, True)):
+        optimizer = placed(section(kind, **more), held)
+        if is_restored:
+            restore_optimizer(optimizer, [], 0)
+        for _, tensor in held:
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step()
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(plain, restored, strict=True))
+
+
 def words(count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 2**32, (count,), generator=torch.Generator().manual_seed(seed))
 
