@@ -73,7 +73,7 @@ def measure(stages: int, options: argparse.Namespace) -> dict[str, Any]:
     for name in options.schedules:
         for count in counts:
             repeats = sorted(raw[name][str(count)], key=lambda repeat: repeat["step_s"])
-            rows.setdefault(name, {})[count] = {
+            rows.setdefault(name, {})[str(count)] = {
                 **repeats[0],
                 "median_step_s": median(repeat["step_s"] for repeat in repeats),
                 "simulated": simulated(name, stages, count, options),
@@ -81,7 +81,20 @@ def measure(stages: int, options: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
-def table(measured: dict[int, dict[str, dict[int, Any]]]) -> str:
+def fastest(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the faster step of each two measurements, those of `before` that are not measured anew kept."""
+    merged: dict[str, Any] = {stages: dict(schedules) for stages, schedules in before.items()}
+    for stages, schedules in now.items():
+        for name, counts in schedules.items():
+            rows = merged.setdefault(stages, {}).setdefault(name, {})
+            for count, row in counts.items():
+                old = rows.get(count, row)
+                same = old["simulated"] == row["simulated"]
+                rows[count] = min((old, row) if same else (row,), key=lambda one: one["step_s"])
+    return merged
+
+
+def table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Return the figures as a table in Markdown."""
     lines = ["| stages | microbatches | schedule | bubble | simulated | step | simulated | peak |", "|" + "---|" * 8]
     for stages, schedules in measured.items():
@@ -95,28 +108,30 @@ def table(measured: dict[int, dict[str, dict[int, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def worst(measured: dict[int, dict[str, dict[int, Any]]]) -> float:
+def worst(measured: dict[str, dict[str, dict[str, Any]]]) -> float:
     """Return the largest difference between a measured bubble and the simulator's."""
     rows = [row for schedules in measured.values() for counts in schedules.values() for row in counts.values()]
     return max(abs(row["bubble"] - row["simulated"]["bubble"]) for row in rows)
 
 
-def draw(measured: dict[int, dict[str, dict[int, Any]]], path: Path) -> None:
+def draw(measured: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     """Draw the bubbles over the microbatches, a column a number of stages: lines simulated, dots measured."""
     figure, axes = plt.subplots(1, len(measured), figsize=(4.5 * len(measured), 4.2), sharey=True, layout="constrained")
     for axis, (stages, schedules) in zip([axes] if len(measured) == 1 else axes, measured.items(), strict=True):
         for number, (name, counts) in enumerate(schedules.items()):
-            places = list(counts)
+            places = [int(count) for count in counts]
             lines = [100 * row["simulated"]["bubble"] for row in counts.values()]
             dots = [100 * row["bubble"] for row in counts.values()]
             axis.plot(places, lines, "-", color=f"C{number}", label=name)
             axis.plot(places, dots, "o", color=f"C{number}", markersize=5)
+        places = [int(count) for count in next(iter(schedules.values()))]
         axis.set(title=f"{stages} stages", xscale="log", xlabel="microbatches", xticks=places)
         axis.set_xticklabels([str(place) for place in places])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     first = figure.axes[0]
-    first.set_ylabel("bubble, percent of all stages' time (line: simulated, dots: measured)")
+    first.set_ylabel("bubble, % of all stages' time")
+    figure.suptitle("lines: simulated, dots: measured", fontsize="medium")
     figure.axes[-1].legend(fontsize="small")
     first.set_ylim(bottom=0)
     figure.savefig(path, dpi=110)
@@ -133,6 +148,7 @@ def read_options() -> argparse.Namespace:
     for name in ("forward", "input", "weight"):
         times.add_argument(f"--{name}", type=float, default=0.04, metavar="S")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps, of which the fastest counts")
+    parser.add_argument("--again", action="store_true", help="keep what NAME.json has where it is faster, or alone")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pipeline", metavar="NAME")
     options = parser.parse_args()
     options.times = {name: getattr(options, name) for name in ("forward", "input", "weight")}
@@ -142,25 +158,31 @@ def read_options() -> argparse.Namespace:
 def main() -> int:
     """Measure, print, write and draw; 1 where a bubble is further from the simulator's than the goal."""
     options = read_options()
-    facts = {
+    run = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_before": round(os.getloadavg()[0], 1),
+        "stages": options.stages,
+        "schedules": options.schedules,
+        "repeats": options.repeats,
+    }
+    facts = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
         "layers": "wait instead of computing",
         "times_s": options.times,
         "virtual_stages": options.virtual_stages,
-        "repeats": options.repeats,
         "goal": GOAL,
     }
-    measured = {stages: measure(stages, options) for stages in options.stages}
+    before = json.loads(options.out.with_suffix(".json").read_text()) if options.again else {"runs": [], "measured": {}}
+    measured = fastest(before["measured"], {str(stages): measure(stages, options) for stages in options.stages})
     print(table(measured))
     far = worst(measured)
     print(f"\nfurthest from the simulator: {100 * far:.1f} points, goal {100 * GOAL:.0f}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {**facts, "furthest_points": round(100 * far, 2), "measured": measured}
+    runs = [*before["runs"], run]
+    result = {**facts, "runs": runs, "furthest_points": round(100 * far, 2), "measured": measured}
     options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw(measured, options.out.with_suffix(".png"))
     return int(far > GOAL)
