@@ -59,6 +59,7 @@ def check_rules(config: RunConfig, data: PreparedData) -> None:
 def check_data(config: RunConfig) -> PreparedData:
     """Return the prepared data. Raises DataError or ConfigError unless it is whole and fits the recipe."""
     from megalm.data.datasets import open_prepared
+    from megalm.data.windows import all_windows
 
     path = config.data.path
     data = open_prepared(path)
@@ -74,5 +75,6 @@ def check_data(config: RunConfig) -> PreparedData:
             f"model.sequence={sequence} is not shorter than the {tokens} training tokens in {path}; "
             "use a smaller model.sequence or more text"
         )
+    all_windows(data.validation, sequence, config.data.rows)
     config.with_windows(len(data.windows(sequence, config.data.rows)))  # a length in epochs may break rules now
     return data
