@@ -83,11 +83,12 @@ class Formulas:
 
     def __init__(self, model: ModelSection, w: Weights, wide: torch.dtype, drop: Drop) -> None:
         self.model, self.w, self.wide, self.drop = model, w, wide, drop
+        self.padding: Tensor | None = None
 
     def logits(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
         """Return the logits [rows,T,V] of tokens [rows,T]; those that are `padding`, bool [rows,T], no other sees."""
         model, w = self.model, self.w
-        self.padding = torch.zeros_like(tokens, dtype=torch.bool) if padding is None else padding
+        self.padding = padding
         length = tokens.shape[1]
         x = w["embedding.weight"][tokens] * model.embedding_scale
         if model.position == "learned":
@@ -226,7 +227,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def visible(model: ModelSection, layer: int, tokens: Tensor, padding: Tensor) -> Tensor:
+def visible(model: ModelSection, layer: int, tokens: Tensor, padding: Tensor | None) -> Tensor:
     """Return which key s query t sees, bool [rows,T,T], from the definition: one pair at a time.
 
     Where blocks are seen in summary, [rows,T,C+T]: the keys of `summarised`.
@@ -240,7 +241,7 @@ def visible(model: ModelSection, layer: int, tokens: Tensor, padding: Tensor) ->
                 near = not windowed or t - s < model.window  # type: ignore[operator]
                 # A document begins with its start token: none lies between them, or at t itself.
                 parted = model.document_mask and bool((tokens[row, s + 1 : t + 1] == DOCUMENT_START).any())
-                near = near and (s == t or not padding[row, s])
+                near = near and (s == t or padding is None or not bool(padding[row, s]))
                 seen[row, t, s] = near and not parted and (model.attention_pattern == "full" or strided(model, t, s))
     if model.attention_pattern != "hierarchical":
         return seen
