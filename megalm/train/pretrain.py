@@ -18,7 +18,7 @@ from megalm.config.run import RunConfig
 from megalm.data.datasets import PreparedData, open_prepared
 from megalm.data.loader import HeldOut, Loader
 from megalm.data.sampler import GlobalOrder
-from megalm.data.windows import all_windows
+from megalm.data.windows import Windows, all_windows
 from megalm.distributed.collectives import agree
 from megalm.distributed.communication_time import CommunicationClock
 from megalm.distributed.mesh import ParallelMesh, world_group
@@ -59,7 +59,8 @@ def train(
     signal came before the end.
     """
     data = open_prepared(config.data.path)
-    config = config.with_windows(len(data.windows(config.model.sequence, config.data.rows)))
+    windows = data.windows(config.model.sequence, config.data.rows)
+    config = config.with_windows(len(windows))
     with watched(config.run.hang_timeout_s) as join, joined_mesh(config) as mesh:
         join()
         directory = _open_directory(config, data, mesh, fresh, _DEAD_LOCK_S if restarted else 0.0)
@@ -68,7 +69,7 @@ def train(
                 preflight(config, mesh, count_parameters(config.model, vocabulary(config, data)).total)
             memory = Memory(config, mesh)
             with CommunicationClock(mesh.device) as clock, memory.explained():
-                _train(config, data, mesh, clock, memory, directory, interruption)
+                _train(config, data, windows, mesh, clock, memory, directory, interruption)
         finally:
             if directory is not None:
                 directory.close()
@@ -77,6 +78,7 @@ def train(
 def _train(
     config: RunConfig,
     data: PreparedData,
+    windows: Windows,
     mesh: ParallelMesh,
     clock: CommunicationClock,
     memory: Memory,
@@ -93,7 +95,6 @@ def _train(
     engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)
     _claim(directory, data)
     manager = CheckpointManager(run, config.checkpoint.keep, dist.group.WORLD, _describe(config, mesh))
-    windows = data.windows(config.model.sequence, config.data.rows)
     order = GlobalOrder(len(windows), order_seed(config))
     loader = Loader(data.train, windows, order, mesh.coordinates.data, mesh.size("data"))
     executor = build_executor(config, engine.module, mesh)
