@@ -56,7 +56,8 @@ class ParallelMesh:
         world_size, rank = dist.get_world_size(), dist.get_rank()
         if world_size != layout.world_size:
             raise LaunchError(
-                f"the layout pipeline {layout.pipeline} x data {layout.data} x tensor {layout.tensor} needs "
+                f"the layout pipeline {layout.pipeline} x data {layout.data} x context {layout.context} x tensor "
+                f"{layout.tensor} needs "
                 f"{layout.world_size} processes, but {world_size} were started; start {layout.world_size}"
             )
         timeout = timedelta(seconds=collective_timeout_s)
@@ -94,7 +95,7 @@ class ParallelMesh:
         return self.layout.coordinates(self.rank)
 
     def group(self, axis: Axis) -> dist.ProcessGroup:
-        """Return the group along `axis`: "pipeline", "data", "tensor", "model" or "embedding"."""
+        """Return the group along `axis`, see `RankLayout.group_of`."""
         return self.groups[axis]
 
     def size(self, axis: Axis) -> int:
@@ -105,11 +106,11 @@ class ParallelMesh:
         """Return this rank's index in the group along `axis`, from 0."""
         return self.groups[axis].rank()
 
-    def data_block(self, size: int) -> dist.ProcessGroup:
-        """Form the group of the `size` neighbouring data ranks among which this one is; every rank must call."""
-        ranks = self.layout.group_of("data", self.rank) or []
-        assert size > 0 and len(ranks) % size == 0, f"blocks of {size} of {len(ranks)} data ranks"
-        first = self.coordinates.data // size * size
+    def replica_block(self, size: int) -> dist.ProcessGroup:
+        """Form the group of the `size` neighbouring replicas among which this one is; every rank must call."""
+        ranks = self.layout.group_of("replica", self.rank) or []
+        assert size > 0 and len(ranks) % size == 0, f"blocks of {size} of {len(ranks)} replicas"
+        first = self.index("replica") // size * size
         return _new_group(tuple(ranks[first : first + size]), timedelta(seconds=self.collective_timeout_s), "block")
 
     def message_group(self, cargo: Cargo, goes_up: bool) -> dist.ProcessGroup:
@@ -127,8 +128,9 @@ class ParallelMesh:
         return self._returning[cargo]
 
     def stage_rank(self, stage: int) -> int:
-        """Return the global rank of another stage at this rank's data and tensor index."""
-        return self.layout.rank(stage, self.coordinates.data, self.coordinates.tensor)
+        """Return the global rank of another stage at this rank's data, context and tensor index."""
+        at = self.coordinates
+        return self.layout.rank(stage, at.data, at.tensor, at.context)
 
     @property
     def is_first_stage(self) -> bool:

@@ -126,16 +126,16 @@ class Adafactor(PlacedOptimizer):
 
     def _sum(self, shares: Sequence[_Share]) -> list[Tensor]:
         """Return the whole sums, alike on all ranks that have a part of the same parameter."""
-        data, tensor = (self.mesh.size(axis) for axis in ("data", "tensor"))
+        replicas, tensor = (self.mesh.size(axis) for axis in ("replica", "tensor"))
         result: dict[int, Tensor] = {}
         for over_tensor, tied in sorted({share[1:] for share in shares}):
             chosen = {index: share.values for index, share in enumerate(shares) if share[1:] == (over_tensor, tied)}
             flat = torch.cat(list(chosen.values()))
-            if self.divided and data > 1:
-                dist.all_reduce(flat, group=self.mesh.group("data"))
+            if self.divided and replicas > 1:
+                dist.all_reduce(flat, group=self.mesh.group("replica"))
             if over_tensor and tensor > 1:
                 dist.all_reduce(flat, group=self.mesh.group("tensor"))
-                copy_from_first(flat, self.mesh.group("data"))  # else each group's order would part the replicas
+                copy_from_first(flat, self.mesh.group("replica"))  # else each group's order would part the replicas
             if tied:  # whose parts are others on the other stage, and so the order of the sum
                 copy_from_first(flat, self.mesh.group("embedding"))
             result |= zip(chosen, flat.split([value.numel() for value in chosen.values()]), strict=True)

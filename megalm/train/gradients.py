@@ -59,11 +59,11 @@ def centralize(engine: ZeroEngine, mesh: ParallelMesh, divided: bool) -> None:
         for at, part in _by_rows(fragment):
             row_sums[fragment.shard.name][at] += part.sum(dim=-1).to(mesh.device)
     if divided:
-        sums.copy_(all_reduce_sum(sums, mesh.group("data")))
+        sums.copy_(all_reduce_sum(sums, mesh.group("replica")))
     cut = sums[: sum(n for n, spec in zip(rows, specs, strict=True) if spec.dim == len(spec.global_shape) - 1)]
     cut.copy_(all_reduce_sum(cut, mesh.group("tensor")))
-    if not divided and mesh.size("data") > 1:  # replicas stay the same bits, whatever order each group sums in
-        dist.broadcast(sums, dist.get_global_rank(mesh.group("data"), 0), group=mesh.group("data"))
+    if not divided and mesh.size("replica") > 1:  # replicas stay the same bits, whatever order each group sums in
+        dist.broadcast(sums, dist.get_global_rank(mesh.group("replica"), 0), group=mesh.group("replica"))
     for fragment in matrices:
         mean = row_sums[fragment.shard.name] / fragment.shard.global_shape[-1]
         for at, part in _by_rows(fragment):

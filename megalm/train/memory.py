@@ -136,7 +136,7 @@ class Memory:
         with suppress(OSError):  # a full disk must not hide what is said here
             self._dump_snapshot(f"out-of-memory.rank-{self.mesh.rank}")
         peak = format_bytes(peak_memory_bytes(device))
-        helps = remedies(self.config, self.mesh.size("data"), held, parts["activations"])
+        helps = remedies(self.config, self.mesh.size("replica"), held, parts["activations"])
         return (
             f"{where} at step {progress.step}, {PHASES[progress.phase]}; it holds {_in_words(parts)} (peak {peak}); "
             f"use {' or '.join(helps)}, or {_SPLIT}"

@@ -49,7 +49,7 @@ class CompareReplicas:
 
 def compare(trainer: Trainer) -> None:
     """Raise CorruptionError on every rank of the world if replicas differ over any data group. Every rank calls."""
-    group = trainer.mesh.group("data")
+    group = trainer.mesh.group("replica")
     if group.size() == 1:
         return
     named = list(trainer.engine.replicas())

@@ -81,16 +81,16 @@ def partition_weights(module: nn.Module, mesh: ParallelMesh, config: dict[str, A
     _join(mesh)
     zero = config["zero_optimization"]
     if zero.get("zero_quantized_weights"):
-        _check_eighths(module, mesh.size("data"), zero.get("stage3_param_persistence_threshold", 100_000))
+        _check_eighths(module, mesh.size("replica"), zero.get("stage3_param_persistence_threshold", 100_000))
     block = zero.get("zero_hpz_partition_size", 1)
     if block > 1 and deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None:
         # DeepSpeed would take neighbouring ranks of the world, which are tensor ranks.
-        deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = mesh.data_block(block)
+        deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = mesh.replica_block(block)
     parameters = list(module.parameters())
     if parameters:
         deepspeed.zero.Init(
             module=module,
-            data_parallel_group=mesh.group("data"),
+            data_parallel_group=mesh.group("replica"),
             zero_param_parallel_group=deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP,
             config_dict_or_path=config,
             mpu=_ModelParallelUnit(mesh),
@@ -169,13 +169,13 @@ class _ModelParallelUnit:
         self._mesh = mesh
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.group("data")
+        return self._mesh.group("replica")
 
     def get_data_parallel_world_size(self) -> int:
-        return self._mesh.size("data")
+        return self._mesh.size("replica")
 
     def get_data_parallel_rank(self) -> int:
-        return self._mesh.coordinates.data
+        return self._mesh.index("replica")
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self._mesh.group("model")

@@ -22,7 +22,7 @@ class FrozenWeights:
 
     def state(self) -> Iterator[Fragment]:
         """Yield this rank's share of each; together the ranks' are whole."""
-        index, count = self.mesh.coordinates.data, self.mesh.size("data")
+        index, count = self.mesh.index("replica"), self.mesh.size("replica")
         for parameter in self.parameters:
             if not counted_here(parameter, self.mesh, self.tied_weight):
                 continue
@@ -46,5 +46,5 @@ class FrozenWeights:
         """Return where this rank's part of a divided parameter starts, and its values without padding."""
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         whole: int = parameter.ds_numel  # type: ignore[attr-defined]
-        start = min(self.mesh.coordinates.data * part.numel(), whole)
+        start = min(self.mesh.index("replica") * part.numel(), whole)
         return start, part.detach().view(-1)[: whole - start]

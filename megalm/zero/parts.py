@@ -78,7 +78,7 @@ def own_fragments(optimizer: torch.optim.Optimizer, mesh: ParallelMesh) -> Itera
     """Yield what this rank saves of the states kept by parameter: each exists on all data ranks, the first saves it."""
     for part, shard, kind, values in own_states(optimizer):
         once = shard.dim is not None or mesh.coordinates.tensor == 0
-        if part.counted and once and mesh.coordinates.data == 0:
+        if part.counted and once and mesh.index("replica") == 0:
             yield Fragment(shard, kind, 0, values.flatten())
 
 

@@ -91,10 +91,10 @@ class ReplicatedEngine(ZeroEngine):
         for master in self.masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        if self.mesh.size("data") > 1:
+        if self.mesh.size("replica") > 1:
             for bucket in _buckets([m.grad for m in self.masters if m.grad is not None]):
                 flat = _flatten_dense_tensors(bucket).to(self.reduce_dtype or self.dtype)
-                dist.all_reduce(flat, group=self.mesh.group("data"))
+                dist.all_reduce(flat, group=self.mesh.group("replica"))
                 torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
         if self.tied_master is not None:
             dist.all_reduce(self.tied_master.grad, group=self.mesh.group("embedding"))
@@ -128,7 +128,7 @@ class ReplicatedEngine(ZeroEngine):
         if self.mesh.size("model") > 1:
             dist.all_reduce(square, group=self.mesh.group("model"))
         # Each data index has summed over a group of its own; an order of its own would let replicas drift apart.
-        copy_from_first(square, self.mesh.group("data"))
+        copy_from_first(square, self.mesh.group("replica"))
         return square.sqrt().item()
 
     def gradients(self) -> Iterator[Fragment]:
@@ -146,7 +146,7 @@ class ReplicatedEngine(ZeroEngine):
 
     def _share(self, master: Tensor) -> tuple[int, int]:
         """Return which elements of a tensor this data rank counts and saves."""
-        index, count = self.mesh.coordinates.data, self.mesh.size("data")
+        index, count = self.mesh.index("replica"), self.mesh.size("replica")
         return master.numel() * index // count, master.numel() * (index + 1) // count
 
     def state(self) -> Iterator[Fragment]:

@@ -73,7 +73,7 @@ class ShardedEngine(ZeroEngine):
         self.grad_norm = grad_norm
         self.stage = stage
         self.tied_weight = tied_weight if tied_weight is not None and tied_weight.requires_grad else None
-        self.loss_factor = float(mesh.size("data"))
+        self.loss_factor = float(mesh.size("replica"))
         self.parameters = list(module.parameters())
         self.frozen = FrozenWeights(self.parameters, mesh, tied_weight)
         for parameter in self.parameters:
@@ -120,7 +120,7 @@ class ShardedEngine(ZeroEngine):
         optimizer = self.optimizer
         optimizer.master_weights_and_grads_dtype = torch.float64
         if self.stage < 3:
-            index = self.mesh.coordinates.data
+            index = self.mesh.index("replica")
             masters = optimizer.single_partition_of_fp32_groups
             sources = [parts[index] for parts in optimizer.parallel_partitioned_bit16_groups]
         else:
@@ -133,7 +133,7 @@ class ShardedEngine(ZeroEngine):
                 master.grad = torch.zeros_like(master)
 
     def _pieces_below_3(self) -> Iterator[_Piece]:
-        index = self.mesh.coordinates.data
+        index = self.mesh.index("replica")
         for flat, parameters in enumerate(self.optimizer.round_robin_bit16_groups):
             size = self.flats[flat].numel()
             first, last = index * size, (index + 1) * size
@@ -144,7 +144,7 @@ class ShardedEngine(ZeroEngine):
                 yield _Piece(parameter, shard_of(parameter), flat, offset, start - at, stop - start)
 
     def _pieces_3(self) -> Iterator[_Piece]:
-        index = self.mesh.coordinates.data
+        index = self.mesh.index("replica")
         for flat, parameters in enumerate(self.optimizer.fp16_groups):
             offset = 0
             for parameter in parameters:
@@ -186,7 +186,7 @@ class ShardedEngine(ZeroEngine):
         whole = torch.zeros(self.tied_weight.numel(), dtype=dtype, device=self.mesh.device)
         for fragment in own:
             whole[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
-        dist.all_reduce(whole, group=self.mesh.group("data"))
+        dist.all_reduce(whole, group=self.mesh.group("replica"))
         dist.all_reduce(whole, group=self.mesh.group("embedding"))
         for fragment in own:
             fragment.values.copy_(whole[fragment.start : fragment.start + fragment.values.numel()])

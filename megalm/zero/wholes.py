@@ -1,8 +1,8 @@
 """Matrices of which ranks have parts, put together at one rank each, worked on there, and given back in parts.
 
-Tensor ranks have a shard each of a parameter, and under ZeRO the data ranks any range of that shard. The owner of a
+Tensor ranks have a shard each of a parameter, and under ZeRO the replicas any range of that shard. The owner of a
 matrix is one of all these ranks: by cost the dearest first, each to the rank that has least to do, which follows from
-shapes and layout alone. Parts travel in one flat buffer to each owner, first between data ranks, then between tensor
+shapes and layout alone. Parts travel in one flat buffer to each owner, first between replicas, then between tensor
 ranks, and back the same way. Whose ranges an owner gets it is told once, so a rank knows of its own matrices only.
 """
 
@@ -61,7 +61,7 @@ class Slab:
 class Owner(NamedTuple):
     """The rank, among those of a pipeline stage, at which a slab is put together."""
 
-    data: int
+    replica: int
     tensor: int
 
 
@@ -80,17 +80,19 @@ Compute = Callable[[Sequence[tuple[Slab, Tensor]]], Sequence[Tensor]]
 class Wholes:
     """The slabs of some parameters, their owners, and who has what of them.
 
-    Every rank of the data and tensor groups must make it, with the same parameters in the same order, and call
-    `transform`. `divided`: the data ranks have other ranges each.
+    Every rank of the replica and tensor groups must make it, with the same parameters in the same order, and call
+    `transform`. `divided`: the replicas have other ranges each.
     """
 
     def __init__(self, parts: Sequence[Part], mesh: ParallelMesh, divided: bool, cost: Callable[[Slab], float]) -> None:
         self.mesh = mesh
-        self.divided = divided and mesh.size("data") > 1
-        self.at = Owner(mesh.index("data"), mesh.index("tensor"))
+        self.divided = divided and mesh.size("replica") > 1
+        self.at = Owner(mesh.index("replica"), mesh.index("tensor"))
         self.slabs = list(_slabs(parts))
         tensor = mesh.size("tensor")
-        self.owners = [Owner(*divmod(n, tensor)) for n in deal(list(map(cost, self.slabs)), mesh.size("data") * tensor)]
+        self.owners = [
+            Owner(*divmod(n, tensor)) for n in deal(list(map(cost, self.slabs)), mesh.size("replica") * tensor)
+        ]
         self.rounds = _rounds(self.slabs, self.owners)
         self._firsts = [part.start for part in parts]
         self._own = {r.slab: r for r in _ranges(parts, self.slabs) if r.length}
@@ -104,7 +106,7 @@ class Wholes:
         """
         like = torch.empty(0, dtype=dtype, device=self.mesh.device)
         for chosen in self.rounds:
-            here = [slab for slab in chosen if self.owners[slab].data == self.at.data]
+            here = [slab for slab in chosen if self.owners[slab].replica == self.at.replica]
             local = self._collect(values, chosen, here, like)
             wholes = self._join(local, here, like)
             results = compute([(self.slabs[slab], whole) for slab, whole in wholes.items()])
@@ -112,11 +114,11 @@ class Wholes:
             self._spread(values, local, chosen, here, like)
 
     def _told(self) -> list[list[_Range]]:
-        """Return, for each data rank, the ranges that it has of slabs whose owner is of this rank's data index."""
-        group, device = self.mesh.group("data"), self.mesh.device
+        """Return, for each replica, the ranges that it has of slabs whose owner is of this rank's replica index."""
+        group, device = self.mesh.group("replica"), self.mesh.device
         told: list[list[int]] = [[] for _ in range(group.size())]
         for slab, own in self._own.items():
-            told[self.owners[slab].data] += own
+            told[self.owners[slab].replica] += own
         counts = torch.tensor([len(numbers) for numbers in told], device=device)
         expected = torch.empty_like(counts)
         dist.all_to_all_single(expected, counts, group=group)
@@ -127,14 +129,14 @@ class Wholes:
     def _collect(
         self, values: Sequence[Tensor], chosen: Sequence[int], here: Sequence[int], like: Tensor
     ) -> dict[int, Tensor]:
-        """Return this tensor rank's shards [size] of the slabs whose owner is of this rank's data index."""
+        """Return this tensor rank's shards [size] of the slabs whose owner is of this rank's replica index."""
         if not self.divided:
             return {slab: self._values(values, slab).to(like) for slab in here}
-        group = self.mesh.group("data")
+        group = self.mesh.group("replica")
         outgoing: list[list[Tensor]] = [[] for _ in range(group.size())]
         for slab in chosen:
             if slab in self._own:
-                outgoing[self.owners[slab].data].append(self._values(values, slab).to(like))
+                outgoing[self.owners[slab].replica].append(self._values(values, slab).to(like))
         theirs = self._of_round(chosen)
         sizes = [[r.length for r in ranges] for ranges in theirs]
         came = _exchange(outgoing, sizes, group, like)
@@ -163,7 +165,7 @@ class Wholes:
         return {slab: _joined(self.slabs[slab], found) for slab, found in shards.items()}
 
     def _part(self, results: dict[int, Tensor], here: Sequence[int], like: Tensor) -> dict[int, Tensor]:
-        """Return this tensor rank's shards [size] of the results of the owners of this rank's data index."""
+        """Return this tensor rank's shards [size] of the results of the owners of this rank's replica index."""
         group = self.mesh.group("tensor")
         outgoing: list[list[Tensor]] = [[] for _ in range(group.size())]
         for slab, result in results.items():
@@ -182,12 +184,12 @@ class Wholes:
         here: Sequence[int],
         like: Tensor,
     ) -> None:
-        """Give the data ranks what they have of the slabs of this round."""
-        group = self.mesh.group("data")
+        """Give the replicas what they have of the slabs of this round."""
+        group = self.mesh.group("replica")
         if self.divided:
             outgoing = [[local[r.slab][r.start : r.start + r.length] for r in each] for each in self._of_round(chosen)]
             owned = [
-                [slab for slab in chosen if slab in self._own and self.owners[slab].data == rank]
+                [slab for slab in chosen if slab in self._own and self.owners[slab].replica == rank]
                 for rank in range(group.size())
             ]
             sizes = [[self._own[slab].length for slab in slabs] for slabs in owned]

@@ -11,7 +11,7 @@ from megalm.distributed.mesh import CARGOES, ParallelMesh
 from megalm.errors import LaunchError
 from tests.worker_pool import WorkerPool
 
-SIZES = [(1, 1, 1), (2, 2, 2), (4, 1, 2), (3, 2, 1), (8, 1, 1), (1, 2, 3), (1, 4, 1)]
+SIZES = [(1, 1, 1), (2, 2, 2), (4, 1, 2), (3, 2, 1), (8, 1, 1), (1, 2, 3), (1, 4, 1), (1, 2, 2, 2, 2), (2, 1, 1, 4, 2)]
 LAYOUTS = [RankLayout(*sizes) for sizes in SIZES]
 
 
@@ -44,7 +44,10 @@ def test_groups_hold_the_layout_s_ranks(pool: WorkerPool, layout):
         stages = expected["pipeline"]
         assert seen["ends"] == (rank == stages[0], rank == stages[-1])
         assert seen["stage ranks"] == stages
-        assert seen["text"] == f"rank {rank} (pipeline {at.pipeline}, data {at.data}, tensor {at.tensor})"
+        assert (
+            seen["text"]
+            == f"rank {rank} (pipeline {at.pipeline}, data {at.data}, context {at.context}, tensor {at.tensor})"
+        )
 
 
 def ways(mesh: ParallelMesh) -> list[str]:

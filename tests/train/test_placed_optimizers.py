@@ -23,7 +23,7 @@ from megalm.zero.engine import restore_optimizer
 from megalm.zero.parts import Part, own_states, place
 from tests.train.test_optimizers import SIMPLE, section
 
-ALONE: Any = SimpleNamespace(size=lambda axis: 1, coordinates=SimpleNamespace(tensor=0, data=0))
+ALONE: Any = SimpleNamespace(size=lambda axis: 1, index=lambda axis: 0, coordinates=SimpleNamespace(tensor=0))
 SHAPES = {"a.weight": (6, 10), "b.weight": (2, 4, 6), "b.bias": (24,), "big.weight": (64, 128), "odd.weight": (65, 67)}
 STEPS = 20
 
