@@ -39,6 +39,8 @@ def flash_attention(
     dropout: float = 0.0,
     seed: int | None = None,
     dropout_origin: tuple[int, int, int] | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
+    within: tuple[int, int, int, int] | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Return softmax(q k^T * scale) v as BTHE; query head h reads key/value head h // (H / G).
@@ -50,54 +52,106 @@ def flash_attention(
     - under `causal` where s <= t'; with `window` where |t' - s| < window;
     - with `cu_seqlens` (int32 [D + 1], ascending from 0 to T) in its own document only: document d are the tokens
       cu_seqlens[d] .. cu_seqlens[d + 1] - 1 of the one row (B = 1, T = S). Its values are not checked;
+    - with `documents` (integers [T] and [S] that do not fall, B = 1) where the query's number is the key's;
     - with `key_lengths` (int32 [B]) where s < key_lengths[b].
 
     A query that sees no key gets zeros, and -inf as lse. Scores become softcap * tanh(score / softcap) with `softcap`,
     then lose slope * |t' - s| with `alibi_slopes` (fp32 [H]). `dropout` is the rate at which probabilities are dropped,
     `seed` its Philox key (0 .. 2^64-1); element (b, h, t, s) has the index
     (((first_sample + b) * all_heads + first_head + h) * T + t) * S + s with `dropout_origin` = (first_sample,
-    first_head, all_heads), by default (0, 0, H). With `return_lse` the result is (out, lse): lse fp32 [B, H, T] is the
-    natural log of the sum of exp(score), before dropout. out and lse have gradients for q, k and v, none else.
+    first_head, all_heads), by default (0, 0, H). `within` = (first_query, first_key, T', S') makes q and k a part of a
+    larger matrix of scores, T' x S': masks, biases and dropout are those of its rows from first_query and its columns
+    from first_key on, its last query meets its last key, and parts over all keys merge by lse. With `return_lse` the
+    result is (out, lse): lse fp32 [B, H, T] is the natural log of the sum of exp(score), before dropout. out and lse
+    have gradients for q, k and v, none else.
     Raises ValueError for shapes, dtypes or values other than these.
     """
-    _check(q_BTHE, k_BSGE, v_BSGE, alibi_slopes, cu_seqlens, key_lengths)
-    _check_numbers(window, softcap, dropout, seed)
-    heads, features = q_BTHE.shape[2:]
-    origin = (0, 0, heads) if dropout_origin is None else dropout_origin
-    scale = features**-0.5 if scale is None else scale
-    if not launch.fused(q_BTHE, k_BSGE, v_BSGE, alibi_slopes, cu_seqlens, key_lengths):
-        return reference.flash_attention(
-            q_BTHE,
-            k_BSGE,
-            v_BSGE,
-            causal=causal,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            cu_seqlens=cu_seqlens,
-            key_lengths=key_lengths,
-            dropout=dropout,
-            seed=seed,
-            dropout_origin=origin,
-            return_lse=return_lse,
-        )
-    out_BTHE, lse_BHT = torch.ops.megalm.attention_forward(
-        q_BTHE,
-        k_BSGE,
-        v_BSGE,
+    options: dict[str, Any] = {
+        "causal": causal,
+        "window": window,
+        "scale": scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "cu_seqlens": cu_seqlens,
+        "key_lengths": key_lengths,
+        "dropout": dropout,
+        "seed": seed,
+        "dropout_origin": dropout_origin,
+        "documents": documents,
+        "within": within,
+    }
+    if not _checked(q_BTHE, k_BSGE, v_BSGE, **options):
+        return reference.flash_attention(q_BTHE, k_BSGE, v_BSGE, return_lse=return_lse, **options)
+    inputs = (q_BTHE, k_BSGE, v_BSGE)
+    out_BTHE, lse_BHT = torch.ops.megalm.attention_forward(*inputs, *_op_arguments(q_BTHE, k_BSGE, **options))
+    return (out_BTHE, lse_BHT) if return_lse else out_BTHE
+
+
+def flash_attention_gradients(
+    dout_BTHE: Tensor,
+    dlse_BHT: Tensor | None,
+    out_BTHE: Tensor,
+    lse_BHT: Tensor,
+    q_BTHE: Tensor,
+    k_BSGE: Tensor,
+    v_BSGE: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a part of the keys adds to the gradients of q, k and v, in their shapes and dtypes.
+
+    `out` and `lse` (fp32) are those of the whole row of keys, of which k and v are a part as `options`, those of
+    `flash_attention`, say; `dout` and `dlse` (None: zero) are their gradients. With all keys it is the backward pass.
+    Source: Liu et al. 2023 (ring attention), section 3.
+    """
+    inputs = (dout_BTHE, dlse_BHT, out_BTHE, lse_BHT, q_BTHE, k_BSGE, v_BSGE)
+    if not _checked(q_BTHE, k_BSGE, v_BSGE, **options):
+        return reference.flash_attention_gradients(*inputs, **options)[:3]
+    gradients = torch.ops.megalm.attention_backward(*inputs, *_op_arguments(q_BTHE, k_BSGE, **options))
+    return tuple(gradients)
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> bool:
+    """Return whether the kernels serve these inputs. Raises ValueError for what neither they nor the reference do."""
+    tensors = [options.get(name) for name in ("alibi_slopes", "cu_seqlens", "key_lengths")]
+    documents = options.get("documents")
+    _check(q, k, v, *tensors)
+    _check_documents(q, k, documents, options.get("cu_seqlens"))
+    _check_numbers(options.get("window"), options.get("softcap"), options.get("dropout", 0.0), options.get("seed"))
+    return launch.fused(q, k, v, *tensors, *(documents or ()))
+
+
+def _op_arguments(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    dropout_origin: tuple[int, int, int] | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
+    within: tuple[int, int, int, int] | None = None,
+) -> tuple[Any, ...]:
+    """Return the options as the ops take them, in their order."""
+    return (
         alibi_slopes,
         cu_seqlens,
         key_lengths,
+        *(documents or (None, None)),
         causal,
         0 if window is None else window,
-        float(scale),
+        float(q.shape[3] ** -0.5 if scale is None else scale),
         0.0 if softcap is None else float(softcap),
         float(dropout),
         0 if seed is None else launch.signed_key(seed),
-        list(origin),
+        list((0, 0, q.shape[2]) if dropout_origin is None else dropout_origin),
+        list((0, 0, q.shape[1], k.shape[1]) if within is None else within),
     )
-    return (out_BTHE, lse_BHT) if return_lse else out_BTHE
 
 
 def _check(
@@ -125,6 +179,19 @@ def _check(
             raise ValueError(f"cu_seqlens with {shapes}; documents lie in one row (B = 1) of T = S tokens")
 
 
+def _check_documents(q: Tensor, k: Tensor, documents: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor | None) -> None:
+    if documents is None:
+        return
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens and documents both say which tokens are of one document; give one of them")
+    shapes = tuple(tuple(numbers.shape) for numbers in documents)
+    if shapes != (q.shape[1:2], k.shape[1:2]) or q.shape[0] != 1:
+        raise ValueError(
+            f"documents {shapes} for q {tuple(q.shape)} and k {tuple(k.shape)}; give the numbers of the queries, "
+            "[T], and of the keys, [S], of one row (B = 1)"
+        )
+
+
 def _check_numbers(window: int | None, softcap: float | None, dropout: float, seed: int | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window={window} sees nothing; give the number of positions seen, 1 or more, or None")
@@ -147,6 +214,13 @@ def _documents(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return cu_seqlens[document - 1], cu_seqlens[document]
 
 
+def _alike(numbers: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for every number where those of `others` that are equal to it begin and end (int32); both ascend."""
+    numbers, others = numbers.contiguous(), others.contiguous()
+    begin, end = (torch.searchsorted(others, numbers, right=right, out_int32=True) for right in (False, True))
+    return begin, end
+
+
 def _arguments(
     q: Tensor,
     k: Tensor,
@@ -154,6 +228,8 @@ def _arguments(
     slopes: Tensor | None,
     cu_seqlens: Tensor | None,
     key_lengths: Tensor | None,
+    query_documents: Tensor | None,
+    key_documents: Tensor | None,
     causal: bool,
     window: int,
     scale: float,
@@ -161,13 +237,21 @@ def _arguments(
     dropout: float,
     seed: int,
     origin: list[int],
+    within: list[int],
 ) -> dict[str, Any]:
-    """Return what all three kernels take. Absent tensors are stood in for by q, which is then not read as such."""
+    """Return what all three kernels take. Absent tensors are stood in for by q, which is then not read as such.
+
+    `starts` and `ends` bound the keys of a query's document; `key_gradients` needs the queries of a key's.
+    """
     (_, T, heads, features), (S, groups) = q.shape, k.shape[1:3]
     starts, ends = (q, q) if cu_seqlens is None else _documents(cu_seqlens, T)
+    if query_documents is not None and key_documents is not None:
+        starts, ends = _alike(query_documents, key_documents)
     first_sample, first_head, all_heads = origin
+    first_query, first_key, rows, columns = within
+    offset = first_query + columns - rows - first_key
     log2e = math.log2(math.e)
-    windowed = 0 < window < max(T, S)
+    windowed = 0 < window < max(rows, columns)
     return {
         "q": q,
         "k": k,
@@ -181,6 +265,7 @@ def _arguments(
         **dict(zip(("v_b", "v_s", "v_g"), v.stride(), strict=False)),
         "T": T,
         "S": S,
+        "offset": offset,
         "heads": heads,
         "group": heads // groups,
         "window": window if windowed else 0,
@@ -190,15 +275,18 @@ def _arguments(
         "limit": philox.threshold(dropout),
         "origin": first_sample * all_heads + first_head,
         "all_heads": all_heads,
+        "area": rows * columns,
+        "corner": first_query * columns + first_key,
+        "columns": columns,
         "rescale": 1.0 / (1.0 - dropout),
         "CAUSAL": causal,
         "WINDOW": windowed,
-        "DOCUMENTS": cu_seqlens is not None,
+        "DOCUMENTS": cu_seqlens is not None or query_documents is not None,
         "LENGTHS": key_lengths is not None,
         "SOFTCAP": softcap > 0.0,
         "ALIBI": slopes is not None,
         "DROPOUT": dropout > 0.0,
-        "QUADS": S % 4 == 0,
+        "QUADS": columns % 4 == 0 and first_key % 4 == 0,
         "HEAD": features,
         "WIDTH": max(32, triton.next_power_of_2(features)),
         "PRECISION": "ieee",
@@ -223,6 +311,8 @@ def _forward_op(
     alibi_slopes: Tensor | None,
     cu_seqlens: Tensor | None,
     key_lengths: Tensor | None,
+    query_documents: Tensor | None,
+    key_documents: Tensor | None,
     causal: bool,
     window: int,
     scale: float,
@@ -230,14 +320,15 @@ def _forward_op(
     dropout: float,
     seed: int,
     origin: list[int],
+    within: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Return (out [B, T, H, E], lse fp32 [B, H, T]). window 0 and softcap 0 stand for none."""
     out, lse = _empty_results(q)
     if out.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-math.inf)
     q, k, v = (_strided(x) for x in (q, k, v))
-    rest = (causal, window, scale, softcap, dropout, seed, origin)
-    arguments = _arguments(q, k, v, alibi_slopes, cu_seqlens, key_lengths, *rest)
+    masks = (alibi_slopes, cu_seqlens, key_lengths, query_documents, key_documents)
+    arguments = _arguments(q, k, v, *masks, causal, window, scale, softcap, dropout, seed, origin, within)
     chosen = _settings("forward", arguments)
     arguments["FOLD"] = scale > 0.0 and not softcap and alibi_slopes is None
     if chosen.pop("specialized", False):
@@ -274,6 +365,8 @@ def _backward_op(
     alibi_slopes: Tensor | None,
     cu_seqlens: Tensor | None,
     key_lengths: Tensor | None,
+    query_documents: Tensor | None,
+    key_documents: Tensor | None,
     causal: bool,
     window: int,
     scale: float,
@@ -281,13 +374,15 @@ def _backward_op(
     dropout: float,
     seed: int,
     origin: list[int],
+    within: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv), each contiguous in the shape and dtype of its tensor."""
     if q.numel() == 0 or k.numel() == 0:
         return _zeros(q), _zeros(k), _zeros(v)
     q, k, v, dout = (_strided(x) for x in (q, k, v, dout))
-    rest = (causal, window, scale, softcap, dropout, seed, origin)
-    arguments = _arguments(q, k, v, alibi_slopes, cu_seqlens, key_lengths, *rest)
+    out, lse = out.contiguous(), lse.contiguous()
+    masks = (alibi_slopes, cu_seqlens, key_lengths, query_documents, key_documents)
+    arguments = _arguments(q, k, v, *masks, causal, window, scale, softcap, dropout, seed, origin, within)
     (samples, queries, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     arguments.update(zip(("d_b", "d_t", "d_h"), dout.stride(), strict=False))
     chosen, chosen_keys = (_settings(kernel, arguments) for kernel in ("query_gradients", "key_gradients"))
@@ -313,6 +408,8 @@ def _backward_op(
         torch.empty((shares, *k.shape), dtype=k.dtype if shares == 1 else torch.float32, device=k.device)
         for _ in range(2)
     )
+    if query_documents is not None and key_documents is not None:
+        arguments.update(zip(("starts", "ends"), _alike(key_documents, query_documents), strict=True))
     key_gradients[(programs * shares,)](dk=dk, dv=dv, B=samples, shares=shares, **arguments, **chosen_keys)
     if shares == 1:
         return dq, dk[0], dv[0]
@@ -338,18 +435,18 @@ def _(dout, dlse, out, lse, q, k, v, *rest):
 
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[:6])
-    ctx.rest = inputs[6:]
+    ctx.save_for_backward(*output, *inputs[:8])
+    ctx.rest = inputs[8:]
 
 
 def _backward(ctx, dout, dlse):
     out, lse, *inputs = ctx.saved_tensors
     if dout is None:
         if dlse is None:
-            return (None,) * 13
+            return (None,) * 16
         dout = torch.zeros_like(out)
     gradients = torch.ops.megalm.attention_backward(dout, dlse, out, lse, *inputs, *ctx.rest)
-    return *gradients, *(None,) * 10
+    return *gradients, *(None,) * 13
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup)

@@ -54,6 +54,7 @@ def query_gradients(
     padded,
     T,
     S,
+    offset,
     heads,
     group,
     window,
@@ -64,6 +65,9 @@ def query_gradients(
     limit,
     origin: tl.int64,
     all_heads,
+    area: tl.int64,
+    corner: tl.int64,
+    columns,
     rescale,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -115,15 +119,15 @@ def query_gradients(
     if LENGTHS:
         key_length = tl.minimum(S, tl.load(key_lengths + b))
     t = tl.minimum(place, T - 1)
-    low, high = keys_seen(t, T, S, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
-    begin, inner_end = keys_seen(m, T, S, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
+    low, high = keys_seen(t, offset, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
+    begin, inner_end = keys_seen(m, offset, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
     last = tl.minimum(m + BLOCK_M, T) - 1
-    inner_begin, end = keys_seen(last, T, S, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
+    inner_begin, end = keys_seen(last, offset, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
     begin, inner_begin, inner_end, end = inner_tiles(begin, inner_begin, inner_end, end, BLOCK_N)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + h) * 1.4426950408889634
-    first = (origin + b * all_heads + h) * T * S
+    first = (origin + b * all_heads + h) * area + corner
 
     sum_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     for n in tl.range(begin, end, BLOCK_N):
@@ -132,7 +136,7 @@ def query_gradients(
         v_tile = load_rows(v + row * v_s, v_s, key_length - n, HEAD, BLOCK_N, WIDTH, True)
         s = n + tl.arange(0, BLOCK_N)[None, :]
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        x, steepness = score(x, (t + (S - T))[:, None] - s, score_scale, cap, slope, SOFTCAP, ALIBI)
+        x, steepness = score(x, (t + offset)[:, None] - s, score_scale, cap, slope, SOFTCAP, ALIBI)
         p = tl.exp2(x - bits_M[:, None])
         if (n < inner_begin) | (n >= inner_end):
             seen = s < high[:, None]
@@ -141,7 +145,7 @@ def query_gradients(
             p = tl.where(seen, p, 0.0)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
         if DROPOUT:
-            keep = kept(key, limit, first + n, t.to(tl.int64), S, BLOCK_N, QUADS)
+            keep = kept(key, limit, first + n, t.to(tl.int64), columns, BLOCK_N, QUADS)
             dp = tl.where(keep, dp * rescale, 0.0)
         ds = p * (dp - delta_M[:, None])
         if SOFTCAP:
@@ -181,6 +185,7 @@ def key_gradients(
     B,
     T,
     S,
+    offset,
     heads,
     group,
     shares,
@@ -192,6 +197,9 @@ def key_gradients(
     limit,
     origin: tl.int64,
     all_heads,
+    area: tl.int64,
+    corner: tl.int64,
+    columns,
     rescale,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -226,10 +234,10 @@ def key_gradients(
     v_tile = load_rows(v + b * v_b + g * v_g + row * v_s, v_s, key_length - n, HEAD, BLOCK_N, WIDTH, True)
 
     s = tl.minimum(n + tl.arange(0, BLOCK_N), S - 1)
-    low, high = queries_seeing(s, T, S, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
-    begin, inner_end = queries_seeing(n, T, S, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
+    low, high = queries_seeing(s, T, offset, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
+    begin, inner_end = queries_seeing(n, T, offset, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
     last = tl.minimum(n + BLOCK_N, S) - 1
-    inner_begin, end = queries_seeing(last, T, S, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
+    inner_begin, end = queries_seeing(last, T, offset, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
     if LENGTHS:
         end = tl.where(n < key_length, end, 0)
     begin, inner_begin, inner_end, end = inner_tiles(begin, inner_begin, inner_end, end, BLOCK_M)
@@ -243,7 +251,7 @@ def key_gradients(
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes + h) * 1.4426950408889634
-        first = (origin + b * all_heads + h) * T * S + n
+        first = (origin + b * all_heads + h) * area + corner + n
         for m in tl.range(begin, end, BLOCK_M):
             row = tl.cast(m, tl.int64)
             place = m + tl.arange(0, BLOCK_M)
@@ -251,7 +259,7 @@ def key_gradients(
             dout_tile = load_rows(dout_head + row * d_t, d_t, T - m, HEAD, BLOCK_M, WIDTH, True)
             bits_M, delta_M = tl.load(bits_head + place), tl.load(delta_head + place)
             x = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            distance = (place + (S - T))[None, :] - s[:, None]
+            distance = (place + offset)[None, :] - s[:, None]
             x, steepness = score(x, distance, score_scale, cap, slope, SOFTCAP, ALIBI)
             p = tl.exp2(x - bits_M[None, :])
             if (CAUSAL or WINDOW or DOCUMENTS) and ((m < inner_begin) | (m >= inner_end)):
@@ -261,7 +269,7 @@ def key_gradients(
                 p = tl.where(seen, p, 0.0)
             dropped = p
             if DROPOUT:
-                keep = tl.trans(kept(key, limit, first, place.to(tl.int64), S, BLOCK_N, QUADS))
+                keep = tl.trans(kept(key, limit, first, place.to(tl.int64), columns, BLOCK_N, QUADS))
                 dropped = tl.where(keep, p * rescale, 0.0)
             dv_tile = tl.dot(dropped.to(dout_tile.dtype), dout_tile, dv_tile, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)

@@ -41,6 +41,7 @@ def forward(
     v_g,
     T,
     S,
+    offset,
     heads,
     group,
     window,
@@ -50,6 +51,9 @@ def forward(
     limit,
     origin: tl.int64,
     all_heads,
+    area: tl.int64,
+    corner: tl.int64,
+    columns,
     rescale,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -84,15 +88,15 @@ def forward(
     if LENGTHS:
         key_length = tl.minimum(S, tl.load(key_lengths + b))
     t = tl.minimum(m + tl.arange(0, BLOCK_M), T - 1)
-    low, high = keys_seen(t, T, S, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
-    begin, inner_end = keys_seen(m, T, S, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
+    low, high = keys_seen(t, offset, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
+    begin, inner_end = keys_seen(m, offset, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
     last = tl.minimum(m + BLOCK_M, T) - 1
-    inner_begin, end = keys_seen(last, T, S, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
+    inner_begin, end = keys_seen(last, offset, key_length, window, starts, ends, CAUSAL, WINDOW, DOCUMENTS)
     begin, inner_begin, inner_end, end = inner_tiles(begin, inner_begin, inner_end, end, BLOCK_N)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + h) * 1.4426950408889634
-    first = (origin + b * all_heads + h) * T * S
+    first = (origin + b * all_heads + h) * area + corner
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -106,7 +110,7 @@ def forward(
         if FOLD:  # a scale above 0 goes into the exponent's multiply-add, and out of the maximum
             factor = score_scale
         else:
-            x, _ = score(x, (t + (S - T))[:, None] - s, score_scale, cap, slope, SOFTCAP, ALIBI)
+            x, _ = score(x, (t + offset)[:, None] - s, score_scale, cap, slope, SOFTCAP, ALIBI)
         if (n < inner_begin) | (n >= inner_end):
             seen = s < high[:, None]
             if WINDOW or DOCUMENTS:
@@ -118,7 +122,7 @@ def forward(
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(kept(key, limit, first + n, t.to(tl.int64), S, BLOCK_N, QUADS), p, 0.0)
+            p = tl.where(kept(key, limit, first + n, t.to(tl.int64), columns, BLOCK_N, QUADS), p, 0.0)
         v_tile = load_rows(v + row * v_s, v_s, key_length - n, HEAD, BLOCK_N, WIDTH, True)
         mean = tl.dot(p.to(v_tile.dtype), v_tile, mean * decay[:, None], input_precision=PRECISION)
         top = new_top

@@ -92,6 +92,7 @@ def serves(arguments: dict[str, Any], tiles: dict[str, Any]) -> bool:
     """Return whether the kernel does, in tiles of these settings, what `attention`'s arguments ask for."""
     extras = ("WINDOW", "DOCUMENTS", "LENGTHS", "SOFTCAP", "ALIBI", "DROPOUT")
     T, S = arguments["T"], arguments["S"]
+    at_the_end = arguments["offset"] == S - T
     strides = [arguments[name] for name in ("q_b", "q_t", "q_h", "k_b", "k_s", "k_g", "v_b", "v_s", "v_g")]
     return (
         arguments["FOLD"]
@@ -100,7 +101,7 @@ def serves(arguments: dict[str, Any], tiles: dict[str, Any]) -> bool:
         and arguments["q"].element_size() == 2
         and T % tiles["BLOCK_M"] == 0
         and S % tiles["BLOCK_N"] == 0
-        and (T <= S or not arguments["CAUSAL"])
+        and ((T <= S and at_the_end) or not arguments["CAUSAL"])
         and all(stride % 8 == 0 for stride in strides)  # bulk copies take 16 bytes at least
         and all(arguments[name].data_ptr() % 16 == 0 for name in ("q", "k", "v"))
     )

@@ -1,6 +1,6 @@
 """What a score is to every kernel of `attention`: which keys a query sees, cap, bias and dropout of one tile.
 
-Query t of T stands at the place t + S - T among the S keys, so that the last query stands at the last key. Every mask
+Query t of T stands at the place t + `offset` among the S keys: S - T puts the last query at the last key. Every mask
 (causal, window, documents, key lengths) lets a query see one interval of keys that moves up with t, and a key be seen
 by one interval of queries. A kernel thus visits one run of tiles, all of whose inner tiles need no mask.
 
@@ -13,16 +13,16 @@ import triton.language as tl
 
 from megalm.kernels import philox
 
-UNSPECIALIZED = ("window", "key", "limit", "origin", "all_heads")
+UNSPECIALIZED = ("offset", "window", "key", "limit", "origin", "all_heads", "area", "corner")
 """Arguments that change from step to step or layer to layer: Triton compiles no kernel of its own for an odd value."""
 
 
 @triton.jit
 def keys_seen(
-    t, T, S, key_length, window, starts, ends, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr
+    t, offset, key_length, window, starts, ends, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr
 ):
-    """Return (low, high): query t sees the keys low .. high - 1, none where high <= low. t < T, a scalar or a block."""
-    place = t + (S - T)
+    """Return (low, high): query t sees the keys low .. high - 1, none where high <= low. t is a scalar or a block."""
+    place = t + offset
     low = place * 0
     high = low + key_length
     if CAUSAL:
@@ -38,9 +38,11 @@ def keys_seen(
 
 
 @triton.jit
-def queries_seeing(s, T, S, window, starts, ends, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Return (first, stop): key s is seen by the queries first .. stop - 1. s < S, a scalar or a block."""
-    place = s + (T - S)
+def queries_seeing(
+    s, T, offset, window, starts, ends, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr
+):
+    """Return (first, stop): key s is seen by the queries first .. stop - 1 of T. s is a scalar or a block."""
+    place = s - offset
     first = place * 0
     stop = first + T
     if CAUSAL:

@@ -34,6 +34,8 @@ def flash_attention(
     dropout: float = 0.0,
     seed: int | None = None,
     dropout_origin: tuple[int, int, int] | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
+    within: tuple[int, int, int, int] | None = None,
     return_lse: bool = False,
     dropout_scale_BHTS: Tensor | None = None,
     bias_HTS: Tensor | None = None,
@@ -48,11 +50,16 @@ def flash_attention(
     """
     q_BHTE, k_BGSE, v_BGSE = (x.transpose(1, 2) for x in (q_BTHE, k_BSGE, v_BSGE))
     (samples, heads, queries, features), (groups, keys) = q_BHTE.shape, k_BGSE.shape[1:3]
+    within = within or (0, 0, queries, keys)
+    place = place_of_first_query(within)
     if dropout > 0.0:
         assert seed is not None and dropout_scale_BHTS is None, "dropout takes a seed, or its multipliers from outside"
         shape = (samples, heads, queries, keys)
-        dropout_scale_BHTS = _attention_dropout_scale(seed, dropout, shape, dropout_origin, q_BTHE)
-    masked = any(x is not None for x in (window, cu_seqlens, key_lengths, visible_BTS)) or (causal and queries != keys)
+        dropout_scale_BHTS = _attention_dropout_scale(seed, dropout, shape, dropout_origin, within, q_BTHE)
+    if documents is not None:
+        visible_BTS = (documents[0][:, None] == documents[1])[None]
+    square = queries == keys and place == 0
+    masked = any(x is not None for x in (window, cu_seqlens, key_lengths, visible_BTS)) or (causal and not square)
     changed = any(x is not None for x in (dropout_scale_BHTS, softcap, alibi_slopes, bias_HTS))
     if not (changed or masked or return_lse):
         out_BHTE = F.scaled_dot_product_attention(
@@ -62,13 +69,14 @@ def flash_attention(
     if heads != groups:
         k_BGSE, v_BGSE = (x.repeat_interleave(heads // groups, dim=1) for x in (k_BGSE, v_BGSE))
     scale = features**-0.5 if scale is None else scale
-    scores_BHTS = biased_scores((q_BHTE * scale) @ k_BGSE.transpose(-2, -1), softcap, alibi_slopes, bias_HTS)
+    scores_BHTS = biased_scores((q_BHTE * scale) @ k_BGSE.transpose(-2, -1), softcap, alibi_slopes, bias_HTS, place)
     wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
     blind = None
     if causal or masked:
-        hidden = hidden_keys(queries, keys, q_BTHE.device, causal, window, cu_seqlens, key_lengths, visible_BTS)
+        masks = (causal, window, cu_seqlens, key_lengths, visible_BTS, place)
+        hidden = hidden_keys(queries, keys, q_BTHE.device, *masks)
         scores_BHTS = scores_BHTS.masked_fill(hidden, float("-inf"))
-        if key_lengths is not None or queries != keys:  # else every query sees itself
+        if key_lengths is not None or not square:  # else every query sees itself
             blind = hidden.all(dim=-1, keepdim=True)
             scores_BHTS = scores_BHTS.masked_fill(blind, 0.0)  # -inf alone would make NaN, in the gradients too
     probabilities_BHTS = torch.softmax(scores_BHTS, dim=-1, dtype=wide)
@@ -83,16 +91,91 @@ def flash_attention(
     return out_BTHE, lse_BHT if blind is None else lse_BHT.masked_fill(blind.squeeze(-1), float("-inf"))
 
 
+def flash_attention_gradients(
+    dout_BTHE: Tensor,
+    dlse_BHT: Tensor | None,
+    out_BTHE: Tensor,
+    lse_BHT: Tensor,
+    q_BTHE: Tensor,
+    k_BSGE: Tensor,
+    v_BSGE: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
+    within: tuple[int, int, int, int] | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    dropout_origin: tuple[int, int, int] | None = None,
+    dropout_scale_BHTS: Tensor | None = None,
+    bias_HTS: Tensor | None = None,
+    visible_BTS: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return what a part of the keys adds to the gradients of q, k, v and the bias: see `attention`.
+
+    Autograd makes them of p = exp(score - lse), lse a constant: of sum(dout * (keep p) v) + sum((dlse - delta) p) where
+    delta is the sum of dout * out over a head's features.
+    """
+    delta_BHT = (dout_BTHE * out_BTHE).to(lse_BHT.dtype).sum(dim=-1).transpose(1, 2)
+    lse_BHT1 = lse_BHT.masked_fill(lse_BHT == float("-inf"), float("inf"))[..., None]  # nothing seen: no probabilities
+    weight_BHT = -delta_BHT if dlse_BHT is None else dlse_BHT - delta_BHT
+    (samples, queries, heads, features), keys = q_BTHE.shape, k_BSGE.shape[1]
+    within = within or (0, 0, queries, keys)
+    if dropout > 0.0:
+        assert seed is not None, "dropout takes a seed"
+        shape = (samples, heads, queries, keys)
+        dropout_scale_BHTS = _attention_dropout_scale(seed, dropout, shape, dropout_origin, within, q_BTHE)
+    if documents is not None:
+        visible_BTS = (documents[0][:, None] == documents[1])[None]
+    place = place_of_first_query(within)
+    hidden = hidden_keys(queries, keys, q_BTHE.device, causal, window, cu_seqlens, key_lengths, visible_BTS, place)
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q_BTHE, k_BSGE, v_BSGE)]
+        bias_HTS = None if bias_HTS is None else bias_HTS.detach().requires_grad_()
+        q_BHTE, k_BHSE, v_BHSE = (
+            x.transpose(1, 2).repeat_interleave(heads // x.shape[2], dim=1).to(lse_BHT.dtype) for x in leaves
+        )
+        products_BHTS = (q_BHTE * (features**-0.5 if scale is None else scale)) @ k_BHSE.transpose(-2, -1)
+        scores_BHTS = biased_scores(products_BHTS, softcap, alibi_slopes, bias_HTS, place)
+        probabilities_BHTS = torch.exp(scores_BHTS.masked_fill(hidden, float("-inf")) - lse_BHT1)
+        sums_BHT = probabilities_BHTS.sum(dim=-1)
+        if dropout_scale_BHTS is not None:
+            probabilities_BHTS = probabilities_BHTS * dropout_scale_BHTS
+        part_BTHE = (probabilities_BHTS @ v_BHSE).transpose(1, 2)
+        wanted = leaves if bias_HTS is None else [*leaves, bias_HTS]
+        gradients = torch.autograd.grad((part_BTHE, sums_BHT), wanted, (dout_BTHE.to(part_BTHE.dtype), weight_BHT))
+    return gradients[0], gradients[1], gradients[2], None if bias_HTS is None else gradients[3]
+
+
+def place_of_first_query(within: tuple[int, int, int, int]) -> int:
+    """Return where the first query of a part of a matrix of scores stands among the part's keys: see `attention`."""
+    first_query, first_key, queries, keys = within
+    return first_query + keys - queries - first_key
+
+
 def biased_scores(
-    scores_BHTS: Tensor, softcap: float | None, alibi_slopes: Tensor | None, bias_HTS: Tensor | None
+    scores_BHTS: Tensor,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    bias_HTS: Tensor | None,
+    place: int | None = None,
 ) -> Tensor:
-    """Return softcap * tanh(scores / softcap) - slope * distance + bias, each where given; biases make it fp32."""
+    """Return softcap * tanh(scores / softcap) - slope * distance + bias, each where given; biases make it fp32.
+
+    The first query stands at `place` among the keys; None: so that the last one stands at the last key.
+    """
     queries, keys = scores_BHTS.shape[-2:]
+    place = keys - queries if place is None else place
     wide = torch.promote_types(scores_BHTS.dtype, torch.float32)
     if softcap is not None:
         scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
     if alibi_slopes is not None:
-        places_T = torch.arange(keys - queries, keys, device=scores_BHTS.device)
+        places_T = torch.arange(place, place + queries, device=scores_BHTS.device)
         distance_TS = (places_T[:, None] - torch.arange(keys, device=scores_BHTS.device)).abs().to(wide)
         scores_BHTS = scores_BHTS.to(wide) - alibi_slopes.detach().to(wide)[:, None, None] * distance_TS
     return scores_BHTS if bias_HTS is None else scores_BHTS.to(wide) + bias_HTS.to(wide)
@@ -107,9 +190,14 @@ def hidden_keys(
     cu_seqlens: Tensor | None = None,
     key_lengths: Tensor | None = None,
     visible_BTS: Tensor | None = None,
+    place: int | None = None,
 ) -> Tensor:
-    """Return which keys a query does not see: bool [T, S], or [B, 1, T, S] with key lengths or `visible_BTS`."""
-    place_T1 = torch.arange(keys - queries, keys, device=device)[:, None]
+    """Return which keys a query does not see: bool [T, S], or [B, 1, T, S] with key lengths or `visible_BTS`.
+
+    The first query stands at `place` among the keys; None: so that the last one stands at the last key.
+    """
+    place = keys - queries if place is None else place
+    place_T1 = torch.arange(place, place + queries, device=device)[:, None]
     key_S = torch.arange(keys, device=device)
     hidden = place_T1 < key_S if causal else torch.zeros(queries, keys, dtype=torch.bool, device=device)
     if window is not None:
@@ -123,13 +211,19 @@ def hidden_keys(
 
 
 def _attention_dropout_scale(
-    seed: int, rate: float, shape: tuple[int, ...], origin: tuple[int, int, int] | None, like: Tensor
+    seed: int,
+    rate: float,
+    shape: tuple[int, ...],
+    origin: tuple[int, int, int] | None,
+    within: tuple[int, int, int, int],
+    like: Tensor,
 ) -> Tensor:
-    """Return the multipliers of the probabilities [B, H, T, S]: 0 or 1 / (1 - rate), for `origin` (see `attention`)."""
-    _, heads, queries, keys = shape
+    """Return the multipliers of the probabilities [B, H, T, S]: 0 or 1 / (1 - rate), for the place in `attention`."""
+    heads = shape[1]
+    first_query, first_key, queries, keys = within
     first_sample, first_head, all_heads = (0, 0, heads) if origin is None else origin
     b, h, t, s = (torch.arange(size, device=like.device).view(-1, *(1,) * (3 - dim)) for dim, size in enumerate(shape))
-    index = (((first_sample + b) * all_heads + first_head + h) * queries + t) * keys + s
+    index = (((first_sample + b) * all_heads + first_head + h) * queries + first_query + t) * keys + first_key + s
     wide = torch.promote_types(like.dtype, torch.float32)
     return dropout_keep(seed, rate, index).to(wide) / (1.0 - rate)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megalm.distributed.random import keep_slice
 from megalm.kernels import attention as file
 from megalm.kernels import launch, reference
-from megalm.kernels.attention import flash_attention
+from megalm.kernels.attention import flash_attention, flash_attention_gradients
 from tests.kernels.checks import DEVICE, DTYPES, assert_as_good_as_plain, normal, poisoned
 from tests.shards import assert_close
 
@@ -245,7 +245,8 @@ def test_masks_are_the_part_of_the_whole_tensors_mask(keys: int, origin: tuple[i
     part = (first_sample, first_head, 0, 0), (2, 2, T, keys)
     kept_BHTS = keep_slice(SEED, RATE, whole, *part, torch.device("cpu"))
     assert torch.equal(
-        reference._attention_dropout_scale(SEED, RATE, (2, 2, T, keys), origin, normal(1)) > 0, kept_BHTS
+        reference._attention_dropout_scale(SEED, RATE, (2, 2, T, keys), origin, (0, 0, T, keys), normal(1)) > 0,
+        kept_BHTS,
     )
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -283,6 +284,56 @@ def test_parts_over_the_keys_merge_by_lse_to_the_whole() -> None:
     both = (torch.autograd.grad(x, inputs, dout, retain_graph=True) for x in (merged, whole))
     for name, one, other in zip(("dq", "dk", "dv"), *both, strict=True):
         assert_close(one, other, name, 2e-6)
+
+
+PARTS: list[dict[str, Any]] = [
+    {"window": 20, "softcap": 2.0, "dropout": RATE, "seed": SEED, "dropout_origin": (1, 2, 5)},
+    {"alibi": True, "documents": True},
+    {"window": 33, "documents": True, "keys": 110},
+    {"dropout": RATE, "seed": SEED, "keys": 98},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", PARTS, ids=lambda options: ", ".join(options))
+def test_a_part_of_the_matrix_is_as_in_the_whole(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Cut anywhere: results merge by lse, and the parts' gradients, made with the whole's lse, add up."""
+    options = {**options, "causal": True}
+    T, S = 96, options.pop("keys", 96)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = torch.tensor((0.3, 0.05), device=DEVICE)
+    numbers = torch.arange(S, device=DEVICE).div(37, rounding_mode="floor") if options.pop("documents", False) else None
+    q, k, v = qkv(T=T, S=S, E=32, dtype=dtype)
+
+    def of(rows: range, columns: range) -> dict[str, Any]:
+        own = {"within": (rows.start, columns.start, T, S), **options}
+        if numbers is not None:
+            own["documents"] = numbers[S - T :][rows.start : rows.stop], numbers[columns.start : columns.stop]
+        return own
+
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = flash_attention(*inputs, return_lse=True, **of(range(T), range(S)))
+    dout, dlse = normal(*out.shape, dtype=dtype), normal(*lse.shape, dtype=lse.dtype)
+    expected = torch.autograd.grad((out, lse), inputs, (dout, dlse))
+    q, k, v, out, lse = (x.detach() for x in (q, k, v, out, lse))
+    gradients = [torch.zeros_like(x) for x in (q, k, v)]
+    for rows in (range(0, 24), range(24, 71), range(71, T)):
+        m = slice(rows.start, rows.stop)
+        merged, sums = torch.zeros_like(out[:, m]), torch.zeros_like(lse[..., m])
+        for columns in (range(0, 48), range(48, 60), range(60, S)):
+            n = slice(columns.start, columns.stop)
+            part, part_lse = flash_attention(q[:, m], k[:, n], v[:, n], return_lse=True, **of(rows, columns))
+            share = (part_lse - lse[..., m]).exp()
+            merged += part * share.transpose(1, 2)[..., None]
+            sums += share
+            given = (dout[:, m], dlse[..., m], out[:, m], lse[..., m], q[:, m], k[:, n], v[:, n])
+            found = flash_attention_gradients(*given, **of(rows, columns))
+            for total, piece, at in zip(gradients, found, (m, n, n), strict=True):
+                total[:, at] += piece
+        assert_close(merged, out[:, m], "out", 2e-6)
+        assert_close(sums, torch.ones_like(sums), "probabilities", 2e-6)
+    for name, total, wanted in zip(("dq", "dk", "dv"), gradients, expected, strict=True):
+        assert_close(total, wanted, name, 3e-6 if dtype is torch.float32 else 1e-13)
 
 
 def test_gradients_of_lse_alone_and_of_out_alone() -> None:
@@ -384,6 +435,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes \(3,\) in torch\.float32; give fp32 \[2\]"),
     ({"key_lengths": torch.ones(2, dtype=torch.int64)}, r"key_lengths \(2,\) in torch\.int64; give int32 \[2\]"),
     ({"cu_seqlens": int32(0, 4)}, r"cu_seqlens with .*documents lie in one row"),
+    ({"documents": (int32(0), int32(0))}, r"documents \(\(1,\), \(1,\)\) for .*of one row"),
+    ({"documents": (int32(0), int32(0)), "cu_seqlens": int32(0, 4)}, r"cu_seqlens .*documents lie in one row"),
     ({"cu_seqlens": int32(0)}, r"cu_seqlens \(1,\) in torch\.int32; give int32 \[documents \+ 1\]"),
 ]
 
@@ -408,7 +461,8 @@ def test_wrong_tensors_are_named() -> None:
 
 def test_the_ops_are_good_citizens_of_torch() -> None:
     inputs = [x.requires_grad_() for x in qkv(T=5, S=6, E=8)]
-    rest = (normal(2), None, int32(4), True, 3, 0.5, 2.0, 0.2, 17, [0, 0, 2])
+    rest = (normal(2), None, int32(4), int32(0, 0, 1, 1, 1), int32(0, 0, 0, 0, 1, 1))
+    rest += (True, 3, 0.5, 2.0, 0.2, 17, [0, 0, 2], [5, 3, 20, 22])
     torch.library.opcheck(file._forward_op, (*inputs, *rest))
     q, k, v = (x.detach() for x in inputs)
     out, lse = file._forward_op(q, k, v, *rest)
@@ -443,7 +497,16 @@ def test_the_specialized_kernel_gives_the_same(
 
 def test_the_specialized_kernel_serves_whole_tiles_of_its_settings() -> None:
     arguments = file._arguments(
-        *qkv(T=192, S=192, H=1, E=64, dtype=torch.float16), *[None] * 3, True, 0, 1.0, 0.0, 0.0, 0, [0, 0, 1]
+        *qkv(T=192, S=192, H=1, E=64, dtype=torch.float16),
+        *[None] * 5,
+        True,
+        0,
+        1.0,
+        0.0,
+        0.0,
+        0,
+        [0, 0, 1],
+        [0, 0, 192, 192],
     )
     arguments["FOLD"] = True
     sizes = ((64, 64), (64, 128), (128, 64))
