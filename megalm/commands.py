@@ -33,7 +33,7 @@ def _world(config: RunConfig, nproc: int | None) -> tuple[int, bool]:
 
     Under a launcher the world is the launcher's. Raises LaunchError when --nproc says something else.
     """
-    return _launched_world(nproc or config.parallel.tensor * config.parallel.pipeline, nproc)
+    return _launched_world(nproc or config.parallel.ranks, nproc)
 
 
 def _launched_world(world: int, nproc: int | None) -> tuple[int, bool]:
@@ -318,7 +318,7 @@ def _doctor_place(args: Namespace) -> tuple[Path, int, int]:
 
     config = load_recipe(args.recipe, args.overrides)
     parameters = count_parameters(config.model, config.model.vocab or _LARGE_VOCABULARY).total
-    ranks = config.parallel.tensor * config.parallel.pipeline
+    ranks = config.parallel.ranks
     needed = max(2**20, 2 * checkpoint_bytes(config, parameters))
     run_dir = _directory(args.run_dir, "--run-dir") if args.run_dir else _directory(config.run.dir, "run.dir")
     return run_dir, needed, ranks

@@ -31,6 +31,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
 WITHOUT_A_REGISTRY = {
     "adjust_lr_fn",
     "attention_pattern",
+    "context_attention",
     "cooldown_shape",
     "device",
     "init",

@@ -227,18 +227,20 @@ def _doubles_are_reduced_as_they_are(config: RunConfig) -> Iterator[str]:
 
 
 def check_world(config: RunConfig, world_size: int) -> int:
-    """Return world_size / (tensor x pipeline), the size of the data axis.
+    """Return world_size / (tensor x pipeline x context), the size of the data axis.
 
     Raises ConfigError when the ranks do not make whole copies of the model, the batch does not divide over the
     copies, or a rank that is to be profiled is none of them.
     """
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    ranks, copies = tensor * pipeline, world_size // (tensor * pipeline)
-    layout = f"parallel.tensor={tensor} x parallel.pipeline={pipeline}"
+    parallel, ranks = config.parallel, config.parallel.ranks
+    copies = world_size // ranks
+    layout = f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}"
+    if parallel.context > 1:
+        layout += f" x parallel.context={parallel.context}"
     if world_size < ranks:
         raise ConfigError(
             f"{layout} needs {ranks} ranks, but {world_size} {'is' if world_size == 1 else 'are'} started; "
-            f"start {ranks} or a multiple of it, or make parallel.tensor or parallel.pipeline smaller"
+            f"start {ranks} or a multiple of it, or make one of these smaller"
         )
     if world_size % ranks:
         raise ConfigError(

@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("normal", "truncated_normal", "xavier", "he"),
     "rotary_scaling": ("none", "linear", "ntk", "yarn", "llama3"),
     "rows": ("stream", "documents"),
+    "context_attention": ("ring", "ulysses"),
     "schedule": ("gpipe", "1f1b", "interleaved", "breadth-first", "zb-h1", "zb-h2", "zb-v", "dualpipe-v"),
     "recompute": ("none", "selective", "full"),
     "optimizer": (

@@ -50,6 +50,7 @@ USES: dict[str, Use] = {
     "batch_ramp.increment": Use("batch_ramp.start", lambda config: config.batch_ramp.start is not None),
     "batch_ramp.every": Use("batch_ramp.start", lambda config: config.batch_ramp.start is not None),
     "sequence_warmup.every": Use("sequence_warmup.start", lambda config: config.sequence_warmup.start is not None),
+    "parallel.context_attention": Use("parallel.context above 1", lambda config: config.parallel.context > 1),
     "parallel.virtual_stages": _when("parallel", "schedule", "interleaved", "breadth-first"),
     "train.recompute_every": _when("train", "recompute", "selective", "full"),
     "optim.momentum": _when("optim", "kind", "sgd", "rmsprop"),

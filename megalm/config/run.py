@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from megalm.config import checks, ramps
+from megalm.config import context_checks as context_checks
 from megalm.config import loop_checks as loop_checks  # its rules add themselves
 from megalm.config import optim_checks as optim_checks
 from megalm.config import pattern_checks as pattern_checks
@@ -64,16 +65,26 @@ class RunSection(Section):
 class ParallelSection(Section):
     """How one copy of the model is split over ranks; data is what remains of the world size.
 
+    `context` ranks divide the tokens of each row. For attention they pass keys and values round (ring), or change to
+    all tokens of some heads (ulysses).
+
     `virtual_stages` is the number of chunks of layers on each stage where the schedule leaves it open. `partition` is
     the number of layers of each stage, or of each chunk in the order of the model.
     """
 
     tensor: Few = 1
     pipeline: Few = 1
+    context: Few = 1
+    context_attention: Annotated[str, one_of("context_attention")] = "ring"
     sequence: bool = False
     schedule: Annotated[str, one_of("schedule")] = "1f1b"
     virtual_stages: Few = 1
     partition: Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)] | None = None
+
+    @property
+    def ranks(self) -> int:
+        """The ranks that work on one row: those of a data index."""
+        return self.tensor * self.pipeline * self.context
 
     @property
     def chunks(self) -> int:

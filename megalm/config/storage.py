@@ -87,9 +87,10 @@ def storage_table(config: RunConfig) -> str:
     """Return the table as text."""
     sizes = {"tensor": config.parallel.tensor, "pipeline": config.parallel.pipeline}
     ways = [axis for axis, size in sizes.items() if size > 1]
+    replicas = ["data", "context"] if config.parallel.context > 1 else ["data"]
     lines = [("what", "format", "bytes", "divided over the ranks of")]
     for row in stored(config):
-        axes = [*ways, *(["data"] if config.zero.stage >= row.from_stage else [])]
+        axes = [*ways, *(replicas if config.zero.stage >= row.from_stage else [])]
         lines.append((row.what, row.dtype, str(BYTES[row.dtype]), ", ".join(axes) or "no axis"))
     width = max(len(line[0]) for line in lines)
     text = [f"{what:<{width}}  {dtype:<6}  {size:>5}  {axes}" for what, dtype, size, axes in lines]

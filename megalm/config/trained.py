@@ -16,6 +16,8 @@ from megalm.errors import ConfigError
 ONE_PROCESS = (
     "parallel.tensor=1",
     "parallel.pipeline=1",
+    "parallel.context=1",
+    "parallel.context_attention=ring",
     "parallel.sequence=false",
     "parallel.schedule=1f1b",
     "parallel.virtual_stages=1",

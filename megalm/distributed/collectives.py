@@ -55,6 +55,14 @@ def reduce_scatter_sequence(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x_BTD if group.size() == 1 else _ReduceScatterSequence.apply(x_BTD, group)
 
 
+def exchange_blocks(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the blocks that the ranks have for this one, in their order, along dim 0; `blocks` has one for each rank.
+
+    The backward pass sends the gradients back.
+    """
+    return blocks if group.size() == 1 else _ExchangeBlocks.apply(blocks, group)
+
+
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the sum of x over `group`, outside of autograd."""
     return x.detach() if group.size() == 1 else _sum(x.detach(), group)
@@ -184,6 +192,25 @@ class _ReduceScatterSequence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_BTtD: Tensor) -> tuple[Tensor, None]:
         return _gather(gradient_BTtD, ctx.group), None
+
+
+class _ExchangeBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _exchange(blocks, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _exchange(gradient, ctx.group), None
+
+
+def _exchange(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
+    blocks = blocks.contiguous()
+    received = torch.empty_like(blocks)
+    dist.all_to_all_single(received, blocks, group=group)
+    return received
 
 
 def copy_from_first(x: Tensor, group: dist.ProcessGroup) -> None:

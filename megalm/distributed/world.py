@@ -40,7 +40,8 @@ def joined_mesh(config: RunConfig) -> Iterator[ParallelMesh]:
     rendezvous = read_environment(os.environ)
     world_size = 1 if rendezvous is None else rendezvous.world_size
     parallel = config.parallel
-    layout = RankLayout(pipeline=parallel.pipeline, data=check_world(config, world_size), tensor=parallel.tensor)
+    data = check_world(config, world_size)
+    layout = RankLayout(parallel.pipeline, data, parallel.tensor, parallel.context)
     device_type = config.run.device
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"

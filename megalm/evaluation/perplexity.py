@@ -84,8 +84,9 @@ def held_out_loss(
                 sums[0] += torch.stack(outputs).sum(dtype=torch.float64).cpu()
             for batch in chunk:
                 labels = batch.labels_BT[batch.loss_mask_BT].numpy()
-                sums[1] += len(labels)
-                sums[2] += int(token_bytes_V[labels].sum())
+                if mesh.index("context") == 0:  # all ranks of a row have its labels
+                    sums[1] += len(labels)
+                    sums[2] += int(token_bytes_V[labels].sum())
     total_nats, tokens, text_bytes = _over_mesh(sums.to(mesh.device), mesh, executor.loss_stage).tolist()
     return HeldOutLoss(total_nats, int(tokens), int(text_bytes))
 
@@ -95,11 +96,11 @@ def _microbatch(batch: Batch, device: torch.device) -> Microbatch:
 
 
 def _over_mesh(sums: torch.Tensor, mesh: ParallelMesh, loss_stage: int) -> torch.Tensor:
-    """Return the loss stage's sums, added over the data axis, on every rank."""
-    total = all_reduce_sum(sums, mesh.group("data"))
-    group = mesh.group("model")
+    """Return the loss stage's sums, added over data and context ranks, on every rank."""
+    total = all_reduce_sum(sums, mesh.group("replica"))
+    group, at = mesh.group("model"), mesh.coordinates
     if group.size() > 1:
-        source = mesh.layout.rank(pipeline=loss_stage, data=mesh.coordinates.data, tensor=0)
+        source = mesh.layout.rank(loss_stage, at.data, tensor=0, context=at.context)
         dist.broadcast(total, source, group=group)
     return total
 

@@ -19,8 +19,8 @@ from megalm.models.trained import load_trained, require_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Windows have any length, which the tensor axis need not divide.
-_WITHOUT_SEQUENCE_PARALLELISM = "parallel.sequence=false"
+# Windows have any length, which the tensor and context axes need not divide.
+_WITHOUT_SEQUENCE_PARALLELISM = ("parallel.sequence=false", "parallel.context=1", "parallel.context_attention=ring")
 
 
 def generate(
@@ -48,14 +48,14 @@ def generate(
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what the shell gave was not UTF-8
         raise DataError(f"the prompt {prompt[:40]!r} holds bytes that are no UTF-8; give it in UTF-8")
     sampling = Sampling(temperature, top_k, 1.0 if top_p is None else top_p, seed)
-    config = trained_config(directory, (*overrides, _WITHOUT_SEQUENCE_PARALLELISM))
+    config = trained_config(directory, (*overrides, *_WITHOUT_SEQUENCE_PARALLELISM))
     tokenizer = Tokenizer.load(directory)
     require_checkpoint(directory)
     start = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     window = config.model.sequence
     with joined_mesh(config) as mesh:
         if mesh.size("data") > 1:
-            needed = config.parallel.tensor * config.parallel.pipeline
+            needed = config.parallel.ranks
             raise LaunchError(f"{mesh.layout.world_size} processes for a model that takes {needed}; start {needed}")
         if len(start) > window and mesh.rank == 0:
             logger.warning("the prompt has %d tokens, the model sees the last %d of them", len(start), window)

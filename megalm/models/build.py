@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megalm.config.run import RunConfig
+from megalm.context_parallel.attention import ContextParallel
 from megalm.distributed.mesh import ParallelMesh
 from megalm.models.transformer import StagePlan, Transformer
 from megalm.pipeline_parallel.executor import PipelineExecutor
@@ -59,6 +60,7 @@ def build_stage(
         recompute_every=config.train.recompute_every,
         document_start=document_start,
         on_built=on_built,
+        context=ContextParallel(mesh.group("context"), config.parallel.context_attention),
     )
 
 
@@ -68,7 +70,7 @@ def build_executor(config: RunConfig, module: nn.Module, mesh: ParallelMesh) -> 
     Under a schedule that splits the backward pass the linear layers of the blocks are told to put off the gradients of
     their weights. Those of the head come at once: what they need is as large as the logits.
     """
-    ranks = mesh.size("tensor") if config.parallel.sequence else 1
+    ranks = mesh.size("context") * (mesh.size("tensor") if config.parallel.sequence else 1)
     kind = SCHEDULES.get(config.parallel.schedule)
     schedule = partial(kind, chunks=kind.fixed_chunks or config.parallel.virtual_stages)
     weight_gradients = WeightGradients()

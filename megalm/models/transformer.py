@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalm.config.model import ModelSection
+from megalm.context_parallel.attention import ContextParallel
+from megalm.distributed.places import Places, part, select, whole
 from megalm.models.losses import token_loss_sum, valid_sum
 from megalm.nn.block import TransformerBlock
 from megalm.nn.context import Context
@@ -55,10 +57,11 @@ class Transformer(nn.Module):
     A stage may hold several runs of layers, its chunks, of which `forward` computes one.
 
     `group` is the tensor group; every rank of it must call. With `sequence` the residual stream is split over its
-    ranks by tokens. Where embeddings are tied and the first stage is not the last, both hold a copy of
-    `embedding.weight`, `tied_weight`, and their gradients must be summed before the update. `document_start` is the
-    token that begins a document, which `model.document_mask` needs. `on_built` is called with each part as soon as it
-    is there, so that a model larger than one device can be divided while it is built.
+    ranks by tokens; `context` are the ranks that divide whole rows by tokens. Where embeddings are tied and the first
+    stage is not the last, both hold a copy of `embedding.weight`, `tied_weight`, and their gradients must be summed
+    before the update. `document_start` is the token that begins a document, which `model.document_mask` needs.
+    `on_built` is called with each part as soon as it is there, so that a model larger than one device can be divided
+    while it is built.
     """
 
     def __init__(
@@ -77,9 +80,11 @@ class Transformer(nn.Module):
         recompute_every: int = 1,
         document_start: int | None = None,
         on_built: Callable[[nn.Module], None] | None = None,
+        context: ContextParallel | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
+        self.context = context
         self.vocab = vocab
         self.group = group
         self.sequence = sequence
@@ -111,7 +116,7 @@ class Transformer(nn.Module):
         self.embedding_norm = norm("embedding_norm") if config.embedding_norm and plan.first else None
         self.blocks = nn.ModuleDict()
         for index in plan.layers:
-            block = TransformerBlock(index, config, group=group, init=init, sequence=sequence)
+            block = TransformerBlock(index, config, group=group, init=init, sequence=sequence, context=context)
             block.attention.recompute = recompute == "selective" and index % recompute_every == 0
             if on_built is not None:
                 on_built(block)
@@ -149,14 +154,15 @@ class Transformer(nn.Module):
         """Run one microbatch through one of this stage's chunks.
 
         The first of the model takes tokens_BT (int64) as x, later ones the hidden state x_BTD (x_BTtD with sequence
-        parallelism) of the one before; a model with document masks needs `tokens_BT` on these too. The last of the
-        model returns the loss summed over valid tokens, or, without labels, this tensor rank's logits_BTVt (padding
-        columns included); earlier ones the hidden state.
+        parallelism) of the one before; a model with document masks needs `tokens_BT` on these too. Tokens, labels and
+        mask are whole rows, of whose hidden state a context rank has its own tokens. The last of the model returns the
+        loss summed over this rank's valid tokens, or, without labels, this tensor rank's logits_BTVt (padding columns
+        included); earlier ones the hidden state.
         """
         embeds = self.plan.embeds(chunk)
-        context = self._context(x, dropout, x if embeds else tokens_BT, embeds, loss_mask_BT)
+        own, context = self._context(x, dropout, x if embeds else tokens_BT, embeds, loss_mask_BT)
         if embeds:
-            x = self._embed(x, context)
+            x = self._embed(select(x, own), context)
         for index in self.plan.chunks[chunk]:
             block = self.blocks[str(index)]
             again = self.recompute == "full" and index % self.recompute_every == 0
@@ -171,6 +177,7 @@ class Transformer(nn.Module):
         if labels_BT is None:
             return self._logits(x)
         assert loss_mask_BT is not None, "labels come with a loss mask"
+        labels_BT, loss_mask_BT = select(labels_BT, own), select(loss_mask_BT, own)
         loss: dict[str, Any] = {
             "vocab": self.vocab,
             "label_smoothing": self.label_smoothing,
@@ -188,25 +195,32 @@ class Transformer(nn.Module):
         tokens_BT: Tensor | None,
         embeds: bool,
         loss_mask_BT: Tensor | None,
-    ) -> Context:
+    ) -> tuple[Places, Context]:
+        """Return the tokens of this context rank, and what the blocks are told."""
         ranks = self.group.size() if self.sequence else 1
-        tokens = x.shape[1] if embeds else x.shape[1] * ranks
-        first_token = self.group.rank() * (tokens // ranks) if self.sequence else 0
+        rows = 1 if self.context is None else self.context.group.size()
+        tokens = x.shape[1] if embeds else x.shape[1] * ranks * rows
+        own = queries = whole(tokens)
+        if self.context is not None:
+            own, queries = self.context.places(tokens), self.context.queries(tokens)
+        length = tokens // rows // ranks
+        held = part(own, self.group.rank() * length, length) if self.sequence else own
         documents = None
         if self.document_start is not None:
             assert tokens_BT is not None, "document masks are made of the tokens"
             numbers_BT = (tokens_BT == self.document_start).cumsum(dim=1)
-            fused = self.operations is not REFERENCE
+            fused = self.operations is not REFERENCE and queries == whole(tokens)
             documents = Documents(numbers_BT, document_starts(numbers_BT) if fused else None)
-        return Context(tokens, first_token, self.position.rotation(tokens), dropout, documents, loss_mask_BT)
+        rotate = self.position.rotation(own)
+        return own, Context(tokens, held, queries, rotate, dropout, documents, loss_mask_BT)
 
     def _embed(self, tokens_BT: Tensor, context: Context) -> Tensor:
         x = self.embedding(tokens_BT)
         x = x if self.embedding_scale == 1.0 else x * self.embedding_scale
-        x = self.position(x, context.first_token)
+        x = self.position(x, context.held)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
-        drop = self.embedding_dropout.at(context.dropout, context.first_token, context.tokens)
-        return self.operations.dropout(x, drop)
+        drop = self.embedding_dropout.on(context.dropout, context.held, context.tokens)
+        return self.operations.dropout(x, drop=drop)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits_BTVt: Tensor = self.head(x)

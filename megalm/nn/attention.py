@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalm.config.model import ModelSection
+from megalm.context_parallel.attention import ContextParallel
 from megalm.distributed.collectives import copy_to_group, gather_sequence, sum_gradient
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import ConfigError
@@ -31,6 +32,8 @@ Projected = tuple[Tensor, Tensor | None, Tensor, Tensor]
 class Attention(nn.Module):
     """Attention of layer `layer`: x_BTD -> y_BTD (x_BTtD -> y_BTtD with `sequence`), see `ModelSection`.
 
+    `context` are the ranks that divide a row's tokens: x has this rank's.
+
     With `recompute` set the backward pass computes again what lies between the projections: scores and probabilities
     (Korthikanti et al. 2022, section 5).
     """
@@ -44,6 +47,7 @@ class Attention(nn.Module):
         group: dist.ProcessGroup,
         init: Initializer,
         sequence: bool,
+        context: ContextParallel | None = None,
     ) -> None:
         super().__init__()
         size = group.size()
@@ -77,6 +81,8 @@ class Attention(nn.Module):
                 f"a head has {config.head_size} features, the fused kernels take {operations.widest_head} at most; "
                 "use model.flash_attention=false or model.kernels=reference"
             )
+        if context is not None:
+            self.attend = context.around(self.attend, operations)
         self.query_factor = config.query_factor
         self.rotates = config.knows_positions(layer)
         kind = POSITIONS.get(config.position)
@@ -120,7 +126,7 @@ class Attention(nn.Module):
             documents=context.documents,
             return_lse=self.sinks is not None,
             **({} if self.pattern is None else {"pattern": self.pattern}),
-            **({} if self.score_bias is None else self.score_bias(context.tokens)),
+            **({} if self.score_bias is None else self.score_bias(context.queries, context.tokens)),
         )
         if self.sinks is not None:
             out_BTHE, lse_BHT = result

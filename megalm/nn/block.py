@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.config.model import ModelSection
+from megalm.context_parallel.attention import ContextParallel
 from megalm.nn.attention import Attention
 from megalm.nn.context import Context
 from megalm.nn.dropout import Dropout, StochasticDepth
@@ -32,6 +33,7 @@ class TransformerBlock(nn.Module):
         group: dist.ProcessGroup,
         init: Initializer,
         sequence: bool,
+        context: ContextParallel | None = None,
     ) -> None:
         super().__init__()
         name = f"blocks.{index}"
@@ -45,7 +47,9 @@ class TransformerBlock(nn.Module):
 
         left_out = config.stochastic_depth * (index + 1) / config.layers
         self.attention_norm = norm("attention_norm")
-        self.attention = Attention(f"{name}.attention", index, config, group=group, init=init, sequence=sequence)
+        self.attention = Attention(
+            f"{name}.attention", index, config, group=group, init=init, sequence=sequence, context=context
+        )
         self.attention_dropout = Dropout(f"{name}.attention", config.dropout)
         self.attention_depth = StochasticDepth(f"{name}.attention.depth", left_out)
         self.mlp_norm = norm("mlp_norm")
@@ -58,8 +62,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Return the residual stream after this block."""
-        attention_drop = self.attention_dropout.at(context.dropout, context.first_token, context.tokens)
-        mlp_drop = self.mlp_dropout.at(context.dropout, context.first_token, context.tokens)
+        attention_drop = self.attention_dropout.on(context.dropout, context.held, context.tokens)
+        mlp_drop = self.mlp_dropout.on(context.dropout, context.held, context.tokens)
         if self.place == "post":
             x, _ = self.attention_norm(self._attended(x, context), residual=x, drop=attention_drop)
             x, _ = self.mlp_norm(self._transformed(x, context), residual=x, drop=mlp_drop)
@@ -67,10 +71,10 @@ class TransformerBlock(nn.Module):
         attended = self._attended(self.attention_norm(x), context)
         if self.parallel:
             normed = self.mlp_norm(x)
-            x = self.operations.dropout(attended, attention_drop, residual=x)
+            x = self.operations.dropout(attended, drop=attention_drop, residual=x)
         else:
             normed, x = self.mlp_norm(attended, residual=x, drop=attention_drop)
-        return self.operations.dropout(self._transformed(normed, context), mlp_drop, residual=x)
+        return self.operations.dropout(self._transformed(normed, context), drop=mlp_drop, residual=x)
 
     def _attended(self, x: Tensor, context: Context) -> Tensor:
         y = self.attention(x, context)

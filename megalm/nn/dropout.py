@@ -5,8 +5,11 @@ A mask is therefore the same under every layout, and a recomputed or resumed for
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
+from megalm.distributed.places import Places
 from megalm.nn.masks import Drop, DropoutKeys, Site, kept
 
 
@@ -24,6 +27,11 @@ class Dropout:
         if keys is None or self.rate == 0.0:
             return None
         return Drop(self.rate, self.site, keys, first, whole)
+
+    def on(self, keys: DropoutKeys | None, places: Places, whole: int) -> Drop | None:
+        """Return this forward pass's dropout of a tensor that holds tokens `places` of `whole` ones in dim 1."""
+        drop = self.at(keys, places[0].first, whole)
+        return drop if drop is None or len(places) == 1 else replace(drop, places=places)
 
 
 class StochasticDepth:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalm.distributed.places import Places
 from megalm.distributed.random import keep_slice, key
 
 
@@ -50,7 +51,8 @@ class Site:
 class Drop:
     """The dropout of one site in one forward pass: which elements fall is a function of these values alone.
 
-    The tensor holds tokens (heads) from `first` on, of `whole` ones in a sample (in the model).
+    The tensor holds tokens (heads) from `first` on, of `whole` ones in a sample (in the model). Tokens of several runs
+    are said by `places`, which the operations take one by one.
     """
 
     rate: float
@@ -58,6 +60,7 @@ class Drop:
     keys: DropoutKeys
     first: int
     whole: int
+    places: Places = ()
 
     @property
     def stream(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,13 +30,17 @@ from megalm.nn.masks import Documents, Drop, kept
 class Operations:
     """What layers compute with. Shapes, dtypes and formulas are those of `megalm.kernels.reference`.
 
-    Attention takes `window`, `softcap`, `slopes_H` (ALiBi), `bias_HTS` (added to the scores), `documents` and
-    `return_lse` beside q, k and v. `drop` is a Drop or None (nothing is dropped). With `residual` a norm returns
-    (normed, sum) of the sum residual + dropped x; `dropout` adds it. `swiglu` and `geglu` take gate and up side by side
-    in the last dim.
+    `partial_attention` gives (out, lse) of the part `within` of a causal matrix of scores (see `kernels.attention`), in
+    which `documents` are the numbers of its queries and of its keys; `partial_attention_gradients` takes (dout, dlse,
+    out, lse) of whole rows before q, k and v and gives their gradients and the bias's. Attention takes `window`,
+    `softcap`, `slopes_H` (ALiBi), `bias_HTS` (added to the scores), `documents` and `return_lse` beside q, k and v.
+    `drop` is a Drop or None (nothing is dropped). With `residual` a norm returns (normed, sum) of the sum residual +
+    dropped x; `dropout` adds it. `swiglu` and `geglu` take gate and up side by side in the last dim.
     """
 
     flash_attention: Callable[..., Any]
+    partial_attention: Callable[..., tuple[Tensor, Tensor]]
+    partial_attention_gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
     unfused_attention: Callable[..., Any]
     layer_norm: Callable[..., Any]
     rms_norm: Callable[..., Any]
@@ -101,6 +105,58 @@ def _attention(
     )
 
 
+def _partial(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
+    """Return a function of a part of a causal matrix of scores in plain torch."""
+
+    def run(
+        *tensors: Tensor,
+        within: tuple[int, int, int, int],
+        drop: Drop | None = None,
+        slopes_H: Tensor | None = None,
+        documents: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
+    ) -> Any:
+        q_BTHE, k_BSGE = tensors[-3:-1]
+        scale_BHTS = None
+        if drop is not None:
+            like_BHTS = q_BTHE.new_empty(()).expand(len(q_BTHE), q_BTHE.shape[2], q_BTHE.shape[1], k_BSGE.shape[1])
+            first_query, first_key, queries, keys = within
+            scale_BHTS = _multipliers(
+                drop, (drop.whole, queries, keys), (drop.first, first_query, first_key), like_BHTS
+            )
+        return function(
+            *tensors,
+            causal=True,
+            within=within,
+            alibi_slopes=slopes_H,
+            visible_BTS=None if documents is None else documents[0][:, :, None] == documents[1][:, None],
+            dropout_scale_BHTS=scale_BHTS,
+            **options,
+            **more,
+        )
+
+    return run
+
+
+def _by_runs(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an operation with dropout that takes x's tokens, where they are several runs, one run after the other."""
+
+    def run(x_BTD: Tensor, *rest: Any, drop: Drop | None = None, residual: Tensor | None = None, **how: Any) -> Any:
+        if drop is None or not drop.places:
+            return operation(x_BTD, *rest, drop=drop, residual=residual, **how)
+        sizes = [count for _, count in drop.places]
+        residuals = [None] * len(sizes) if residual is None else residual.split(sizes, dim=1)
+        results = [
+            operation(x, *rest, drop=replace(drop, first=first, places=()), residual=added, **how)
+            for x, (first, _), added in zip(x_BTD.split(sizes, dim=1), drop.places, residuals, strict=True)
+        ]
+        if isinstance(results[0], tuple):
+            return tuple(torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
+        return torch.cat(results, dim=1)
+
+    return run
+
+
 def _dropout(x_BTD: Tensor, drop: Drop | None, residual: Tensor | None = None) -> Tensor:
     if drop is not None:
         scale_BTD = _multipliers(drop, (drop.whole, x_BTD.shape[-1]), (drop.first, 0), x_BTD)
@@ -138,7 +194,7 @@ def _unfused_attention(softmax: Callable[..., Tensor], dropout: Callable[..., Te
         mask = ~reference.hidden_keys(*sight, False, window, visible_BTS=visible_BTS) if hides else None
         probabilities_BHTS = softmax(scores_BHTS, scale=scale, mask=mask, causal=causal).to(v_BHSE.dtype)
         if drop is not None:  # heads stand where tokens do, a head's T x S probabilities where features do
-            probabilities_BHTS = dropout(probabilities_BHTS.flatten(2), drop).view_as(probabilities_BHTS)
+            probabilities_BHTS = dropout(probabilities_BHTS.flatten(2), drop=drop).view_as(probabilities_BHTS)
         out_BTHE = (probabilities_BHTS @ v_BHSE).transpose(1, 2)
         if not return_lse:
             return out_BTHE
@@ -181,10 +237,12 @@ def _drawing(drop: Drop | None) -> dict[str, Any]:
 
 REFERENCE = Operations(
     flash_attention=_attention,
+    partial_attention=_partial(plain_attention, return_lse=True),
+    partial_attention_gradients=_partial(reference.flash_attention_gradients),
     unfused_attention=_unfused_attention(reference.scaled_masked_softmax, _dropout),
-    layer_norm=_layer_norm,
-    rms_norm=_rms_norm,
-    dropout=_dropout,
+    layer_norm=_by_runs(_layer_norm),
+    rms_norm=_by_runs(_rms_norm),
+    dropout=_by_runs(_dropout),
     apply_rotary=reference.apply_rotary,
     gelu=gelu,
     geglu=geglu,
@@ -231,6 +289,45 @@ def _fused_attention(flash_attention: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
+def _fused_partial(function: Callable[..., Any], plain: Callable[..., Any], **more: Any) -> Callable[..., Any]:
+    """Return the kernels' function of a part of a causal matrix of scores: documents as one row, a bias in `plain`."""
+
+    def run(
+        *tensors: Tensor,
+        drop: Drop | None = None,
+        slopes_H: Tensor | None = None,
+        bias_HTS: Tensor | None = None,
+        documents: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
+    ) -> Any:
+        if bias_HTS is not None:
+            options |= {"drop": drop, "slopes_H": slopes_H, "bias_HTS": bias_HTS, "documents": documents}
+            return plain(*tensors, **options)
+        options |= {"causal": True, "alibi_slopes": slopes_H, **_drawing(drop), **more}
+        if documents is None:
+            results = function(*tensors, **options)
+        else:
+            assert drop is None, "rows laid end to end have no dropout mask of their own"
+            apart = torch.arange(len(documents[0]), device=documents[0].device)[:, None] * (options["within"][3] + 1)
+            rows = tuple((numbers + apart).flatten() for numbers in documents)
+            one_row = [x if x is None else _as_one_row(x) for x in tensors]
+            results = function(*one_row, documents=rows, **options)
+            results = [_as_rows(x, len(documents[0])) for x in results]
+        return (*results, None) if len(results) == 3 else tuple(results)
+
+    return run
+
+
+def _as_one_row(x: Tensor) -> Tensor:
+    """Return rows laid end to end: [1, B T, H, E] of [B, T, H, E], and [1, H, B T] of [B, H, T]."""
+    return x.flatten(0, 1)[None] if x.dim() == 4 else x.transpose(0, 1).flatten(1)[None]
+
+
+def _as_rows(x: Tensor, rows: int) -> Tensor:
+    """Undo `_as_one_row`."""
+    return x[0].unflatten(0, (rows, -1)) if x.dim() == 4 else x[0].unflatten(1, (rows, -1)).transpose(0, 1)
+
+
 @functools.cache
 def fused_operations() -> Operations:
     """Return the Triton kernels. They are imported here, so that a machine without Triton trains on its CPU."""
@@ -256,14 +353,22 @@ def fused_operations() -> Operations:
 
     return Operations(
         flash_attention=_fused_attention(attention.flash_attention),
+        partial_attention=_fused_partial(attention.flash_attention, REFERENCE.partial_attention, return_lse=True),
+        partial_attention_gradients=_fused_partial(
+            attention.flash_attention_gradients, REFERENCE.partial_attention_gradients
+        ),
         unfused_attention=_unfused_attention(softmax.scaled_masked_softmax, add_dropped),
-        layer_norm=lambda x, weight, bias, *, eps, residual=None, drop=None: layernorm.layer_norm(
-            x, weight, bias, eps=eps, residual=residual, **_drawing(drop)
+        layer_norm=_by_runs(
+            lambda x, weight, bias, *, eps, residual=None, drop=None: layernorm.layer_norm(
+                x, weight, bias, eps=eps, residual=residual, **_drawing(drop)
+            )
         ),
-        rms_norm=lambda x, weight, *, eps, residual=None, drop=None: rmsnorm.rms_norm(
-            x, weight, eps=eps, residual=residual, **_drawing(drop)
+        rms_norm=_by_runs(
+            lambda x, weight, *, eps, residual=None, drop=None: rmsnorm.rms_norm(
+                x, weight, eps=eps, residual=residual, **_drawing(drop)
+            )
         ),
-        dropout=add_dropped,
+        dropout=_by_runs(add_dropped),
         apply_rotary=rotary.apply_rotary,
         gelu=lambda x: activations.bias_gelu(x, None),
         geglu=activations.geglu_packed,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megalm.config.model import ModelSection
 from megalm.distributed.collectives import sum_gradient
+from megalm.distributed.places import Places, select
 from megalm.distributed.sharding import ShardSpec
 from megalm.nn.context import Rotation, unturned
 from megalm.nn.ops import select_operations
@@ -27,8 +28,8 @@ POSITIONS: Registry[type[Position]] = Registry("position")
 class ScoreBias(nn.Module):
     """What a layer adds to its scores for positions; the heads are split over the tensor axis."""
 
-    def forward(self, tokens: int) -> dict[str, Tensor]:
-        """Return arguments of `Operations.flash_attention` for rows of `tokens` tokens."""
+    def forward(self, queries: Places, tokens: int) -> dict[str, Tensor]:
+        """Return arguments of `Operations.flash_attention` for some queries of rows of `tokens` tokens."""
         raise AssertionError(f"{type(self).__name__} has no forward pass")
 
 
@@ -45,12 +46,12 @@ class Position(nn.Module):
         del config, embeds, init
         self.group = group
 
-    def forward(self, x_BTD: Tensor, first_token: int) -> Tensor:
-        """Return the embedded tokens with what belongs to them; the first has position `first_token`."""
+    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
+        """Return the embedded tokens, whose positions are `places`, with what belongs to them."""
         return x_BTD
 
-    def rotation(self, tokens: int) -> Rotation:
-        """Return what is applied to queries and keys of positions 0 ... tokens - 1, shape BTHE."""
+    def rotation(self, places: Places) -> Rotation:
+        """Return what is applied to queries and keys of positions `places`, shape BTHE."""
         return unturned
 
     @staticmethod
@@ -77,10 +78,10 @@ class LearnedPosition(Position):
             spec = ShardSpec.whole("position.weight", (config.sequence, config.hidden))
             self.weight = init.table(spec, config.init_std)
 
-    def forward(self, x_BTD: Tensor, first_token: int) -> Tensor:
-        """Add the vectors of positions first_token ... first_token + T - 1."""
+    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
+        """Add the vectors of these positions."""
         weight = self.weight if self.group is None else sum_gradient(self.weight, self.group)
-        return x_BTD + weight[first_token : first_token + x_BTD.shape[1]]
+        return x_BTD + select(weight, places, dim=0)
 
 
 @POSITIONS.register("sinusoidal")
@@ -101,10 +102,10 @@ class SinusoidalPosition(Position):
             table_TD = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, : config.hidden]
             self.table_TD = table_TD.to(init.device, init.dtype)
 
-    def forward(self, x_BTD: Tensor, first_token: int) -> Tensor:
-        """Add the vectors of positions first_token ... first_token + T - 1."""
+    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
+        """Add the vectors of these positions."""
         assert self.table_TD is not None, "this stage embeds no tokens"
-        return x_BTD + self.table_TD[first_token : first_token + x_BTD.shape[1]]
+        return x_BTD + select(self.table_TD, places, dim=0)
 
 
 @POSITIONS.register("rotary")
@@ -122,9 +123,9 @@ class RotaryPosition(Position):
         self.operations = select_operations(config.kernels, init.device)
         self.cos_TR, self.sin_TR = (table.to(init.device, table_dtype) for table in rotary_tables(config))
 
-    def rotation(self, tokens: int) -> Rotation:
-        """Return the rotation of positions 0 ... tokens - 1."""
-        cos_TR, sin_TR = self.cos_TR[:tokens], self.sin_TR[:tokens]
+    def rotation(self, places: Places) -> Rotation:
+        """Return the rotation of these positions."""
+        cos_TR, sin_TR = select(self.cos_TR, places, dim=0), select(self.sin_TR, places, dim=0)
         return lambda x_BTHE: self.operations.apply_rotary(x_BTHE, cos_TR, sin_TR)
 
 
@@ -145,7 +146,7 @@ class _Slopes(ScoreBias):
         own = alibi_slopes(heads)[index * heads // count : (index + 1) * heads // count]
         self.slopes_H = torch.tensor(own, dtype=torch.promote_types(init.dtype, torch.float32), device=init.device)
 
-    def forward(self, tokens: int) -> dict[str, Tensor]:
+    def forward(self, queries: Places, tokens: int) -> dict[str, Tensor]:
         """Return `slopes_H`."""
         return {"slopes_H": self.slopes_H}
 
@@ -181,10 +182,10 @@ class _RelativeBias(ScoreBias):
         self.weight = init.table(ShardSpec.split(f"{name}.weight", shape, 0, index, count), config.init_std)
         self.farthest = config.relative_distance
 
-    def forward(self, tokens: int) -> dict[str, Tensor]:
+    def forward(self, queries: Places, tokens: int) -> dict[str, Tensor]:
         """Return `bias_HTS`."""
-        places_T = torch.arange(tokens, device=self.weight.device)
-        distance_TS = (places_T[:, None] - places_T).clamp_min(0)  # later keys are hidden anyway
+        places_S = torch.arange(tokens, device=self.weight.device)
+        distance_TS = (select(places_S, queries, dim=0)[:, None] - places_S).clamp_min(0)  # later keys are hidden
         return {"bias_HTS": self.weight[:, relative_bucket(distance_TS, self.weight.shape[1], self.farthest)]}
 
 

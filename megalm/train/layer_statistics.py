@@ -1,7 +1,7 @@
 """What happens in each layer, sampled each `inspect.every` steps into the run's `inspect.jsonl`.
 
 Numbers are those of the whole model and the whole batch, whatever the layout: sums of squares and counts of what each
-rank holds once are added over the world, the largest values of a feed-forward unit over the data axis. Between samples
+rank holds once are added over the world, the largest values of a feed-forward unit over the replicas. Between samples
 nothing is hooked, and no sample changes what is computed.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from megalm.config.run import RunConfig
 from megalm.distributed.collectives import all_reduce_max
 from megalm.distributed.mesh import ParallelMesh, world_group
+from megalm.distributed.places import Places, select, whole
 from megalm.distributed.sharding import Fragment
 from megalm.models.transformer import Transformer
 from megalm.nn.context import Context
@@ -57,6 +58,8 @@ class LayerStatistics:
         self._padded = config.data.rows == "documents" or config.train.pad_batch
         self._mask_BT: Tensor | None = None
         """Of the block that is running: false for padding, of which nothing is measured. None: there is none."""
+        self._own: Places = ()
+        """Of the block that is running: this context rank's tokens."""
 
     def before_step(self, trainer: Trainer) -> None:
         """Look into this rank's blocks, if the step that begins is due."""
@@ -76,8 +79,7 @@ class LayerStatistics:
 
     def _look_into(self, index: int, head: int) -> None:
         block: Any = self.model.blocks[str(index)]
-        if self._padded:
-            self._undo.append(block.register_forward_pre_hook(self._see_mask).remove)
+        self._undo.append(block.register_forward_pre_hook(self._see_context).remove)
         if self.model.sequence or self.mesh.coordinates.tensor == 0:  # else all tensor ranks hold the same tokens
             self._undo.append(block.register_forward_hook(partial(self._see_output, index)).remove)
         self._undo.append(block.mlp.down.register_forward_pre_hook(partial(self._see_units, index)).remove)
@@ -86,23 +88,26 @@ class LayerStatistics:
             self._undo.append(partial(setattr, attention, "attend", attention.attend))
             attention.attend = partial(self._attend, index, own, attention.attend)
 
-    def _see_mask(self, block: Any, inputs: tuple[Tensor, Context]) -> None:
-        self._mask_BT = inputs[1].loss_mask_BT
+    def _see_context(self, block: Any, inputs: tuple[Tensor, Context]) -> None:
+        self._mask_BT = inputs[1].loss_mask_BT if self._padded else None
+        self._own = whole(inputs[1].tokens)
+        if self.model.context is not None:
+            self._own = self.model.context.places(inputs[1].tokens)
 
     def _see_output(self, index: int, block: Any, inputs: tuple[Tensor, Context], x: Tensor) -> None:
-        x, count = self._measured(x.detach(), inputs[1].first_token)
+        x, count = self._measured(x.detach(), inputs[1].held)
         self._add(1 + index, "activation", _square(x))
         self._add(1 + index, "activations", count)
 
-    def _measured(self, x_BTX: Tensor, first_token: int = 0) -> tuple[Tensor, Tensor | float]:
-        """Return the tokens from `first_token` on with zeros for padding, and how many numbers are of others."""
+    def _measured(self, x_BTX: Tensor, places: Places) -> tuple[Tensor, Tensor | float]:
+        """Return x, of the tokens `places`, with zeros for padding, and how many numbers are of others."""
         if self._mask_BT is None:
             return x_BTX, x_BTX.numel()
-        mask_BT = self._mask_BT[:, first_token : first_token + x_BTX.shape[1]]
+        mask_BT = select(self._mask_BT, places)
         return x_BTX * mask_BT[..., None], mask_BT.sum() * x_BTX.shape[-1]
 
     def _see_units(self, index: int, down: Any, inputs: tuple[Tensor, ...]) -> None:
-        h_BTF, count = self._measured(inputs[0].detach())
+        h_BTF, count = self._measured(inputs[0].detach(), self._own)
         h_NF = h_BTF.flatten(0, -2)
         self._add(1 + index, "unit", _square(h_NF))
         self._add(1 + index, "units", count)
@@ -116,9 +121,19 @@ class LayerStatistics:
         """Attend, and see a head's entropy in the first row of the step's batch, which comes first."""
         if index not in self._entropy:
             queries = None if self._mask_BT is None else int(self._mask_BT[0].sum())
-            self._entropy[index] = head_entropy(q_BTHE, k_BTGE, head, queries=queries, **how)
-            self._add(1 + index, "entropy", self._entropy[index])
+            q_1THE, k_1TGE = (self._whole_rows(x[:1]) for x in (q_BTHE, k_BTGE))
+            bias_HTS = how.get("bias_HTS")
+            if bias_HTS is not None and bias_HTS.shape[1] < q_1THE.shape[1]:
+                bias_HTS = self._whole_rows(bias_HTS.detach())
+            self._entropy[index] = head_entropy(q_1THE, k_1TGE, head, queries=queries, **how | {"bias_HTS": bias_HTS})
+            if self.mesh.index("context") == 0:
+                self._add(1 + index, "entropy", self._entropy[index])
         return attend(q_BTHE, k_BTGE, *v, **how)
+
+    def _whole_rows(self, x_BTX: Tensor) -> Tensor:
+        """Return all tokens, in their order, of which each context rank has some."""
+        context = self.model.context
+        return x_BTX if context is None else context.whole_rows(x_BTX)
 
     def before_update(self, trainer: Trainer) -> None:
         """See the gradients, and keep the weights until they are updated."""
@@ -152,8 +167,8 @@ class LayerStatistics:
         unit_rms = (columns[_SUMS.index("unit")] / columns[_SUMS.index("units")]).sqrt()
         counts = torch.zeros_like(sums)
         for index, largest_F in sorted(self._largest_F.items()):
-            largest_F = all_reduce_max(largest_F, self.mesh.group("data"))
-            if self.mesh.coordinates.data == 0:
+            largest_F = all_reduce_max(largest_F, self.mesh.group("replica"))
+            if self.mesh.index("replica") == 0:
                 counts[1 + index, _SUMS.index("dead")] = (largest_F < DEAD * unit_rms[1 + index]).sum()
                 counts[1 + index, _SUMS.index("widths")] = largest_F.numel()
         dist.all_reduce(counts, group=world_group())

@@ -222,6 +222,7 @@ def _describe(config: RunConfig, mesh: ParallelMesh) -> dict[str, Any]:
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
         "data": layout.data,
+        "context": layout.context,
         "zero_stage": config.zero.stage,
         "precision": config.precision,
     }

@@ -7,6 +7,7 @@ from megalm.config.run import RunConfig
 from megalm.config.storage import muon_parameters
 from megalm.data.datasets import PreparedData
 from megalm.data.windows import Windows, predicted_tokens
+from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.train.monitor import Peak, count_parameters
 from megalm.train.tracking import format_count
@@ -26,9 +27,15 @@ def run_facts(
         ("length", _length(config, windows)),
         *_ramps(config),
         *_filling(config, layout.data),
-        ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, {mesh.device.type}"),
+        ("layout", f"{_layout(layout)}, {mesh.device.type}"),
         ("MFU", f"of {peak.flops / 1e12:.3g} TFLOP/s a rank ({peak.source})"),
     ]
+
+
+def _layout(layout: RankLayout) -> str:
+    """Return the size of each axis; context only where it is one."""
+    axes = ("tensor", "pipeline", "context", "data")
+    return " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes if axis != "context" or layout.context > 1)
 
 
 def _muons(config: RunConfig, parameters: int) -> list[tuple[str, str]]:

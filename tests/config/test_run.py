@@ -68,6 +68,39 @@ def test_derived_values_of_the_model() -> None:
             ["train.micro_batch=5"],
             "train.global_batch=12 is not divisible by train.micro_batch=5; use 1, 2, 3, 4, 6 or 12",
         ),
+        (
+            ["parallel.context=3"],
+            "model.sequence=16 does not divide into 2 x parallel.context=3 pieces, of which each rank has an early and "
+            "a late one; use 12 or 18",
+        ),
+        (
+            ["parallel.context=4", "parallel.tensor=4", "parallel.sequence=true", "model.sequence=24"],
+            "model.sequence=24 is 6 tokens on each of parallel.context=4 ranks, which parallel.tensor=4 does not "
+            "divide; use a multiple of 32, or parallel.sequence=false",
+        ),
+        (
+            ["parallel.context=8", "parallel.context_attention=ulysses"],
+            "divides the 12 heads of a tensor rank (model.heads=12 / parallel.tensor=1) over parallel.context=8, which "
+            "does not go; use 1, 2, 3, 4, 6 or 12 for parallel.context, or parallel.context_attention=ring",
+        ),
+        (
+            ["parallel.context=2", "model.flash_attention=false"],
+            "model.flash_attention=false makes whole matrices of scores, which a ring never has; use "
+            "parallel.context_attention=ulysses",
+        ),
+        (
+            ["parallel.context=2", "model.attention_pattern=strided", "model.block_size=2", "model.local_blocks=2"],
+            "model.attention_pattern=strided needs whole rows, which a ring never has; use "
+            "parallel.context_attention=ulysses",
+        ),
+        (
+            ["parallel.context=2", "train.compile=true"],
+            "the messages of parallel.context=2 would part; use train.compile",
+        ),
+        (
+            ["parallel.context_attention=ulysses"],
+            "parallel.context_attention=ulysses has no effect without parallel.context above 1; leave it out",
+        ),
         (["zero.stage=3", "parallel.pipeline=2"], "use zero.stage 0, 1 or 2, or parallel.pipeline=1"),
         (["lr_schedule.warmup_steps=11"], "lr_schedule.warmup_steps=11 is more than train.steps=10; use at most 10"),
         (["train.stop_at=11"], "train.stop_at=11 is more than train.steps=10; use at most 10"),
@@ -112,6 +145,10 @@ def test_building_a_config_in_code_checks_the_rules_too() -> None:
 def test_check_world_returns_the_data_parallel_size(tmp_path: Path) -> None:
     config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2")
     assert [check_world(config, world) for world in (4, 8, 12)] == [1, 2, 3]
+    divided = load(tmp_path, "parallel.tensor=2", "parallel.context=2")
+    assert [check_world(divided, world) for world in (4, 8, 12)] == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=2 x .* x parallel\.context=2 needs 4 ranks"):
+        check_world(divided, 3)
     padded = load(tmp_path, "train.pad_batch=true", "train.micro_batch=5")
     assert [check_world(padded, world) for world in (1, 7, 64)] == [1, 7, 64]
 

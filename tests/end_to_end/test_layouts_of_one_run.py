@@ -104,6 +104,23 @@ def test_a_run_goes_on_with_more_and_fewer_data_ranks(place: Path) -> None:
             assert found["optim/grad_norm"] == pytest.approx(record["optim/grad_norm"], rel=1e-4)
 
 
+def test_a_run_goes_on_with_its_rows_divided(place: Path) -> None:
+    context = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.context=2", "run.dir=divided")
+    succeed(place, "train", "recipe.yaml", *SPLIT, "run.dir=divided", "train.stop_at=3")
+    said = succeed(place, "train", "recipe.yaml", *SPLIT, *context, "--nproc=4")
+    assert "resuming divided/checkpoints/step-00000003 at step 3" in said
+    assert "tensor 1 x pipeline 1 x context 2 x data 2" in said
+    for record, expected in zip(logged(place / "divided"), logged(place / "run"), strict=True):
+        assert record == pytest.approx(expected, rel=1e-4)
+    answers = [
+        json.loads(succeed(place, "evaluate", "divided", *how, "--json"))
+        for how in ((), ("parallel.context=2", "parallel.context_attention=ulysses"))
+    ]
+    assert answers[0]["loss"] == pytest.approx(answers[1]["loss"], rel=1e-6)
+    text = succeed(place, "generate", "divided", f"--prompt={PROMPT}", "--temperature=0", "--tokens=8")
+    assert text.startswith(PROMPT)
+
+
 def test_a_folded_run_that_goes_on_interleaved_learns_what_one_process_does(place: Path) -> None:
     recipe = ("recipe.yaml", "model.layers=4", "train.steps=6", "evaluate.every=3")
     succeed(place, "train", *recipe, "run.dir=alone")

@@ -44,6 +44,7 @@ def measured(
         parallel={
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
+            "context": layout.context,
             "sequence": sequence_parallel,
             "schedule": schedule,
             "virtual_stages": 2 if schedule == "interleaved" else 1,
@@ -89,6 +90,8 @@ def test_every_layout_measures_what_a_plain_loop_does(
         (RankLayout(pipeline=2, data=2), 1, False, "1f1b"),
         (RankLayout(pipeline=2, tensor=2), 1, True, "zb-v"),
         (RankLayout(pipeline=2, data=2), 1, False, "interleaved"),
+        (RankLayout(data=2, tensor=2, context=2), 1, True, "1f1b"),
+        (RankLayout(pipeline=2, context=2), 2, False, "zb-v"),
     ]:
         answers = pool.run(measured, tokens_path, sequences, *how, layout=layout)
         assert all(answer == answers[0] for answer in answers), f"{layout}: {answers}"

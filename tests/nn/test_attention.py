@@ -7,6 +7,7 @@ import torch
 
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.places import whole
 from megalm.nn.attention import Attention
 from megalm.nn.context import Context
 from megalm.nn.masks import DropoutKeys
@@ -28,7 +29,7 @@ def check_attention(mesh: ParallelMesh) -> None:
                 group = mesh.group("tensor")
                 layer = Attention("blocks.0.attention", 0, config, group=group, init=INIT, sequence=sequence)
                 position = POSITIONS.get(config.position)(config, embeds=False, group=None, init=INIT)
-                context = Context(config.sequence, rotate=position.rotation(config.sequence), dropout=KEYS)
+                context = Context(config.sequence, rotate=position.rotation(whole(config.sequence)), dropout=KEYS)
                 check_layer(
                     mesh,
                     layer,

@@ -7,6 +7,7 @@ import torch
 
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.places import Run, whole
 from megalm.nn.block import TransformerBlock
 from megalm.nn.context import Context
 from megalm.nn.masks import DropoutKeys
@@ -27,8 +28,10 @@ def check_block(mesh: ParallelMesh) -> None:
                 config = model_section(**values, dropout=0.3)
                 block = TransformerBlock(3, config, group=mesh.group("tensor"), init=INIT, sequence=sequence)
                 position = POSITIONS.get(config.position)(config, embeds=False, group=None, init=INIT)
-                first = mesh.index("tensor") * config.sequence // tensor if sequence else 0
-                context = Context(config.sequence, first, position.rotation(config.sequence), keys)
+                places = whole(config.sequence)
+                length = config.sequence // tensor
+                held = (Run(mesh.index("tensor") * length, length),) if sequence else places
+                context = Context(config.sequence, held, places, position.rotation(places), keys)
                 check_layer(
                     mesh,
                     block,

@@ -14,7 +14,7 @@ KEYS = DropoutKeys(seed=3, step=5, first_sample=0)
 
 
 def dropped(dropout: Dropout, x: torch.Tensor, keys: DropoutKeys | None, first: int, whole: int) -> torch.Tensor:
-    return REFERENCE.dropout(x, dropout.at(keys, first, whole))
+    return REFERENCE.dropout(x, drop=dropout.at(keys, first, whole))
 
 
 def whole_mask(site: str = "blocks.0.mlp", rate: float = 0.4, keys: DropoutKeys = KEYS) -> torch.Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megalm.distributed.places import Run
 from megalm.errors import ConfigError
 from megalm.nn.masks import Documents, Drop, DropoutKeys, Site, document_starts
 from megalm.nn.ops import (
@@ -75,6 +76,8 @@ def adamw(operations: Operations, x: list[Tensor]) -> Tensor:
 
 
 X_BTD, HEADS, KEYS = (2, 6, 8), (2, 6, 4, 16), (2, 6, 2, 16)
+RUNS = (Run(1, 2), Run(5, 4))
+"""Where the tokens of X_BTD stand in whole rows."""
 CHANGES: dict[str, dict[str, Any]] = {
     "in a window": {"window": 2},
     "capped and biased": {"softcap": 2.0, "slopes_H": SLOPES},
@@ -86,6 +89,29 @@ ATTENTION = {
     for name in ("flash_attention", "unfused_attention")
     for change, options in CHANGES.items()
 }
+WITHIN = (10, 6, 40, 40)
+"""q and k as a part of a larger matrix of scores."""
+NUMBERS = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 2, 2, 2]], device=DEVICE)
+PARTS: dict[str, dict[str, Any]] = {
+    "dropping": {"drop": HEAD_DROP, "window": 6},
+    "in documents": {"documents": (NUMBERS, NUMBERS), "slopes_H": torch.tensor([0.3, 0.2, 0.1, 0.1], device=DEVICE)},
+}
+
+
+def part(options: dict[str, Any], bias: bool = False) -> Callable[[Operations, list[Tensor]], Tensor]:
+    """Return out and lse of a part, and the gradients that are made of them, in one tensor."""
+
+    def call(o: Operations, x: list[Tensor]) -> Tensor:
+        how = {"within": WITHIN, **options, **({"bias_HTS": x[3]} if bias else {})}
+        found = o.partial_attention(*x[:3], **how)
+        out, lse = (y.detach() for y in found)
+        with torch.no_grad():
+            made = o.partial_attention_gradients(out.cos(), lse.sin(), out, lse + 0.3, *x[:3], **how)
+        return torch.cat([y.flatten() for y in (*found, *made) if y is not None])
+
+    return call
+
+
 CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[[Operations, list[Tensor]], Any]]] = {
     **ATTENTION,
     "flash_attention with a learned bias": ((HEADS, KEYS, KEYS, (4, 6, 6)), attention("flash_attention")),
@@ -94,6 +120,11 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[[Operations, list[T
     "flash_attention dropping": ((HEADS, KEYS, KEYS), attention("flash_attention", HEAD_DROP)),
     "unfused_attention": ((HEADS, KEYS, KEYS), attention("unfused_attention", None)),
     "unfused_attention dropping": ((HEADS, KEYS, KEYS), attention("unfused_attention", HEAD_DROP)),
+    **{
+        f"partial_attention, partial_attention_gradients {name}": ((HEADS, KEYS, KEYS), part(options))
+        for name, options in PARTS.items()
+    },
+    "partial_attention with a learned bias": ((HEADS, KEYS, KEYS, (4, 6, 6)), part({}, bias=True)),
     "layer_norm": ((X_BTD, (8,), (8,)), lambda o, x: o.layer_norm(*x, eps=1e-5)),
     "layer_norm of a sum": (
         (X_BTD, (8,), (8,), X_BTD),
@@ -104,8 +135,21 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[[Operations, list[T
         (X_BTD, (8,), X_BTD),
         lambda o, x: torch.cat(o.rms_norm(*x[:2], eps=1e-5, residual=x[2], drop=TOKEN_DROP)),
     ),
-    "dropout": ((X_BTD, X_BTD), lambda o, x: o.dropout(x[0], TOKEN_DROP, residual=x[1])),
-    "dropout of nothing": ((X_BTD, X_BTD), lambda o, x: o.dropout(x[0], None, residual=x[1])),
+    "dropout": ((X_BTD, X_BTD), lambda o, x: o.dropout(x[0], drop=TOKEN_DROP, residual=x[1])),
+    "dropout of runs": (
+        (X_BTD, X_BTD),
+        lambda o, x: o.dropout(x[0], drop=replace(TOKEN_DROP, places=RUNS), residual=x[1]),
+    ),
+    "norms of sums of runs": (
+        (X_BTD, (8,), (8,), X_BTD),
+        lambda o, x: torch.cat(
+            [
+                *o.layer_norm(*x[:3], eps=1e-5, residual=x[3], drop=replace(TOKEN_DROP, places=RUNS)),
+                *o.rms_norm(*x[:2], eps=1e-5, residual=x[3], drop=replace(TOKEN_DROP, places=RUNS)),
+            ]
+        ),
+    ),
+    "dropout of nothing": ((X_BTD, X_BTD), lambda o, x: o.dropout(x[0], residual=x[1])),
     "apply_rotary": ((HEADS, (6, 16), (6, 16)), lambda o, x: o.apply_rotary(x[0], x[1].detach(), x[2].detach())),
     "gelu": ((X_BTD,), lambda o, x: o.gelu(x[0])),
     "geglu": ((X_BTD,), lambda o, x: o.geglu(x[0])),

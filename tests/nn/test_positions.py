@@ -10,6 +10,7 @@ import torch
 from megalm.config.model import ModelSection
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.places import Run, whole
 from megalm.nn.positions import POSITIONS, Position, alibi_slopes, relative_bucket
 from megalm.tensor_parallel.initialize import Initializer
 from tests.nn.layers import INIT, check_layer, model_section
@@ -30,11 +31,12 @@ def check_learned(mesh: ParallelMesh, sequence: bool) -> None:
     config = model_section()
     group = mesh.group("tensor") if sequence else None
     position = POSITIONS.get("learned")(config, embeds=True, group=group, init=INIT)
-    first = mesh.index("tensor") * config.sequence // mesh.size("tensor") if sequence else 0
+    length = config.sequence // mesh.size("tensor")
+    places = (Run(mesh.index("tensor") * length, length),) if sequence else whole(config.sequence)
     check_layer(
         mesh,
         position,
-        lambda x: position(x, first),
+        lambda x: position(x, places),
         lambda x, w: x + w["position.weight"],
         config,
         sequence,
@@ -48,10 +50,16 @@ def test_learned_positions_of_a_token_shard_are_those_of_the_whole_sequence(
     pool.run(check_learned, sequence, layout=RankLayout(tensor=tensor))
 
 
-def test_a_shorter_sequence_takes_the_first_positions() -> None:
+def test_a_shorter_sequence_takes_the_first_positions_and_runs_take_theirs() -> None:
     position = make("learned")
     x = random_whole("x", (2, 3, 24))
-    assert_close(position(x, 0), x + position.weight[:3])
+    assert_close(position(x, whole(3)), x + position.weight[:3])
+    assert_close(position(x, (Run(1, 1), Run(5, 2))), x + position.weight[[1, 5, 6]])
+    turned, all_turned = (
+        make("rotary").rotation(places)(torch.ones(1, n, 4, 6))
+        for places, n in (((Run(1, 1), Run(5, 2)), 3), (whole(8), 8))
+    )
+    assert torch.equal(turned, all_turned[:, [1, 5, 6]])
 
 
 def test_only_the_stage_that_embeds_holds_learned_positions_and_rotary_has_no_parameters() -> None:
@@ -63,12 +71,12 @@ def test_only_the_stage_that_embeds_holds_learned_positions_and_rotary_has_no_pa
 def test_each_kind_acts_in_one_place_only() -> None:
     x_BTD, x_BTHE = random_whole("x", (2, 5, 24)), random_whole("q", (2, 5, 4, 6))
     assert make("rotary")(x_BTD, 0) is x_BTD
-    assert make("learned").rotation(5)(x_BTHE) is x_BTHE
+    assert make("learned").rotation(whole(5))(x_BTHE) is x_BTHE
 
 
 def test_rotation_turns_each_position_by_its_own_angles() -> None:
     x_BTHE = random_whole("q", (2, 5, 3, 6))
-    turned = make("rotary").rotation(5)(x_BTHE)
+    turned = make("rotary").rotation(whole(5))(x_BTHE)
     for row in range(2):
         for head in range(3):
             assert_close(turned[row, :, head], rotated(x_BTHE[row, :, head], section("rotary")))
@@ -76,7 +84,7 @@ def test_rotation_turns_each_position_by_its_own_angles() -> None:
 
 def test_rotated_scores_depend_on_the_distance_only() -> None:
     q, k = (random_whole(name, (1, 1, 1, 6)).expand(1, 8, 1, 6) for name in "qk")
-    rotate = make("rotary").rotation(8)
+    rotate = make("rotary").rotation(whole(8))
     scores = rotate(q)[0, :, 0] @ rotate(k)[0, :, 0].T
     for distance in range(8):
         same = scores.diagonal(-distance)
@@ -88,7 +96,7 @@ def test_the_tables_of_a_bf16_model_are_fp32() -> None:
     position = make("rotary", init=Initializer(1, torch.bfloat16, torch.device("cpu")))
     assert position.cos_TR.dtype is position.sin_TR.dtype is torch.float32
     x = torch.ones(1, 8, 1, 6, dtype=torch.bfloat16)
-    assert position.rotation(8)(x).dtype is torch.bfloat16
+    assert position.rotation(whole(8))(x).dtype is torch.bfloat16
 
 
 SCALED = [
@@ -104,14 +112,14 @@ SCALED = [
 def test_scaled_and_partial_rotations_match_their_formulas(scaling: dict[str, Any], share: float) -> None:
     more = {**scaling, "rotary_share": share, "hidden": 64, "sequence": 40, "rotary_base": 10000.0}
     x_BTHE = random_whole("q", (1, 40, 4, 16))
-    turned = make("rotary", **more).rotation(40)(x_BTHE)
+    turned = make("rotary", **more).rotation(whole(40))(x_BTHE)
     assert_close(turned.transpose(1, 2), rotated(x_BTHE.transpose(1, 2), section("rotary", **more)))
 
 
 def test_sinusoids_match_their_formula_in_odd_widths_too() -> None:
     for hidden in (24, 12):
         x = random_whole("x", (2, 5, hidden))
-        assert_close(make("sinusoidal", hidden=hidden, heads=2)(x, 2), x + sinusoids(8, hidden)[2:7])
+        assert_close(make("sinusoidal", hidden=hidden, heads=2)(x, (Run(2, 5),)), x + sinusoids(8, hidden)[2:7])
 
 
 @pytest.mark.parametrize("heads", [1, 2, 6, 8, 12, 16, 40, 112])

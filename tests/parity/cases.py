@@ -21,6 +21,12 @@ UNFUSED_ATTENTION: dict[str, Any] = {"model.flash_attention": False}
 OUR_ADAMW: dict[str, Any] = {"optim.kind": "fused_adamw"}
 PAD: dict[str, Any] = {"train.pad_batch": True}
 MUON: dict[str, Any] = {"optim.kind": "muon"}
+RING: dict[str, Any] = {"parallel.context": 2}
+RING_OF_FOUR: dict[str, Any] = {"parallel.context": 4}
+ULYSSES: dict[str, Any] = {"parallel.context": 2, "parallel.context_attention": "ulysses"}
+PACKED: dict[str, Any] = {"model.document_mask": True}
+WINDOWS: dict[str, Any] = {"model.window": 5, "model.window_pattern": "SSL"}
+ALIBI: dict[str, Any] = {"model.position": "alibi"}
 CUT: dict[str, Any] = {"model.layers": 3}
 """Two or four data ranks cut what lies flat within a layer; four layers they would cut between them."""
 OFFLOAD2: dict[str, Any] = {"zero.stage": 2, "zero.config": "zero2-offload"}
@@ -108,6 +114,17 @@ CASES: tuple[Case, ...] = (
     Case(2, 2, 1, {**schedule("zb-v"), **OFFLOAD2}),
     Case(4, 2, 1, {**schedule("dualpipe-v"), **EIGHT, **UNTIED, **zero(1), **DROPOUT}),
     Case(2, 2, 2, {**schedule("dualpipe-v"), **SEQUENCE, **zero(2), **SELECTIVE}),
+    Case(1, 1, 1, {**RING, **WINDOWS, **PACKED}),
+    Case(1, 2, 2, {**RING, **LLAMA, **zero(1)}),
+    Case(1, 1, 2, {**RING_OF_FOUR, **DROPOUT, **SEQUENCE, "model.sequence": 32}),
+    Case(2, 1, 2, {**RING, **schedule("zb-v"), **ALIBI, **PACKED, **zero(2)}),
+    Case(1, 2, 2, {**RING, **zero(3), **DROPOUT, **RECOMPUTE}),
+    Case(4, 1, 1, {**RING, **schedule("interleaved", 2), **EIGHT, **WINDOWS, **DROPOUT, **SELECTIVE}),
+    Case(1, 2, 1, {**RING_OF_FOUR, **MUON, **CUT, **LLAMA, **zero(2)}),
+    Case(1, 3, 1, {**RING, **PAD, **zero(1), "data.rows": "documents", **batch(7, 1)}),
+    Case(1, 2, 1, {**ULYSSES, **PACKED, **WINDOWS, **zero(2)}),
+    Case(2, 1, 2, {**ULYSSES, **DROPOUT, **SEQUENCE, "model.kv_heads": 2}),
+    Case(1, 2, 2, {**ULYSSES, "model.kv_heads": 1, "model.position": "t5", **zero(3)}),
 )
 
 REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megalm.distributed import collectives
 from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.places import Places, whole
 from megalm.distributed.sharding import ShardSpec
 from megalm.models import losses, transformer
 from megalm.nn import attention, norms, ops, positions
@@ -220,7 +221,11 @@ def positions_see_one_ranks_tokens_only() -> Patches:
 
 def every_token_shard_starts_at_position_0() -> Patches:
     original = positions.LearnedPosition.forward
-    yield mock.patch.object(positions.LearnedPosition, "forward", lambda self, x, first_token: original(self, x, 0))
+
+    def from_the_start(self: Any, x_BTD: Tensor, places: Places) -> Tensor:
+        return original(self, x_BTD, whole(x_BTD.shape[1]))
+
+    yield mock.patch.object(positions.LearnedPosition, "forward", from_the_start)
 
 
 def bias_added_on_every_tensor_rank() -> Patches:

@@ -6,6 +6,7 @@ rules that `megalm train` asks before it starts anything, in one line with a rem
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import time
@@ -35,10 +36,10 @@ class Verdict:
 def draw(number: int) -> Case:
     """Return recipe number `number`: some sizes, and another value than the default for about one option in four."""
     rng = random.Random(f"recipe {number}")
-    layout = [rng.choice(SIZES) for _ in range(3)]
-    while layout[0] * layout[1] * layout[2] > 8:
-        layout = [rng.choice(SIZES) for _ in range(3)]
-    pipeline, data, tensor = layout
+    layout = [8] * 4
+    while math.prod(layout) > 8:
+        layout = [rng.choice(SIZES) for _ in range(4)]
+    pipeline, data, tensor, context = layout
     heads = tensor * rng.choice((1, 2, 3))
     layers = rng.randint(pipeline, max(pipeline, 8) if rng.random() < 0.5 else 2 * pipeline)
     micro_batch = rng.randint(1, 3)
@@ -46,7 +47,9 @@ def draw(number: int) -> Case:
         "model.layers": layers,
         "model.heads": heads,
         "model.hidden": heads * rng.choice((4, 6, 8)),
-        "model.sequence": tensor * rng.choice((3, 4, 6)),
+        "model.sequence": tensor
+        * (2 * context if context > 1 else 1)
+        * rng.choice((3, 4, 6) if context == 1 else (1, 2, 3)),
         "model.ffn": tensor * rng.randint(3, 11),
         "train.micro_batch": micro_batch,
         "train.global_batch": micro_batch * data * rng.randint(1, 3),
@@ -57,6 +60,10 @@ def draw(number: int) -> Case:
     for name, values in FACTORS.items():
         if name != LAYOUT and rng.random() < 0.25:
             overrides |= rng.choice(values)
+    for key in ("parallel.context", "parallel.context_attention"):
+        overrides.pop(key, None)
+    if context > 1:
+        overrides |= {"parallel.context": context, "parallel.context_attention": rng.choice(("ring", "ulysses"))}
     return Case(pipeline, data, tensor, overrides)
 
 

@@ -61,7 +61,7 @@ class Case:
     @property
     def layout(self) -> RankLayout:
         """The layout of the ranks."""
-        return RankLayout(pipeline=self.pipeline, data=self.data, tensor=self.tensor)
+        return RankLayout(self.pipeline, self.data, self.tensor, self.overrides.get("parallel.context", 1))
 
     @property
     def name(self) -> str:
@@ -71,8 +71,10 @@ class Case:
         if LLAMA.items() <= rest.items():
             words.append("llama")
             rest = {key: value for key, value in rest.items() if key not in LLAMA}
+        context = rest.pop("parallel.context", 1)
         words += [f"{key.split('.')[-1]}={str(value).replace(' ', '')}" for key, value in rest.items()]
-        return " ".join([f"t{self.tensor}p{self.pipeline}d{self.data}", *words])
+        ranks = f"t{self.tensor}p{self.pipeline}" + f"c{context}" * (context > 1) + f"d{self.data}"
+        return " ".join([ranks, *words])
 
     def config(self, **more: Any) -> RunConfig:
         """Return the whole recipe; `more` are sections' dotted keys with __ for the dot."""

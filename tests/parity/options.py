@@ -85,6 +85,11 @@ FACTORS: dict[str, list[Any]] = {
     "tied": one("model.tie_embeddings", False),
     "attention": one("model.flash_attention", False),
     "sequence": one("parallel.sequence", True),
+    "context": [
+        NONE,
+        {"parallel.context": 2},
+        {"parallel.context": 2, "parallel.context_attention": "ulysses"},
+    ],
     "schedule": [
         *one("parallel.schedule", "gpipe", "zb-h1", "zb-h2", "zb-v", "dualpipe-v"),
         {"parallel.schedule": "interleaved", "parallel.virtual_stages": 2},
@@ -150,9 +155,12 @@ def case_of(row: Sequence[Any]) -> Case:
 
 def may_be(row: Sequence[Any]) -> bool:
     """Return whether a recipe may have these values together."""
+    case = case_of(row)
     try:
-        config = case_of(row).config()
+        config = case.config()
     except ConfigError:
+        return False
+    if case.layout.world_size > 8:
         return False
     return config.zero.stage == 0 or all(
         any(not _is_frozen(config, layer) for layer in stage_plan(config, stage).layers)

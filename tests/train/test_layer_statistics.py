@@ -31,7 +31,8 @@ SMALL: dict[str, Any] = {
 
 def trainer_of(mesh: ParallelMesh, run: Path, **overrides: Any) -> tuple[Trainer, LayerStatistics]:
     layout = mesh.layout
-    case = Case(layout.pipeline, layout.data, layout.tensor, {**SMALL, "run.dir": str(run), **overrides})
+    context = {"parallel.context": layout.context} if layout.context > 1 else {}
+    case = Case(layout.pipeline, layout.data, layout.tensor, {**SMALL, **context, "run.dir": str(run), **overrides})
     run.mkdir(exist_ok=True)
     trainer = build_trainer(mesh, case.config())
     layers = LayerStatistics(trainer.config, mesh, trainer.engine.module, 0)  # type: ignore[arg-type]
@@ -182,6 +183,8 @@ LAYOUTS: list[tuple[RankLayout, dict[str, Any]]] = [
     (RankLayout(data=2), {"zero.stage": 1}),
     (RankLayout(data=2), {"zero.stage": 2, "zero.config": "zero2-offload"}),
     (RankLayout(data=4), {"zero.stage": 3, "precision": "fp32"}),
+    (RankLayout(data=2, context=2), {"zero.stage": 1}),
+    (RankLayout(tensor=2, context=2), {"parallel.context_attention": "ulysses", "parallel.sequence": True}),
     (RankLayout(pipeline=2, data=2, tensor=2), {"zero.stage": 2, "parallel.sequence": True}),
 ]
 
