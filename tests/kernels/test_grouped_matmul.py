@@ -143,11 +143,12 @@ def test_nothing_to_multiply(rows: int, D: int, F: int) -> None:
 
 
 def test_a_weight_gradient_is_summed_in_fp32() -> None:
-    """512 ones of bf16: a sum in bf16 would stop at 256."""
-    x = torch.ones(512, 4, dtype=torch.bfloat16, device=DEVICE)
+    """256 + 256/16 is a bf16; 256 + 1, or any sum of 16 rows more, is none."""
+    x = torch.full((257, 4), 0.0625, dtype=torch.bfloat16, device=DEVICE)
+    x[0] = 256.0
     weight = torch.ones(2, 4, 4, dtype=torch.bfloat16, device=DEVICE)
-    _, _, dweight = run(grouped_matmul, x, weight, torch.tensor([512, 0], device=DEVICE), x)
-    assert torch.equal(dweight[0], torch.full_like(dweight[0], 512.0)) and not dweight[1].any()
+    _, _, dweight = run(grouped_matmul, x, weight, torch.tensor([257, 0], device=DEVICE), torch.ones_like(x))
+    assert torch.equal(dweight[0], torch.full_like(dweight[0], 272.0)) and not dweight[1].any()
 
 
 def test_what_is_saved_are_the_inputs_as_they_were_given() -> None:
@@ -237,13 +238,25 @@ def test_large_products_that_the_host_does_not_wait_for(dtype: torch.dtype, expe
 
 
 def test_places_beyond_32_bits() -> None:
-    """Strides so long that rows and matrices lie beyond 2^31 elements, in memory of which few pages are touched."""
-    memory = torch.empty(2**31 + 2**25, dtype=torch.float16, device=DEVICE)
-    x, weight, counts = inputs((252, 8), 8, 8, torch.float16)
-    dy = normal(260, 8, dtype=torch.float16)
+    """Strides fit into 32 bits, as in practice: only their multiples do not. Few pages of the memory are touched."""
+    memory = torch.empty(2**31 + 2**27, dtype=torch.float16, device=DEVICE)
+    x, weight, counts = inputs((260, 0, 8), 8, 8, torch.float16)
+    dy = normal(268, 8, dtype=torch.float16)
     stride = 2**23 - 16  # beyond that rows are copied
     far_x = memory.as_strided(x.shape, (stride, 1)).copy_(x)
     far_dy = memory[64:].as_strided(dy.shape, (stride, 1)).copy_(dy)
-    far_weight = memory[2**12 :].as_strided(weight.shape, (2**31 - 64, 8, 1)).copy_(weight)
+    far_weight = memory[2**12 :].as_strided(weight.shape, (2**30 + 32, 8, 1)).copy_(weight)
     expected = run(grouped_matmul, x, weight, counts, dy)
     torch.testing.assert_close(run(grouped_matmul, far_x, far_weight, counts, far_dy), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="results of more than 2^31 elements need a GPU")
+@pytest.mark.parametrize(("counts", "D", "F"), [((2**20, 16), 16, 2**11), ((60, *[0] * 511, 4), 2**11, 2**11)])
+def test_results_beyond_32_bits(counts: tuple[int, ...], D: int, F: int) -> None:
+    """y is, or the weight's gradient; of each the last expert's part stands for all."""
+    x, weight, counts_E = inputs(counts, D, F, torch.bfloat16)
+    last, dy = counts[-1], normal(x.shape[0], F, dtype=torch.bfloat16)
+    y, _, dweight = run(grouped_matmul, x, weight, counts_E, dy)
+    torch.testing.assert_close(y[-last:], x[-last:] @ weight[-1].t(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(dweight[-1], dy[-last:].t() @ x[-last:], rtol=1e-2, atol=1e-2)
