@@ -32,7 +32,7 @@ FILES = {
     "sm_89": ("attention", "grouped_matmul", "layernorm", "rmsnorm"),
     "sm_120": ("attention", "grouped_matmul"),
 }
-"""All that is compiled for targets which take the tables' rows without an arch: what needs most shared memory. sm_120
+"""All that is compiled for targets which mostly take the rows without an arch: what needs most shared memory. sm_120
 has sm_89's limit and its matrix instructions, so the norms are compiled for one of the two."""
 RESERVED_BYTES = 1024
 """From sm_90 on a block's listed shared memory holds what the system keeps, which is no part of the limit."""
