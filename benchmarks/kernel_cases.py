@@ -392,6 +392,30 @@ def _adamw_cost(s: Sizes) -> dict[str, Work]:
     return {"forward": (12 * elements, 28 * elements)}
 
 
+# The experts' products. Sizes: N (rows of all experts), E, D, F; bytes. Some experts have four times others' rows.
+
+
+def _grouped_matmul_inputs(s: Sizes, generator: torch.Generator) -> Inputs:
+    draw = functools.partial(_normal, generator, dtype=_kind(s))
+    shares = 0.25 + 0.75 * torch.rand(s["E"], generator=generator, device=generator.device)
+    chosen = torch.multinomial(shares, s["N"], replacement=True, generator=generator)
+    weight = s["D"] ** -0.5 * draw(s["E"], s["F"], s["D"])
+    return {"x": draw(s["N"], s["D"]), "weight": weight, "counts": torch.bincount(chosen, minlength=s["E"])}
+
+
+def _grouped_matmul_ours(s: Sizes) -> Call:
+    from megalm.kernels.grouped_matmul import grouped_matmul
+
+    return lambda x: grouped_matmul(x["x"], x["weight"], x["counts"])
+
+
+def _grouped_matmul_cost(s: Sizes) -> dict[str, Work]:
+    flops = 2.0 * s["N"] * s["D"] * s["F"]
+    rows, matrices = s["N"] * (s["D"] + s["F"]), s["E"] * s["D"] * s["F"]
+    backward = HALF * (rows + s["N"] * s["D"] + 2 * matrices)
+    return {"forward": (flops, HALF * (rows + matrices)), "backward": (2 * flops, float(backward))}
+
+
 # The embedding's gradient (sizes N tokens, V, D) and the norm of all gradients (sizes P, C).
 
 
@@ -486,6 +510,13 @@ OPERATIONS: dict[str, Operation] = {
         _embedding_cost,
         ("weight",),
     ),
+    "grouped_matmul": Operation(
+        _grouped_matmul_inputs,
+        _grouped_matmul_ours,
+        lambda s: lambda x: reference.grouped_matmul(x["x"], x["weight"], x["counts"]),
+        _grouped_matmul_cost,
+        ("x", "weight"),
+    ),
     "grad_norm": Operation(
         lambda s, g: {"gradients": [_normal(g, s["P"] // s["C"]) for _ in range(s["C"])]},
         _grad_norm_ours,
@@ -522,6 +553,7 @@ def cases(small: bool) -> list[Case]:
             Case("AdamW fp32", "adamw", {"P": 10_000, "C": 2, "M": 0}),
             Case("AdamW bf16 with masters", "adamw", {"P": 10_000, "C": 2, "M": 1}),
             Case("embedding", "embedding", {"N": 64, "V": 50, "D": 16}),
+            Case("experts", "grouped_matmul", {"N": 48, "E": 4, "D": 16, "F": 24}),
             Case("gradient norm", "grad_norm", {"P": 10_000, "C": 2}),
         ]
     tokens = 16384
@@ -544,6 +576,8 @@ def cases(small: bool) -> list[Case]:
         Case("AdamW fp32", "adamw", {"P": 1_000_000_000, "C": 100, "M": 0}),
         Case("AdamW bf16 with masters", "adamw", {"P": 1_000_000_000, "C": 100, "M": 1}),
         Case("embedding", "embedding", {"N": tokens, "V": 128256, "D": 4096}),
+        Case("8 experts, D4096 F14336", "grouped_matmul", {"N": tokens, "E": 8, "D": 4096, "F": 14336}),
+        Case("128 experts, D2048 F768", "grouped_matmul", {"N": 4 * tokens, "E": 128, "D": 2048, "F": 768}),
         Case("gradient norm", "grad_norm", {"P": 1_000_000_000, "C": 100}),
     ]
 

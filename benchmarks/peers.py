@@ -217,6 +217,29 @@ def _fused_adamw(case: Case) -> Call:
     return call
 
 
+def _loop_of_products(case: Case) -> Call:
+    """A product an expert, with counts that the host knows beforehand, as no training step does."""
+
+    def call(x: Inputs) -> Tensor:
+        if "rows" not in x:
+            x["rows"] = x["counts"].tolist()
+        parts = x["x"].split(x["rows"])
+        return torch.cat([rows @ matrix.t() for rows, matrix in zip(parts, x["weight"].unbind(), strict=True)])
+
+    return call
+
+
+def _torch_grouped(case: Case) -> Call:
+    if not hasattr(torch, "_grouped_mm"):
+        raise Unavailable(f"torch {torch.__version__} has no _grouped_mm")
+
+    def call(x: Inputs) -> Tensor:
+        ends = x["counts"].cumsum(0, dtype=torch.int32)
+        return torch._grouped_mm(x["x"], x["weight"].transpose(1, 2), offs=ends)
+
+    return call
+
+
 def _no(reason: str) -> Peer:
     def build(case: Case) -> Call:
         raise Unavailable(reason)
@@ -251,5 +274,6 @@ PEERS: dict[str, dict[str, Peer]] = {
         "Liger": Peer(_liger(lambda f, case: lambda x: f.liger_swiglu(x["gate"], x["up"]))),
         "QuACK": _no("has SwiGLU only as part of a matrix product"),
     },
+    "grouped_matmul": {"loop": Peer(_loop_of_products), "_grouped_mm": Peer(_torch_grouped)},
     "adamw": {"torch fused": Peer(_fused_adamw)},
 }

@@ -171,6 +171,25 @@ def _elementwise() -> Iterator[Tuning]:
     yield Tuning("dropout", "dropout", _BLOCKS, [Point(None, Case("D4096", "dropout", {"N": 16384, "D": 4096}))])
 
 
+_PRODUCTS = {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64), "GROUP": (8,), "num_warps": (4, 8),
+             "num_stages": (2, 3, 4)}  # fmt: skip
+_FP32_PRODUCTS = {**_PRODUCTS, "BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "BLOCK_K": (16, 32)}
+
+
+def _experts() -> Iterator[Tuning]:
+    many = Case("8 experts", "grouped_matmul", {"N": 16384, "E": 8, "D": 2048, "F": 8192})
+    few = Case("256 experts", "grouped_matmul", {"N": 16384, "E": 256, "D": 2048, "F": 768})
+    for suffix, more, grid in (
+        ("", {}, _PRODUCTS),
+        ("_odd", {"D": 2047}, _PRODUCTS),
+        ("_fp32", {"bytes": 4}, _FP32_PRODUCTS),
+    ):
+        case = many.with_sizes(**more)
+        points = [*([] if suffix else [Point(64, few, "both")]), Point(None, case, "both")]
+        yield Tuning("grouped_matmul", f"products{suffix}", grid, points)  # two of a step's three products
+        yield Tuning("grouped_matmul", f"weight_gradients{suffix}", grid, [Point(None, case, "backward")])
+
+
 def _parameters() -> Iterator[Tuning]:
     """Yield those that work on weights and gradients."""
     case = Case("P1e9", "adamw", {"P": 1_000_000_000, "C": 100, "M": 0})
@@ -194,5 +213,6 @@ TUNINGS: list[Tuning] = [
     Tuning("softmax", "backward", _ROWS, _softmax("backward"), legal=_loops("T")),
     *_losses(),
     *_elementwise(),
+    *_experts(),
     *_parameters(),
 ]

@@ -585,6 +585,63 @@ def embedding(tokens: Tensor, weight_VD: Tensor) -> Tensor:
     return F.embedding(tokens, weight_VD)
 
 
+def grouped_matmul(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """Return y_NF: the first counts[0] rows of x times weight[0]^T, the next counts[1] times weight[1]^T, and so on.
+
+    Rows beyond the sum of the counts get zeros; RuntimeError if the sum is above N. It is an opaque operation, as it
+    reads the counts on the host, which neither a compiled graph nor a tensor without memory could be part of.
+    """
+    return _grouped_products(x_ND, weight_EFD, counts_E)
+
+
+@torch.library.custom_op("megalm::plain_grouped_matmul", mutates_args=())
+def _grouped_products(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    y = x.new_zeros((x.shape[0], weight.shape[1]))
+    for x_rows, y_rows, matrix in zip(_by_expert(x, counts), _by_expert(y, counts), weight.unbind(), strict=True):
+        if len(x_rows):
+            torch.mm(x_rows, matrix.t(), out=y_rows)
+    return y
+
+
+@_grouped_products.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+@torch.library.custom_op("megalm::plain_grouped_matmul_weight", mutates_args=())
+def _grouped_weight_gradients(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """Return dy^T x over the rows of each expert, [E, F, D]."""
+    dweight = x.new_zeros((counts.shape[0], dy.shape[1], x.shape[1]))
+    for dy_rows, x_rows, matrix in zip(_by_expert(dy, counts), _by_expert(x, counts), dweight.unbind(), strict=True):
+        if len(x_rows):
+            torch.mm(dy_rows.t(), x_rows, out=matrix)
+    return dweight
+
+
+@_grouped_weight_gradients.register_fake
+def _(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty((counts.shape[0], dy.shape[1], x.shape[1]))
+
+
+def _by_expert(rows: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+    sizes = counts.tolist()
+    return rows.split([*sizes, rows.shape[0] - sum(sizes)])[:-1]
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, counts = ctx.saved_tensors
+    need_x, need_weight, _ = ctx.needs_input_grad
+    dx = _grouped_products(dy, weight.transpose(1, 2), counts) if need_x else None
+    return dx, _grouped_weight_gradients(dy, x, counts) if need_weight else None, None
+
+
+_grouped_products.register_autograd(_grouped_gradients, setup_context=_save_inputs)
+
+
 def grad_norm(tensors: Sequence[Tensor], *, squared: bool = False) -> Tensor:
     """Return the L2 norm over all elements of all tensors, or its square: 0-dim, fp32 (fp64 if one tensor is)."""
     if not tensors:

@@ -50,6 +50,7 @@ class Operations:
     geglu: Callable[[Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     embedding: Callable[[Tensor, Tensor], Tensor]
+    grouped_matmul: Callable[[Tensor, Tensor, Tensor], Tensor]
     cross_entropy_statistics: Callable[..., tuple[Tensor, ...]]
     cross_entropy_gradient_: Callable[..., None]
     linear_cross_entropy_statistics: Callable[..., tuple[Tensor, ...]]
@@ -248,6 +249,7 @@ REFERENCE = Operations(
     geglu=geglu,
     swiglu=reference.swiglu_packed,
     embedding=lambda tokens, weight_VD: F.embedding(tokens, weight_VD),
+    grouped_matmul=reference.grouped_matmul,
     cross_entropy_statistics=reference.cross_entropy_statistics,
     cross_entropy_gradient_=reference.cross_entropy_gradient_,
     linear_cross_entropy_statistics=reference.linear_cross_entropy_statistics,
@@ -339,6 +341,7 @@ def fused_operations() -> Operations:
         dropout,
         embedding,
         grad_norm,
+        grouped_matmul,
         layernorm,
         linear_cross_entropy,
         rmsnorm,
@@ -374,6 +377,7 @@ def fused_operations() -> Operations:
         geglu=activations.geglu_packed,
         swiglu=activations.swiglu_packed,
         embedding=embedding.embedding,
+        grouped_matmul=grouped_matmul.grouped_matmul,
         cross_entropy_statistics=cross_entropy.cross_entropy_statistics,
         cross_entropy_gradient_=cross_entropy.cross_entropy_gradient_,
         linear_cross_entropy_statistics=linear_cross_entropy.linear_cross_entropy_statistics,

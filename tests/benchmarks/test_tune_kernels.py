@@ -74,6 +74,7 @@ FEW = {
     "dropout": {"N": 2},
     "adamw": {"P": 1000, "C": 2},
     "embedding": {"N": 512, "V": 100},
+    "grouped_matmul": {"F": 16},
     "grad_norm": {"P": 1000, "C": 2},
 }
 """Sizes for the host's part of an operation alone; those that choose a row stay as they are."""

@@ -28,8 +28,11 @@ ROOT = HERE.parents[1]
 
 SHARED_LIMIT_KB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 """What one block may take (CUDA programming guide, "Technical specifications"; CDNA 3 whitepaper)."""
-FILES = {"sm_89": ("attention", "layernorm", "rmsnorm"), "sm_120": ("attention",)}
-"""All that is compiled for targets which take the tables' rows without an arch: what needs most shared memory. sm_120
+FILES = {
+    "sm_89": ("attention", "grouped_matmul", "layernorm", "rmsnorm"),
+    "sm_120": ("attention", "grouped_matmul"),
+}
+"""All that is compiled for targets which mostly take the rows without an arch: what needs most shared memory. sm_120
 has sm_89's limit and its matrix instructions, so the norms are compiled for one of the two."""
 RESERVED_BYTES = 1024
 """From sm_90 on a block's listed shared memory holds what the system keeps, which is no part of the limit."""

@@ -99,6 +99,26 @@ def every_result(dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
+def test_grouped_products_are_a_product_a_row_and_their_gradients_those_of_autograd() -> None:
+    expert_of_row = torch.tensor([0, 0, 2, 2, 2, 3])  # nobody's row follows
+    counts = torch.bincount(expert_of_row, minlength=5)
+    leaves = [random(7, 3).requires_grad_(), random(5, 4, 3, seed=1).requires_grad_()]
+
+    def by_row(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+        rows = [weight[expert] @ row for expert, row in zip(expert_of_row, x, strict=False)]
+        return torch.stack([*rows, torch.zeros(4, dtype=x.dtype)])
+
+    (y, *gradients), (expected, *right) = (
+        (y, *torch.autograd.grad(y, leaves, random(7, 4, seed=2)))
+        for y in (function(*leaves, counts) for function in (reference.grouped_matmul, by_row))
+    )
+    assert_close(y, expected)
+    for gradient, wanted in zip(gradients, right, strict=True):
+        assert_close(gradient, wanted)
+    with pytest.raises(RuntimeError, match="non-negative"):
+        reference.grouped_matmul(leaves[0][:5], leaves[1], counts)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_keep_the_dtype_and_its_precision_on_strided_inputs(dtype: torch.dtype) -> None:
     """The limit is a few roundings of input, weights and result: 8 of the dtype's epsilon."""

@@ -155,6 +155,10 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[[Operations, list[T
     "geglu": ((X_BTD,), lambda o, x: o.geglu(x[0])),
     "swiglu": ((X_BTD,), lambda o, x: o.swiglu(x[0])),
     "embedding": (((11, 8),), lambda o, x: o.embedding(torch.tensor([[1, 10, 1], [0, 1, 3]], device=DEVICE), x[0])),
+    "grouped_matmul": (
+        ((9, 8), (3, 5, 8)),
+        lambda o, x: o.grouped_matmul(x[0], x[1], torch.tensor([3, 0, 4], device=DEVICE)),
+    ),
     "cross_entropy_statistics, cross_entropy_gradient_": (((5, 9),), cross_entropy),
     "linear_cross_entropy_statistics, linear_cross_entropy_gradients": (((5, 8), (9, 8)), linear_cross_entropy),
     "adamw_": ((X_BTD, X_BTD), adamw),
