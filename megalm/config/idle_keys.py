@@ -27,9 +27,14 @@ def _when(section: str, key: str, *values: Any) -> Use:
 
 
 _SCALED = Use("model.rotary_scaling", lambda config: config.model.rotary_scaling != "none")
+_LATENT = Use("model.kv_rank", lambda config: config.model.is_latent)
 _FP16 = Use("precision=fp16", lambda config: config.precision == "fp16")
 _PROFILED = Use("profile.start", lambda config: config.profile.start is not None)
 USES: dict[str, Use] = {
+    "model.q_rank": _LATENT,
+    "model.rope_head_dim": _LATENT,
+    "model.nope_head_dim": _LATENT,
+    "model.value_head_dim": _LATENT,
     "model.rotary_share": _when("model", "position", "rotary"),
     "model.rotary_scaling": _when("model", "position", "rotary"),
     "model.rotary_factor": _SCALED,

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from megalm.config import checks, ramps
+from megalm.config import latent_checks as latent_checks
 from megalm.config import loop_checks as loop_checks  # its rules add themselves
 from megalm.config import optim_checks as optim_checks
 from megalm.config import pattern_checks as pattern_checks

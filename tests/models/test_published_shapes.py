@@ -83,6 +83,39 @@ def bloom(w: Weights) -> Weights:
     return ours
 
 
+def deepseek(w: Weights) -> Weights:
+    """Their pairs of features that turn are neighbours and stand behind those that do not."""
+    fixed, turning, heads = 16, 8, 6
+
+    def halves(rows: Tensor) -> Tensor:
+        return torch.cat((rows[..., 0::2, :], rows[..., 1::2, :]), dim=-2)
+
+    ours = {"embedding.weight": w["model.embed_tokens.weight"], "final_norm.weight": w["model.norm.weight"]}
+    ours["head.weight"] = w["lm_head.weight"]
+    for i in range(2):
+        own, their = f"blocks.{i}", f"model.layers.{i}"
+        attention = {name: w[f"{their}.self_attn.{name}.weight"] for name in ("q_b_proj", "kv_a_proj_with_mqa")}
+        queries = attention["q_b_proj"].view(heads, fixed + turning, -1)
+        latent, key = attention["kv_a_proj_with_mqa"].split((32, turning))
+        gate_and_up = torch.stack([w[f"{their}.mlp.{name}_proj.weight"] for name in ("gate", "up")])
+        ours |= {
+            f"{own}.attention_norm.weight": w[f"{their}.input_layernorm.weight"],
+            f"{own}.mlp_norm.weight": w[f"{their}.post_attention_layernorm.weight"],
+            f"{own}.attention.q_down.weight": w[f"{their}.self_attn.q_a_proj.weight"],
+            f"{own}.attention.q_latent_norm.weight": w[f"{their}.self_attn.q_a_layernorm.weight"],
+            f"{own}.attention.q_up.weight": torch.cat((halves(queries[:, fixed:]), queries[:, :fixed]), 1).flatten(
+                0, 1
+            ),
+            f"{own}.attention.kv_down.weight": torch.cat((latent, halves(key))),
+            f"{own}.attention.kv_latent_norm.weight": w[f"{their}.self_attn.kv_a_layernorm.weight"],
+            f"{own}.attention.kv_up.weight": w[f"{their}.self_attn.kv_b_proj.weight"],
+            f"{own}.attention.out.weight": w[f"{their}.self_attn.o_proj.weight"],
+            f"{own}.mlp.up.weight": gate_and_up,
+            f"{own}.mlp.down.weight": w[f"{their}.mlp.down_proj.weight"],
+        }
+    return ours
+
+
 def gpt2_pair() -> tuple[Any, RunConfig]:
     theirs = transformers.GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=96, n_layer=2, n_head=6)
     return theirs, recipe(layers=2, hidden=96, heads=6, sequence=64)
@@ -106,6 +139,22 @@ def llama_pair() -> tuple[Any, RunConfig]:
     return theirs, ours
 
 
+def deepseek_pair() -> tuple[Any, RunConfig]:
+    """DeepSeek-V3 of dense layers: latent attention, values of another size than keys."""
+    theirs = transformers.DeepseekV3Config(
+        vocab_size=VOCAB, hidden_size=96, intermediate_size=176, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=6, q_lora_rank=40, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12,
+        first_k_dense_replace=2, max_position_embeddings=64, rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    ours = recipe(
+        layers=2, hidden=96, heads=6, ffn=176, sequence=64, norm="rmsnorm", norm_eps=1e-6, activation="swiglu",
+        position="rotary", bias=False, tie_embeddings=False, kv_rank=32, q_rank=40, rope_head_dim=8, nope_head_dim=16,
+        value_head_dim=12,
+    )  # fmt: skip
+    return theirs, ours
+
+
 def bloom_pair() -> tuple[Any, RunConfig]:
     """BLOOM: ALiBi, here with a number of heads that is no power of two, and a norm behind the embedding."""
     theirs = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=96, n_layer=2, n_head=6)
@@ -123,7 +172,9 @@ def logits(mesh: ParallelMesh, config: RunConfig, weights: Weights, tokens: Tens
 
 
 @pytest.mark.parametrize(
-    ("pair", "translate"), [(gpt2_pair, gpt2), (llama_pair, llama), (bloom_pair, bloom)], ids=["gpt2", "llama", "bloom"]
+    ("pair", "translate"),
+    [(gpt2_pair, gpt2), (llama_pair, llama), (bloom_pair, bloom), (deepseek_pair, deepseek)],
+    ids=["gpt2", "llama", "bloom", "deepseek"],
 )
 def test_logits_are_those_of_transformers(
     pool: WorkerPool, pair: Callable[[], tuple[Any, RunConfig]], translate: Callable[[Weights], Weights]
@@ -139,3 +190,14 @@ def test_logits_are_those_of_transformers(
     weights = {name: value.clone() for name, value in translate(dict(other.state_dict())).items()}
     (found,) = pool.run(logits, ours, weights, tokens, layout=RankLayout())
     assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_an_attention_layer_of_deepseek_v3_has_its_published_number_of_parameters() -> None:
+    module = transformers.models.deepseek_v3.modeling_deepseek_v3
+    with torch.device("meta"):
+        theirs = module.DeepseekV3Attention(transformers.DeepseekV3Config(), 0)
+    ours = recipe(
+        layers=1, hidden=7168, heads=128, sequence=4096, kv_rank=512, q_rank=1536, rope_head_dim=64, nope_head_dim=128
+    ).model
+    assert sum(ours.attention_matrices.values()) == 187_105_280
+    assert sum(p.numel() for p in theirs.parameters()) == 187_105_280 + 512 + 1536

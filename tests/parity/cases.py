@@ -21,6 +21,14 @@ UNFUSED_ATTENTION: dict[str, Any] = {"model.flash_attention": False}
 OUR_ADAMW: dict[str, Any] = {"optim.kind": "fused_adamw"}
 PAD: dict[str, Any] = {"train.pad_batch": True}
 MUON: dict[str, Any] = {"optim.kind": "muon"}
+LATENT: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key != "model.kv_heads"},
+    "model.kv_rank": 12,
+    "model.q_rank": 10,
+    "model.rope_head_dim": 4,
+    "model.nope_head_dim": 6,
+    "model.value_head_dim": 5,
+}
 CUT: dict[str, Any] = {"model.layers": 3}
 """Two or four data ranks cut what lies flat within a layer; four layers they would cut between them."""
 OFFLOAD2: dict[str, Any] = {"zero.stage": 2, "zero.config": "zero2-offload"}
@@ -108,9 +116,13 @@ CASES: tuple[Case, ...] = (
     Case(2, 2, 1, {**schedule("zb-v"), **OFFLOAD2}),
     Case(4, 2, 1, {**schedule("dualpipe-v"), **EIGHT, **UNTIED, **zero(1), **DROPOUT}),
     Case(2, 2, 2, {**schedule("dualpipe-v"), **SEQUENCE, **zero(2), **SELECTIVE}),
+    Case(1, 2, 4, {**LATENT, **SEQUENCE, **DROPOUT, **zero(3)}),
+    Case(2, 2, 2, {**LATENT, **zero(2), **MUON, **RECOMPUTE}),
+    Case(4, 1, 2, {**LATENT, **schedule("zb-v"), **EIGHT, **SEQUENCE, **SELECTIVE}),
+    Case(2, 1, 4, {**schedule("interleaved", 2), "model.kv_rank": 12, **DROPOUT}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54, 59)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
-from tests.parity import faults, option_faults, schedule_faults
+from tests.parity import faults, latent_faults, option_faults, schedule_faults
 from tests.parity.cases import OPTIMIZERS, misses
 from tests.parity.faults import Mutant, Patches
 from tests.parity.harness import RankReport, compare, reference_run, train_rank
@@ -16,7 +16,12 @@ from tests.worker_pool import WorkerError, WorkerPool
 
 STEPS = 8
 
-MUTANTS: tuple[Mutant, ...] = (*faults.MUTANTS, *option_faults.MUTANTS, *schedule_faults.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (
+    *faults.MUTANTS,
+    *option_faults.MUTANTS,
+    *schedule_faults.MUTANTS,
+    *latent_faults.MUTANTS,
+)
 
 _IN_EVERY_TEST_RUN = (
     "no_all_reduce_behind_a_column_parallel_layer",
@@ -34,6 +39,7 @@ _IN_EVERY_TEST_RUN = (
     "weight_gradients_made_twice_for_a_microbatch",
     "weight_gradients_of_another_microbatch_s_inputs",
     "message_taken_for_that_of_the_other_chunk",
+    "projections_down_see_one_ranks_tokens",
 )
 REPRESENTATIVE = tuple([mutant.plant.__name__ for mutant in MUTANTS].index(name) for name in _IN_EVERY_TEST_RUN)
 """The mutants, by their place, that every test run plants."""

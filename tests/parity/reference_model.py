@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megalm.config.model import ModelSection
+from tests.parity.reference_latent import latent_heads, latent_shapes, latent_sizes
 
 Weights = dict[str, Tensor]
 Drop = Callable[[Tensor, str, float, int], Tensor]
@@ -49,7 +50,9 @@ def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ..
     for i in range(model.layers):
         attention = f"blocks.{i}.attention"
         norm(f"{attention}_norm")
-        if groups == 1 and heads > 1:
+        if model.kv_rank is not None:
+            shapes |= latent_shapes(model, attention)
+        elif groups == 1 and heads > 1:
             linear(f"{attention}.q", (2, heads * size) if model.attention_gate else (heads * size,), width, qkv_bias)
             linear(f"{attention}.kv", (2 * size,), width, qkv_bias)
         else:
@@ -60,7 +63,7 @@ def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ..
             shapes[f"{attention}.q_norm.weight"] = shapes[f"{attention}.k_norm.weight"] = (size,)
         if model.attention_sinks:
             shapes[f"{attention}.sinks"] = (heads,)
-        linear(f"{attention}.out", (width,), heads * size)
+        linear(f"{attention}.out", (width,), heads * (size if model.kv_rank is None else latent_sizes(model)[2]))
         norm(f"blocks.{i}.mlp_norm")
         linear(f"blocks.{i}.mlp.up", up, width)
         linear(f"blocks.{i}.mlp.down", (width,), feed_forward)
@@ -132,7 +135,7 @@ class Formulas:
     def norm(self, x: Tensor, name: str) -> Tensor:
         """Return LayerNorm or RMSNorm over the last dim."""
         wide = x.to(self.wide)
-        if self.model.norm == "layernorm" and not name.endswith(("q_norm", "k_norm")):
+        if self.model.norm == "layernorm" and not name.endswith(("q_norm", "k_norm", "latent_norm")):
             wide = wide - wide.mean(dim=-1, keepdim=True)
         wide = wide / torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + self.model.norm_eps)
         wide = wide * self.w[f"{name}.weight"].to(self.wide)
@@ -144,19 +147,26 @@ class Formulas:
         """Return attention; query head h reads key-value head h // R."""
         model, name = self.model, f"blocks.{layer}.attention"
         rows, length, _ = x.shape
-        q, gate, k, v = self._projected(x, name)  # [rows,H,T,E], [rows,H,T,E] or None, [rows,K,T,E] twice
+        turns = model.position == "rotary" and _knows_positions(model, layer)
+
+        def turn(x: Tensor) -> Tensor:
+            return rotated(x, model) if turns else x
+
+        if model.kv_rank is not None:
+            gate, (q, k, v) = None, latent_heads(self, x, name, turn)
+        else:
+            q, gate, k, v = self._projected(x, name)  # [rows,H,T,E], [rows,H,T,E] or None, [rows,K,T,E] twice
+            if model.qk_norm:
+                q, k = self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm")
+            q, k = turn(q), turn(k)
         each = model.heads // model.key_value_heads
-        if model.qk_norm:
-            q, k = self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm")
-        if model.position == "rotary" and _knows_positions(model, layer):
-            q, k = rotated(q, model), rotated(k, model)
         k, v = k.repeat_interleave(each, dim=1), v.repeat_interleave(each, dim=1)
         places = torch.arange(length, dtype=self.wide)[:, None]
         if model.attention_pattern == "hierarchical":
             k, v, places = (summarised(x, model.block_size) for x in (k, v, places))  # T below grows by their number
-        scores = (q @ k.transpose(-1, -2)).to(self.wide) / math.sqrt(model.head_size)  # [rows,H,T,T]
+        scores = (q @ k.transpose(-1, -2)).to(self.wide) / math.sqrt(q.shape[-1])  # [rows,H,T,T]
         if model.mup_base_head_dim is not None:  # sqrt(base) / size in all
-            scores = scores * math.sqrt(model.mup_base_head_dim) / math.sqrt(model.head_size)
+            scores = scores * math.sqrt(model.mup_base_head_dim) / math.sqrt(q.shape[-1])
         if model.attention_softcap is not None:
             scores = torch.tanh(scores / model.attention_softcap) * model.attention_softcap
         distance = torch.arange(length)[:, None] - places[:, 0]
@@ -297,7 +307,7 @@ def bucket(distance: int, model: ModelSection) -> int:
 
 def rotated(x: Tensor, model: ModelSection) -> Tensor:
     """Turn pair (j, j + R/2) of position t (dim -2) by its angle, for the first R features. Source: Su et al. 2021."""
-    length, size = x.shape[-2], int(model.head_size * model.rotary_share) // 2 * 2
+    length, size = x.shape[-2], int(x.shape[-1] * model.rotary_share) // 2 * 2
     theta = torch.tensor([frequency(j, size, model) for j in range(size // 2)], dtype=torch.float64)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), theta)  # [T,R/2]
     growth = 0.1 * math.log(model.rotary_factor) + 1.0 if model.rotary_scaling == "yarn" else 1.0
