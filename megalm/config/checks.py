@@ -169,6 +169,16 @@ def _parallel_halves_have_a_place(config: RunConfig) -> Iterator[str]:
         yield "model.parallel_residual=true needs model.norm_place pre or sandwich: one sum has one norm behind it"
 
 
+@rule("model.mtp_depth", "model.sequence")
+def _further_tokens_are_within_the_row(config: RunConfig) -> Iterator[str]:
+    depth, length = config.model.mtp_depth, config.model.sequence
+    if depth >= length:
+        yield (
+            f"model.mtp_depth={depth} predicts tokens that no row of model.sequence={length} has; "
+            f"use less than {length}"
+        )
+
+
 @rule("model.document_mask", "model.dropout", "model.attention_dropout")
 def _documents_exclude_dropped_probabilities(config: RunConfig) -> Iterator[str]:
     if config.model.document_mask and config.model.probability_dropout:

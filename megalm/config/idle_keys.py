@@ -52,6 +52,7 @@ USES: dict[str, Use] = {
     "model.mup_base_head_dim": Use("model.mup_base", lambda config: config.model.mup_base is not None),
     "early_stop.patience": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),
     "early_stop.min_delta": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),
+    "loss.mtp": Use("model.mtp_depth", lambda config: config.model.mtp_depth > 0),
     "batch_ramp.increment": Use("batch_ramp.start", lambda config: config.batch_ramp.start is not None),
     "batch_ramp.every": Use("batch_ramp.start", lambda config: config.batch_ramp.start is not None),
     "sequence_warmup.every": Use("sequence_warmup.start", lambda config: config.sequence_warmup.start is not None),

@@ -34,6 +34,9 @@ class ModelSection(Section):
     features turn with the position, those of keys the same for all heads, and `nope_head_dim` do not; a value has
     `value_head_dim`.
 
+    With `mtp_depth` D the model learns to predict D tokens more, by a block for each behind the last layer, numbered on
+    from it, which is given the embedding of the token before (DeepSeek-V3, 2024); see `loss.mtp`.
+
     Block: the norm stands before each half (pre), after the sum (post), or before and after the half (sandwich); with
     `parallel_residual` both halves read the same input. What a half adds is multiplied by `residual_scale`, and left
     out for whole samples with a probability that grows over the layers to `stochastic_depth`.
@@ -50,6 +53,7 @@ class ModelSection(Section):
     """
 
     layers: Few
+    mtp_depth: Annotated[int, Field(ge=0, le=64)] = 0
     hidden: Positive
     heads: Few
     kv_heads: Positive | None = None
@@ -109,6 +113,11 @@ class ModelSection(Section):
     mup_base_head_dim: Positive | None = None
     kernels: Annotated[str, one_of("kernels")] = "auto"
     flash_attention: bool = True
+
+    @property
+    def blocks(self) -> int:
+        """Number of all blocks: the layers, and those that predict further tokens."""
+        return self.layers + self.mtp_depth
 
     @property
     def is_latent(self) -> bool:
@@ -196,7 +205,9 @@ class ModelSection(Section):
         up_width = self.feed_forward * (2 if self.has_gated_activation else 1)
         sizes = {f"attention.{name}": size for name, size in self.attention_matrices.items()}
         sizes |= {"mlp.up": self.hidden * up_width, "mlp.down": self.hidden * self.feed_forward}
-        return {f"blocks.{n}.{name}.weight": size for n in range(self.layers) for name, size in sizes.items()}
+        found = {f"blocks.{n}.{name}.weight": size for n in range(self.blocks) for name, size in sizes.items()}
+        joins = {f"blocks.{n}.mtp.project.weight": 2 * self.hidden**2 for n in range(self.layers, self.blocks)}
+        return found | joins
 
     @property
     def residual_shrink(self) -> float:

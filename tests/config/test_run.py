@@ -131,6 +131,11 @@ def test_latent_attention_excludes_what_has_no_meaning_there(
     assert message in str(caught.value)
 
 
+def test_further_tokens_lie_within_a_row(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.mtp_depth=16 predicts tokens that no row .*; use less than 16"):
+        load(tmp_path, "model.mtp_depth=16", "model.sequence=16")
+
+
 def test_check_world_returns_the_data_parallel_size(tmp_path: Path) -> None:
     config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2")
     assert [check_world(config, world) for world in (4, 8, 12)] == [1, 2, 3]
@@ -181,7 +186,7 @@ def test_every_key_has_a_declaration() -> None:
         *("optim.muon_adjust_lr_fn=original", "optim.alpha=0.9", "optim.nesterov=true", "lr_schedule.factor=0.5"),
         *("profile.steps=5", "profile.ranks=[1]", "profile.memory=true"),
         *("lr_schedule.cooldown_shape=sqrt", "train.recompute_every=2"),
-        *("model.q_rank=8", "model.rope_head_dim=8", "model.nope_head_dim=8", "model.value_head_dim=8"),
+        *("loss.mtp=0.1", "model.q_rank=8", "model.rope_head_dim=8", "model.nope_head_dim=8", "model.value_head_dim=8"),
     ],
 )
 def test_a_key_without_effect_is_refused(tmp_path: Path, override: str) -> None:

@@ -83,7 +83,7 @@ def bloom(w: Weights) -> Weights:
     return ours
 
 
-def deepseek(w: Weights) -> Weights:
+def deepseek(w: Weights, layers: int = 2) -> Weights:
     """Their pairs of features that turn are neighbours and stand behind those that do not."""
     fixed, turning, heads = 16, 8, 6
 
@@ -92,7 +92,7 @@ def deepseek(w: Weights) -> Weights:
 
     ours = {"embedding.weight": w["model.embed_tokens.weight"], "final_norm.weight": w["model.norm.weight"]}
     ours["head.weight"] = w["lm_head.weight"]
-    for i in range(2):
+    for i in range(layers):
         own, their = f"blocks.{i}", f"model.layers.{i}"
         attention = {name: w[f"{their}.self_attn.{name}.weight"] for name in ("q_b_proj", "kv_a_proj_with_mqa")}
         queries = attention["q_b_proj"].view(heads, fixed + turning, -1)
@@ -190,6 +190,55 @@ def test_logits_are_those_of_transformers(
     weights = {name: value.clone() for name, value in translate(dict(other.state_dict())).items()}
     (found,) = pool.run(logits, ours, weights, tokens, layout=RankLayout())
     assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def further_loss(mesh: ParallelMesh, config: RunConfig, weights: Weights, tokens: Tensor) -> Tensor:
+    model = build_stage(config, VOCAB, mesh)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(part_of(weights[spec_of(parameter).name], spec_of(parameter)))
+        return model(tokens[:, :-1], tokens[:, 1:], torch.ones_like(tokens[:, 1:], dtype=torch.bool))
+
+
+def test_losses_of_further_tokens_are_those_of_transformers(pool: WorkerPool) -> None:
+    """Two modules, each given what the one before gives the head. Their projection has the embedding in front."""
+    torch.manual_seed(4)
+    theirs, ours = deepseek_pair()
+    ours = recipe(**{**ours.model.model_dump(), "mtp_depth": 2})
+    main = transformers.AutoModelForCausalLM.from_config(theirs)
+    ahead = transformers.modeling_layers.MtpModel(main, 2)
+    for layer in ahead.layers:  # whose experts are not ours, and not there in fp64
+        layer.mtp_block.mlp = type(main.model.layers[0].mlp)(theirs)
+    main, ahead = main.double().eval(), ahead.double().eval()
+    for parameter in {*main.parameters(), *ahead.parameters()}:
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(VOCAB, (2, TOKENS + 1))
+    with torch.no_grad():
+        hidden = main.model(tokens[:, :-1]).last_hidden_state
+        losses = []
+        for k in range(3):
+            if k > 0:
+                places = torch.arange(TOKENS - k)[None]
+                hidden = ahead.forward_layer(k - 1, hidden[:, :-1], places, None, input_ids=tokens[:, k:-1])
+            logits = main.lm_head(hidden).flatten(0, 1)
+            losses.append(torch.nn.functional.cross_entropy(logits, tokens[:, k + 1 :].flatten(), reduction="sum"))
+    state = {f"model.{name}": value for name, value in main.model.state_dict().items()}
+    state["lm_head.weight"] = main.lm_head.weight
+    for k in range(2):
+        prefix = f"layers.{k}."
+        for name, value in ahead.state_dict().items():
+            if name.startswith(prefix):
+                state[f"model.layers.{2 + k}.{name.removeprefix(prefix).removeprefix('mtp_block.')}"] = value
+    weights = deepseek(state, layers=4)
+    for i in (2, 3):
+        norms = {"hidden_norm": "hnorm", "embedding_norm": "enorm", "final_norm": "post_norm"}
+        for own, their in norms.items():
+            weights[f"blocks.{i}.mtp.{own}.weight"] = state[f"model.layers.{i}.{their}.weight"]
+        embedded, carried = state[f"model.layers.{i}.eh_proj.weight"].chunk(2, dim=1)
+        weights[f"blocks.{i}.mtp.project.weight"] = torch.cat((carried, embedded), dim=1)
+    weights = {name: value.detach().clone() for name, value in weights.items()}
+    (found,) = pool.run(further_loss, ours, weights, tokens, layout=RankLayout())
+    assert float(found) == pytest.approx(float(losses[0] + 0.3 * (losses[1] + losses[2]) / 2), rel=1e-6)
 
 
 def test_an_attention_layer_of_deepseek_v3_has_its_published_number_of_parameters() -> None:

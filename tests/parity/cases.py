@@ -29,6 +29,7 @@ LATENT: dict[str, Any] = {
     "model.nope_head_dim": 6,
     "model.value_head_dim": 5,
 }
+AHEAD: dict[str, Any] = {"model.mtp_depth": 2, "loss.mtp": 0.5}
 CUT: dict[str, Any] = {"model.layers": 3}
 """Two or four data ranks cut what lies flat within a layer; four layers they would cut between them."""
 OFFLOAD2: dict[str, Any] = {"zero.stage": 2, "zero.config": "zero2-offload"}
@@ -120,9 +121,13 @@ CASES: tuple[Case, ...] = (
     Case(2, 2, 2, {**LATENT, **zero(2), **MUON, **RECOMPUTE}),
     Case(4, 1, 2, {**LATENT, **schedule("zb-v"), **EIGHT, **SEQUENCE, **SELECTIVE}),
     Case(2, 1, 4, {**schedule("interleaved", 2), "model.kv_rank": 12, **DROPOUT}),
+    Case(2, 1, 2, {**AHEAD, **UNTIED, **SEQUENCE, **DROPOUT}),
+    Case(1, 2, 2, {**AHEAD, **LATENT, **SEQUENCE, **zero(3)}),
+    Case(4, 1, 2, {**AHEAD, **schedule("zb-h1"), **FUSED_HEAD, **RECOMPUTE}),
+    Case(2, 2, 2, {**AHEAD, **schedule("interleaved", 2), **UNTIED, **MUON, **zero(2)}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54, 59)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54, 59, 62)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}

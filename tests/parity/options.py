@@ -96,6 +96,7 @@ FACTORS: dict[str, list[Any]] = {
     "residual": one("model.residual_scale", 0.7),
     "init": [*one("model.init", "truncated_normal", "xavier", "he"), {"model.init_depth_scaled": False}],
     "mup": [NONE, {"model.mup_base": 8}, {"model.mup_base": 64, "model.mup_base_head_dim": 2}],
+    "mtp": [NONE, {"model.mtp_depth": 1}, {"model.mtp_depth": 2, "loss.mtp": 0.5}],
     "tied": one("model.tie_embeddings", False),
     "attention": one("model.flash_attention", False),
     "sequence": one("parallel.sequence", True),

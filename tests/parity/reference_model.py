@@ -14,13 +14,11 @@ from torch import Tensor
 
 from megalm.config.model import ModelSection
 from tests.parity.reference_latent import latent_heads, latent_shapes, latent_sizes
+from tests.parity.reference_masks import visible
 
 Weights = dict[str, Tensor]
 Drop = Callable[[Tensor, str, float, int], Tensor]
 """(x, site, rate, dims) -> x with elements dropped; the mask has the first `dims` dims of x."""
-
-DOCUMENT_START = 0
-"""The token that begins a document."""
 
 
 def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ...]]:
@@ -47,7 +45,7 @@ def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ..
     if model.embedding_norm:
         norm("embedding_norm")
     qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
-    for i in range(model.layers):
+    for i in range(model.layers + model.mtp_depth):
         attention = f"blocks.{i}.attention"
         norm(f"{attention}_norm")
         if model.kv_rank is not None:
@@ -70,6 +68,10 @@ def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ..
         if model.norm_place == "sandwich":
             norm(f"{attention}_out_norm")
             norm(f"blocks.{i}.mlp_out_norm")
+    for i in range(model.layers, model.layers + model.mtp_depth):
+        shapes[f"blocks.{i}.mtp.project.weight"] = (width, 2 * width)
+        for which in ("hidden", "embedding", *(("final",) if model.norm_place != "post" else ())):
+            norm(f"blocks.{i}.mtp.{which}_norm")
     if model.norm_place != "post":
         norm("final_norm")
     if not model.tie_embeddings:
@@ -90,6 +92,10 @@ class Formulas:
 
     def logits(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
         """Return the logits [rows,T,V] of tokens [rows,T]; those that are `padding`, bool [rows,T], no other sees."""
+        return self.head(self.hidden(tokens, padding))
+
+    def hidden(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
+        """Return what the model gives its head."""
         model, w = self.model, self.w
         self.padding = padding
         length = tokens.shape[1]
@@ -103,8 +109,28 @@ class Formulas:
         x = self.drop(x, "embedding", model.dropout, x.dim())
         for layer in range(model.layers):
             x = self.block(x, layer, tokens)
-        if model.norm_place != "post":
-            x = self.norm(x, "final_norm")
+        return x if model.norm_place == "post" else self.norm(x, "final_norm")
+
+    def logits_ahead(self, tokens: Tensor, padding: Tensor | None) -> list[Tensor]:
+        """Return for k = 1, 2, ... what is predicted at i of token i + k + 1. Source: DeepSeek-V3, 2024, section 2.2.
+
+        Where no token i + k is in the row, as at its end, any may stand in, as no other sees it: here the last.
+        """
+        model, w, found = self.model, self.w, []
+        x = self.hidden(tokens, padding) if model.mtp_depth else tokens
+        for k in range(1, model.mtp_depth + 1):
+            name = f"blocks.{model.layers + k - 1}"
+            later = torch.cat((tokens[:, k:], tokens[:, -1:].expand(-1, min(k, tokens.shape[1]))), dim=1)
+            embedded = self.norm(w["embedding.weight"][later], f"{name}.mtp.embedding_norm")
+            joined = torch.cat((self.norm(x, f"{name}.mtp.hidden_norm"), embedded), dim=-1)
+            x = self.block(joined @ w[f"{name}.mtp.project.weight"].T, model.layers + k - 1, tokens)
+            x = x if model.norm_place == "post" else self.norm(x, f"{name}.mtp.final_norm")
+            found.append(self.head(x))
+        return found
+
+    def head(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        model, w = self.model, self.w
         logits = x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
         if model.mup_base is not None:
             logits = logits * (model.mup_base / model.hidden)
@@ -121,7 +147,7 @@ class Formulas:
             h = self.attention(h, layer, tokens) if which == "attention" else self.mlp(h, f"{name}.mlp")
             if place == "sandwich":
                 h = self.norm(h, f"{name}.{which}_out_norm")
-            rate = self.model.stochastic_depth * (layer + 1) / self.model.layers
+            rate = self.model.stochastic_depth * min(1.0, (layer + 1) / self.model.layers)
             h = self.drop(h * self.model.residual_scale, f"{name}.{which}.depth", rate, 1)
             return self.drop(h, f"{name}.{which}", self.model.dropout, h.dim())
 
@@ -235,39 +261,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_erf": lambda x: 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0))),
     "silu": lambda x: x * torch.sigmoid(x),
 }
-
-
-def visible(model: ModelSection, layer: int, tokens: Tensor, padding: Tensor | None) -> Tensor:
-    """Return which key s query t sees, bool [rows,T,T], from the definition: one pair at a time.
-
-    Where blocks are seen in summary, [rows,T,C+T]: the keys of `summarised`.
-    """
-    rows, length = tokens.shape
-    windowed = model.window is not None and model.window_pattern[layer % len(model.window_pattern)] == "S"
-    seen = torch.zeros(rows, length, length, dtype=torch.bool)
-    for row in range(rows):
-        for t in range(length):
-            for s in range(t + 1):
-                near = not windowed or t - s < model.window  # type: ignore[operator]
-                # A document begins with its start token: none lies between them, or at t itself.
-                parted = model.document_mask and bool((tokens[row, s + 1 : t + 1] == DOCUMENT_START).any())
-                near = near and (s == t or padding is None or not bool(padding[row, s]))
-                seen[row, t, s] = near and not parted and (model.attention_pattern == "full" or strided(model, t, s))
-    if model.attention_pattern != "hierarchical":
-        return seen
-    starts = [block * model.block_size for block in reversed(range(length // model.block_size))]
-    # A block is seen in summary where it is over and none of its tokens is seen by itself.
-    before = [[s + model.block_size <= t and not strided(model, t, s) for s in starts] for t in range(length)]
-    return torch.cat((torch.tensor(before, dtype=torch.bool).expand(rows, -1, -1), seen), dim=-1)
-
-
-def strided(model: ModelSection, t: int, s: int) -> bool:
-    """Return whether token t sees s <= t under blocks with a stride. Source: Child et al. 2019, section 4.2."""
-    back = 0
-    while s < (t // model.block_size - back) * model.block_size:  # blocks from t's own down to that of s
-        back += 1
-    jumped = model.block_stride is not None and back % model.block_stride == 0
-    return s < model.global_tokens or back <= model.local_blocks - 1 or jumped
 
 
 def summarised(x: Tensor, block: int) -> Tensor:
