@@ -37,17 +37,11 @@ def _latents_exclude_other_heads(config: RunConfig) -> Iterator[str]:
             yield f"model.{key}={value} does not go with latent attention (model.kv_rank={model.kv_rank}), {reason}"
 
 
-@rule("model.kv_rank", "model.rope_head_dim", "model.nope_head_dim", "model.hidden", "model.heads", "model.position")
+@rule("model.kv_rank", "model.rope_head_dim", "model.position")
 def _what_turns_is_made_of_pairs(config: RunConfig) -> Iterator[str]:
-    model = config.model
-    if not model.is_latent or (model.nope_head_dim is None and model.hidden % model.heads):
-        return
-    size = model.rope_size
-    if size == 0:
-        yield "half of the derived model.nope_head_dim=1 leaves no feature to turn; set model.rope_head_dim"
-    elif model.position == "rotary" and size % 2:
-        which = "the derived model.rope_head_dim" if model.rope_head_dim is None else "model.rope_head_dim"
-        yield f"{which}={size} is odd, and model.position=rotary turns pairs of features; use {size - 1} or {size + 1}"
+    model, size = config.model, config.model.rope_head_dim
+    if model.is_latent and model.position == "rotary" and size is not None and size % 2:
+        yield f"model.rope_head_dim={size} is odd, and model.position=rotary turns pairs of features; use {size + 1}"
 
 
 @rule(

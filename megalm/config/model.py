@@ -138,8 +138,8 @@ class ModelSection(Section):
 
     @property
     def rope_size(self) -> int:
-        """Features of a latent attention's query or key that turn: `rope_head_dim`, else half of those that do not."""
-        return self.nope_size // 2 if self.rope_head_dim is None else self.rope_head_dim
+        """Features of a latent attention's query or key that turn, in pairs: `rope_head_dim`, else half as many as do not."""
+        return max(2, self.nope_size // 4 * 2) if self.rope_head_dim is None else self.rope_head_dim
 
     @property
     def value_size(self) -> int:

@@ -119,7 +119,6 @@ def test_building_a_config_in_code_checks_the_rules_too() -> None:
         (["model.attention_gate=true"], "whose projections have no gates; use model.attention_gate=false"),
         (["model.qkv_bias=true"], "whose projections have no biases; leave it out"),
         (["model.position=rotary", "model.rope_head_dim=5"], "model.rope_head_dim=5 is odd, and model.position=rot"),
-        (["model.nope_head_dim=1"], "leaves no feature to turn; set model.rope_head_dim"),
         (["model.nope_head_dim=8", "model.value_head_dim=13"], "model.value_head_dim=13 is more than the 12 features"),
     ],
 )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def latent_sizes(model: ModelSection) -> tuple[int, int, int]:
     """Return R, N and V."""
     fixed = model.hidden // model.heads if model.nope_head_dim is None else model.nope_head_dim
-    turning = fixed // 2 if model.rope_head_dim is None else model.rope_head_dim
+    turning = 2 * max(1, fixed // 4) if model.rope_head_dim is None else model.rope_head_dim
     return turning, fixed, fixed if model.value_head_dim is None else model.value_head_dim
 
 
