@@ -138,7 +138,7 @@ class ModelSection(Section):
 
     @property
     def rope_size(self) -> int:
-        """Features of a latent attention's query or key that turn, in pairs: `rope_head_dim`, else half as many as do not."""
+        """Features of a latent attention's key that turn: `rope_head_dim`, else half as many as do not, in pairs."""
         return max(2, self.nope_size // 4 * 2) if self.rope_head_dim is None else self.rope_head_dim
 
     @property
