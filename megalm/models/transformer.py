@@ -99,6 +99,8 @@ class Transformer(nn.Module):
         self.position = POSITIONS.get(config.position)(config, embeds=plan.first, group=token_group, init=init)
         self.ahead = range(config.layers, config.blocks) if plan.last else range(0)
         self.has_embedding = plan.first or len(self.ahead) > 0
+        self.further_sums = torch.zeros(2, dtype=torch.float64, device=init.device)
+        """Losses of further tokens, the mean of all depths, and tokens with a main loss, until someone takes them."""
         if self.has_embedding:
             self.embedding = VocabParallelEmbedding(
                 "embedding",
@@ -202,7 +204,10 @@ class Transformer(nn.Module):
             x = join.final_norm(self._block(index, join(x, embedded), context))
             later = (tokens_ahead(part_BT, count) for part_BT in (labels_BT, loss_mask_BT))
             losses.append(self._loss_sum(x, *later))
-        return torch.stack(losses).sum()
+        total = torch.stack(losses).sum()
+        mean = total.detach().double() / len(self.ahead)
+        self.further_sums += torch.stack((mean, loss_mask_BT.sum(dtype=torch.float64)))
+        return total
 
     def _loss_sum(self, x: Tensor, labels_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
         x = self._scaled(x)
