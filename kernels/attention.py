@@ -250,6 +250,7 @@ def _arguments(
     first_sample, first_head, all_heads = origin
     first_query, first_key, rows, columns = within
     offset = first_query + columns - rows - first_key
+    first = ((first_sample * all_heads + first_head) * rows + first_query) * columns + first_key
     log2e = math.log2(math.e)
     windowed = 0 < window < max(rows, columns)
     return {
@@ -273,10 +274,9 @@ def _arguments(
         "cap": softcap * log2e,
         "key": seed,
         "limit": philox.threshold(dropout),
-        "origin": first_sample * all_heads + first_head,
+        "base": launch.signed_key(first % 2**64),
         "all_heads": all_heads,
-        "area": rows * columns,
-        "corner": first_query * columns + first_key,
+        "rows": rows,
         "columns": columns,
         "rescale": 1.0 / (1.0 - dropout),
         "CAUSAL": causal,

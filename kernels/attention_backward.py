@@ -63,10 +63,9 @@ def query_gradients(
     cap,
     key: tl.int64,
     limit,
-    origin: tl.int64,
+    base: tl.int64,
     all_heads,
-    area: tl.int64,
-    corner: tl.int64,
+    rows,
     columns,
     rescale,
     CAUSAL: tl.constexpr,
@@ -127,7 +126,7 @@ def query_gradients(
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + h) * 1.4426950408889634
-    first = (origin + b * all_heads + h) * area + corner
+    first = base + (b * all_heads + h) * rows * columns
 
     sum_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     for n in tl.range(begin, end, BLOCK_N):
@@ -195,10 +194,9 @@ def key_gradients(
     cap,
     key: tl.int64,
     limit,
-    origin: tl.int64,
+    base: tl.int64,
     all_heads,
-    area: tl.int64,
-    corner: tl.int64,
+    rows,
     columns,
     rescale,
     CAUSAL: tl.constexpr,
@@ -251,7 +249,7 @@ def key_gradients(
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes + h) * 1.4426950408889634
-        first = (origin + b * all_heads + h) * area + corner + n
+        first = base + (b * all_heads + h) * rows * columns + n
         for m in tl.range(begin, end, BLOCK_M):
             row = tl.cast(m, tl.int64)
             place = m + tl.arange(0, BLOCK_M)

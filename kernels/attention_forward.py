@@ -49,10 +49,9 @@ def forward(
     cap,
     key: tl.int64,
     limit,
-    origin: tl.int64,
+    base: tl.int64,
     all_heads,
-    area: tl.int64,
-    corner: tl.int64,
+    rows,
     columns,
     rescale,
     CAUSAL: tl.constexpr,
@@ -96,7 +95,7 @@ def forward(
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + h) * 1.4426950408889634
-    first = (origin + b * all_heads + h) * area + corner
+    first = base + (b * all_heads + h) * rows * columns
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from megalm.kernels import philox
 
-UNSPECIALIZED = ("offset", "window", "key", "limit", "origin", "all_heads", "area", "corner")
+UNSPECIALIZED = ("offset", "window", "key", "limit", "base", "all_heads", "rows")
 """Arguments that change from step to step or layer to layer: Triton compiles no kernel of its own for an odd value."""
 
 

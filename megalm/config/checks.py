@@ -77,9 +77,10 @@ def _feed_forward_name(config: RunConfig) -> str:
     return "model.ffn" if config.model.ffn is not None else "the derived model.ffn"
 
 
-@rule("model.hidden", "model.heads", "model.head_dim")
+@rule("model.hidden", "model.heads", "model.head_dim", "model.kv_rank", "model.nope_head_dim")
 def _heads_divide_hidden(config: RunConfig) -> Iterator[str]:
-    if config.model.head_dim is None and config.model.hidden % config.model.heads:
+    derived = config.model.nope_head_dim is None if config.model.is_latent else config.model.head_dim is None
+    if derived and config.model.hidden % config.model.heads:
         yield not_divisible("model.hidden", config.model.hidden, "model.heads", config.model.heads)
 
 
@@ -109,10 +110,10 @@ def _tensor_divides_feed_forward(config: RunConfig) -> Iterator[str]:
         yield not_divisible(_feed_forward_name(config), width, "parallel.tensor", config.parallel.tensor)
 
 
-@rule("model.position", "model.hidden", "model.heads", "model.head_dim", "model.rotary_share")
+@rule("model.position", "model.hidden", "model.heads", "model.head_dim", "model.rotary_share", "model.kv_rank")
 def _rotary_needs_pairs(config: RunConfig) -> Iterator[str]:
     model = config.model
-    if model.position != "rotary" or (model.head_dim is None and model.hidden % model.heads):
+    if model.position != "rotary" or model.is_latent or (model.head_dim is None and model.hidden % model.heads):
         return
     if model.rotary_size == 0:
         yield f"model.rotary_share={model.rotary_share} turns no pair of a head's {model.head_size} features; raise it"
@@ -166,6 +167,16 @@ def _relative_buckets_are_enough(config: RunConfig) -> Iterator[str]:
 def _parallel_halves_have_a_place(config: RunConfig) -> Iterator[str]:
     if config.model.parallel_residual and config.model.norm_place == "post":
         yield "model.parallel_residual=true needs model.norm_place pre or sandwich: one sum has one norm behind it"
+
+
+@rule("model.mtp_depth", "model.sequence")
+def _further_tokens_are_within_the_row(config: RunConfig) -> Iterator[str]:
+    depth, length = config.model.mtp_depth, config.model.sequence
+    if depth >= length:
+        yield (
+            f"model.mtp_depth={depth} predicts tokens that no row of model.sequence={length} has; "
+            f"use less than {length}"
+        )
 
 
 @rule("model.document_mask", "model.dropout", "model.attention_dropout")

@@ -27,9 +27,14 @@ def _when(section: str, key: str, *values: Any) -> Use:
 
 
 _SCALED = Use("model.rotary_scaling", lambda config: config.model.rotary_scaling != "none")
+_LATENT = Use("model.kv_rank", lambda config: config.model.is_latent)
 _FP16 = Use("precision=fp16", lambda config: config.precision == "fp16")
 _PROFILED = Use("profile.start", lambda config: config.profile.start is not None)
 USES: dict[str, Use] = {
+    "model.q_rank": _LATENT,
+    "model.rope_head_dim": _LATENT,
+    "model.nope_head_dim": _LATENT,
+    "model.value_head_dim": _LATENT,
     "model.rotary_share": _when("model", "position", "rotary"),
     "model.rotary_scaling": _when("model", "position", "rotary"),
     "model.rotary_factor": _SCALED,
@@ -47,6 +52,7 @@ USES: dict[str, Use] = {
     "model.mup_base_head_dim": Use("model.mup_base", lambda config: config.model.mup_base is not None),
     "early_stop.patience": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),
     "early_stop.min_delta": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),
+    "loss.mtp": Use("model.mtp_depth", lambda config: config.model.mtp_depth > 0),
     "batch_ramp.increment": Use("batch_ramp.start", lambda config: config.batch_ramp.start is not None),
     "batch_ramp.every": Use("batch_ramp.start", lambda config: config.batch_ramp.start is not None),
     "sequence_warmup.every": Use("sequence_warmup.start", lambda config: config.sequence_warmup.start is not None),

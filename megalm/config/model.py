@@ -29,6 +29,14 @@ class ModelSection(Section):
     included, and each `block_stride`-th before its own; and the first `global_tokens` tokens. With hierarchical it sees
     of each block before the local ones the mean key and the mean value, after norm and rotation, as those of one token.
 
+    With `kv_rank` attention is latent (DeepSeek-V2, 2024): keys and values are made from a normed vector of `kv_rank`
+    features a token, and queries from one of `q_rank` (None: from the hidden state). Of a query or key `rope_head_dim`
+    features turn with the position, those of keys the same for all heads, and `nope_head_dim` do not; a value has
+    `value_head_dim`.
+
+    With `mtp_depth` D the model learns to predict D tokens more, by a block for each behind the last layer, numbered on
+    from it, which is given the embedding of the token before (DeepSeek-V3, 2024); see `loss.mtp`.
+
     Block: the norm stands before each half (pre), after the sum (post), or before and after the half (sandwich); with
     `parallel_residual` both halves read the same input. What a half adds is multiplied by `residual_scale`, and left
     out for whole samples with a probability that grows over the layers to `stochastic_depth`.
@@ -45,10 +53,16 @@ class ModelSection(Section):
     """
 
     layers: Few
+    mtp_depth: Annotated[int, Field(ge=0, le=64)] = 0
     hidden: Positive
     heads: Few
     kv_heads: Positive | None = None
     head_dim: Positive | None = None
+    kv_rank: Positive | None = None
+    q_rank: Positive | None = None
+    rope_head_dim: Positive | None = None
+    nope_head_dim: Positive | None = None
+    value_head_dim: Positive | None = None
     ffn: Positive | None = None
     vocab: Positive | None = None
     sequence: Positive
@@ -101,9 +115,38 @@ class ModelSection(Section):
     flash_attention: bool = True
 
     @property
+    def blocks(self) -> int:
+        """Number of all blocks: the layers, and those that predict further tokens."""
+        return self.layers + self.mtp_depth
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether keys and values are made from a latent vector."""
+        return self.kv_rank is not None
+
+    @property
     def head_size(self) -> int:
-        """Features of one attention head: `head_dim`, else hidden / heads."""
+        """Features of a query or key: `head_dim`, else hidden / heads; of latent attention both kinds together."""
+        if self.is_latent:
+            return self.nope_size + self.rope_size
         return self.hidden // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def nope_size(self) -> int:
+        """Features of a latent attention's query or key that do not turn: `nope_head_dim`, else hidden / heads."""
+        return self.hidden // self.heads if self.nope_head_dim is None else self.nope_head_dim
+
+    @property
+    def rope_size(self) -> int:
+        """Features of a latent attention's key that turn: `rope_head_dim`, else half as many as do not, in pairs."""
+        return max(2, self.nope_size // 4 * 2) if self.rope_head_dim is None else self.rope_head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Features of a value: those of a key; of latent attention `value_head_dim`, else as many as do not turn."""
+        if not self.is_latent:
+            return self.head_size
+        return self.nope_size if self.value_head_dim is None else self.value_head_dim
 
     @property
     def key_value_heads(self) -> int:
@@ -126,8 +169,8 @@ class ModelSection(Section):
 
     @property
     def has_qkv_bias(self) -> bool:
-        """Whether queries, keys and values have biases: `qkv_bias`, else `bias`."""
-        return self.bias if self.qkv_bias is None else self.qkv_bias
+        """Whether queries, keys and values have biases: `qkv_bias`, else `bias`; latent attention has none."""
+        return not self.is_latent and (self.bias if self.qkv_bias is None else self.qkv_bias)
 
     @property
     def probability_dropout(self) -> float:
@@ -141,17 +184,30 @@ class ModelSection(Section):
         return (queries + 2 * self.key_value_heads) * self.head_size
 
     @property
+    def attention_matrices(self) -> dict[str, int]:
+        """Number of elements of each matrix of a layer's attention, by its name there."""
+        queries, values = self.heads * self.head_size, self.heads * self.value_size
+        sizes = {"out": self.hidden * values}
+        if self.kv_rank is not None:
+            sizes["kv_down"] = self.hidden * (self.kv_rank + self.rope_size)
+            sizes["kv_up"] = self.kv_rank * (self.heads * self.nope_size + values)
+            if self.q_rank is None:
+                return sizes | {"q": self.hidden * queries}
+            return sizes | {"q_down": self.hidden * self.q_rank, "q_up": self.q_rank * queries}
+        if self.key_value_heads == 1 and self.heads > 1:
+            shared = 2 * self.head_size
+            return sizes | {"q": self.hidden * (self.projected_width - shared), "kv": self.hidden * shared}
+        return sizes | {"qkv": self.hidden * self.projected_width}
+
+    @property
     def hidden_matrices(self) -> dict[str, int]:
         """Number of elements of each matrix of the blocks, by its logical name."""
         up_width = self.feed_forward * (2 if self.has_gated_activation else 1)
-        widths = {"attention.out": self.heads * self.head_size, "mlp.up": up_width, "mlp.down": self.feed_forward}
-        if self.key_value_heads == 1 and self.heads > 1:
-            shared = 2 * self.head_size
-            widths |= {"attention.q": self.projected_width - shared, "attention.kv": shared}
-        else:
-            widths["attention.qkv"] = self.projected_width
-        layers = range(self.layers)
-        return {f"blocks.{n}.{name}.weight": self.hidden * width for n in layers for name, width in widths.items()}
+        sizes = {f"attention.{name}": size for name, size in self.attention_matrices.items()}
+        sizes |= {"mlp.up": self.hidden * up_width, "mlp.down": self.hidden * self.feed_forward}
+        found = {f"blocks.{n}.{name}.weight": size for n in range(self.blocks) for name, size in sizes.items()}
+        joins = {f"blocks.{n}.mtp.project.weight": 2 * self.hidden**2 for n in range(self.layers, self.blocks)}
+        return found | joins
 
     @property
     def residual_shrink(self) -> float:
@@ -180,7 +236,9 @@ class ModelSection(Section):
 
     @property
     def rotary_size(self) -> int:
-        """Features of a head that turn: an even number."""
+        """Features of a head that turn, its first: an even number."""
+        if self.is_latent:
+            return self.rope_size
         return int(self.head_size * self.rotary_share) // 2 * 2
 
     @property

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from megalm.config import checks, ramps
 from megalm.config import context_checks as context_checks
+from megalm.config import latent_checks as latent_checks
 from megalm.config import loop_checks as loop_checks  # its rules add themselves
 from megalm.config import optim_checks as optim_checks
 from megalm.config import pattern_checks as pattern_checks
@@ -155,11 +156,14 @@ class SequenceWarmupSection(Section):
 class LossSection(Section):
     """The training loss. `fused_head` joins it with the output head: logits are never stored, at one more product.
 
-    `z_loss` times the squared log of the softmax's denominator keeps logits small.
+    `z_loss` times the squared log of the softmax's denominator keeps logits small. `mtp` times the mean over the depths
+    of `model.mtp_depth` of their losses is added, each summed over the tokens whose label is within the row and divided
+    by as many tokens as the loss of the next token.
     """
 
     label_smoothing: Fraction = 0.0
     z_loss: NotNegative = 0.0
+    mtp: AboveZero = 0.3
     fused_head: bool = False
 
 

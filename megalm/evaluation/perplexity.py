@@ -72,7 +72,8 @@ def held_out_loss(
 ) -> HeldOutLoss:
     """Return the loss on all windows of `held_out`, the same on every rank. Every rank of the mesh must call.
 
-    `model` is the executor's module; no dropout, no label smoothing and no z-loss take part. `token_bytes_V` holds how
+    `model` is the executor's module; no dropout, no label smoothing, no z-loss and no prediction of
+    further tokens take part. `token_bytes_V` holds how
     many bytes of text each token stands for. Gradients are neither made nor touched.
     """
     sums = torch.zeros(3, dtype=torch.float64)
@@ -108,9 +109,9 @@ def _over_mesh(sums: torch.Tensor, mesh: ParallelMesh, loss_stage: int) -> torch
 @contextmanager
 def _plain_likelihood(model: Transformer) -> Iterator[None]:
     """Make the model's loss the plain negative log-likelihood inside."""
-    before = model.label_smoothing, model.z_loss
-    model.label_smoothing = model.z_loss = 0.0
+    before = model.label_smoothing, model.z_loss, model.mtp_weight
+    model.label_smoothing = model.z_loss = model.mtp_weight = 0.0
     try:
         yield
     finally:
-        model.label_smoothing, model.z_loss = before
+        model.label_smoothing, model.z_loss, model.mtp_weight = before

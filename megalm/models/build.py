@@ -55,6 +55,7 @@ def build_stage(
         sequence=config.parallel.sequence,
         label_smoothing=config.loss.label_smoothing,
         z_loss=config.loss.z_loss,
+        mtp_weight=config.loss.mtp if config.model.mtp_depth else 0.0,
         fused_head=config.loss.fused_head,
         recompute=config.train.recompute,
         recompute_every=config.train.recompute_every,

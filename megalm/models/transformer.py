@@ -20,6 +20,7 @@ from megalm.nn.block import TransformerBlock
 from megalm.nn.context import Context
 from megalm.nn.dropout import Dropout
 from megalm.nn.masks import Documents, DropoutKeys, document_starts
+from megalm.nn.multi_token import TokenJoin, tokens_ahead
 from megalm.nn.norms import build_norm
 from megalm.nn.ops import REFERENCE, select_operations
 from megalm.nn.positions import POSITIONS
@@ -57,11 +58,12 @@ class Transformer(nn.Module):
     A stage may hold several runs of layers, its chunks, of which `forward` computes one.
 
     `group` is the tensor group; every rank of it must call. With `sequence` the residual stream is split over its
-    ranks by tokens; `context` are the ranks that divide whole rows by tokens. Where embeddings are tied and the first
-    stage is not the last, both hold a copy of `embedding.weight`, `tied_weight`, and their gradients must be summed
-    before the update. `document_start` is the token that begins a document, which `model.document_mask` needs.
-    `on_built` is called with each part as soon as it is there, so that a model larger than one device can be divided
-    while it is built.
+    ranks by tokens; `context` are the ranks that divide whole rows by tokens. Where embeddings are tied, or further
+    tokens are predicted, and the first stage is not the last, both hold a copy of `embedding.weight`, `tied_weight`,
+    and their gradients must be summed before the update. `mtp_weight` is that of the losses of further tokens, of all
+    depths together. `document_start` is the token that begins a document, which `model.document_mask` needs. `on_built`
+    is called with each part as soon as it is there, so that a model larger than one device can be divided while it is
+    built.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Transformer(nn.Module):
         sequence: bool = False,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        mtp_weight: float = 0.0,
         fused_head: bool = False,
         recompute: str = "none",
         recompute_every: int = 1,
@@ -88,10 +91,10 @@ class Transformer(nn.Module):
         self.vocab = vocab
         self.group = group
         self.sequence = sequence
-        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.label_smoothing, self.z_loss, self.mtp_weight = label_smoothing, z_loss, mtp_weight
         self.fused_head = fused_head
         self.recompute, self.recompute_every = recompute, recompute_every
-        self.tied = config.tie_embeddings
+        self.tied, self.shares_embedding = config.tie_embeddings, config.tie_embeddings or config.mtp_depth > 0
         self.head_factor = 1.0 / config.width_factor
         self.embedding_scale, self.logit_softcap = config.embedding_scale, config.logit_softcap
         assert document_start is not None or not config.document_mask, "document_mask needs document_start"
@@ -99,7 +102,11 @@ class Transformer(nn.Module):
         self.operations = select_operations(config.kernels, init.device)
         token_group = group if sequence else None
         self.position = POSITIONS.get(config.position)(config, embeds=plan.first, group=token_group, init=init)
-        if plan.first:
+        self.ahead = range(config.layers, config.blocks) if plan.last else range(0)
+        self.has_embedding = plan.first or len(self.ahead) > 0
+        self.further_sums = torch.zeros(2, dtype=torch.float64, device=init.device)
+        """Losses of further tokens, the mean of all depths, and tokens with a main loss, until someone takes them."""
+        if self.has_embedding:
             self.embedding = VocabParallelEmbedding(
                 "embedding",
                 vocab,
@@ -115,12 +122,15 @@ class Transformer(nn.Module):
         norm = partial(build_norm, config=config, group=token_group, init=init, operations=self.operations)
         self.embedding_norm = norm("embedding_norm") if config.embedding_norm and plan.first else None
         self.blocks = nn.ModuleDict()
-        for index in plan.layers:
+        for index in (*plan.layers, *self.ahead):
             block = TransformerBlock(index, config, group=group, init=init, sequence=sequence, context=context)
             block.attention.recompute = recompute == "selective" and index % recompute_every == 0
             if on_built is not None:
                 on_built(block)
             self.blocks[str(index)] = block
+        self.joins = nn.ModuleDict(
+            {str(n): TokenJoin(n, config, group=group, init=init, sequence=sequence) for n in self.ahead}
+        )
         if plan.last:
             # With the norms behind the sums the last block ends in one.
             self.final_norm = norm("final_norm") if config.norm_place != "post" else nn.Identity()
@@ -130,7 +140,7 @@ class Transformer(nn.Module):
 
     def _head_weight(self, config: ModelSection, init: Initializer) -> nn.Parameter:
         """Return the embedding's own weight where the head is tied to it and both are here, else one for the head."""
-        if self.tied and self.plan.first:
+        if self.tied and self.has_embedding:
             return self.embedding.weight
         name = "embedding" if self.tied else "head"
         return vocab_weight(name, self.vocab, config.hidden, group=self.group, init=init, std=config.init_std)
@@ -138,9 +148,9 @@ class Transformer(nn.Module):
     @property
     def tied_weight(self) -> nn.Parameter | None:
         """This stage's copy of an embedding that another stage holds too, if it has one."""
-        if not self.tied or self.plan.first == self.plan.last:
+        if not self.shares_embedding or self.plan.first == self.plan.last:
             return None
-        return self.embedding.weight if self.plan.first else self.head.weight
+        return self.embedding.weight if self.has_embedding else self.head.weight
 
     def forward(
         self,
@@ -154,30 +164,59 @@ class Transformer(nn.Module):
         """Run one microbatch through one of this stage's chunks.
 
         The first of the model takes tokens_BT (int64) as x, later ones the hidden state x_BTD (x_BTtD with sequence
-        parallelism) of the one before; a model with document masks needs `tokens_BT` on these too. Tokens, labels and
-        mask are whole rows, of whose hidden state a context rank has its own tokens. The last of the model returns the
-        loss summed over this rank's valid tokens, or, without labels, this tensor rank's logits_BTVt (padding columns
-        included); earlier ones the hidden state.
+        parallelism) of the one before; a model with document masks, or that predicts further tokens, needs `tokens_BT`
+        on these too. Tokens, labels and mask are whole rows, of whose hidden state a context rank has its own tokens.
+        The last of the model returns the loss summed over this rank's valid tokens, or, without labels, this tensor
+        rank's logits_BTVt (padding columns included); earlier ones the hidden state.
         """
         embeds = self.plan.embeds(chunk)
-        own, context = self._context(x, dropout, x if embeds else tokens_BT, embeds, loss_mask_BT)
+        tokens_BT = x if embeds else tokens_BT
+        own, context = self._context(x, dropout, tokens_BT, embeds, loss_mask_BT)
         if embeds:
             x = self._embed(select(x, own), context)
         for index in self.plan.chunks[chunk]:
-            block = self.blocks[str(index)]
-            again = self.recompute == "full" and index % self.recompute_every == 0
-            if again and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, context)
+            x = self._block(index, x, context)
         if not self.plan.predicts(chunk):
             return x
         x = self.final_norm(x)
-        x = x if self.head_factor == 1.0 else x * self.head_factor
         if labels_BT is None:
-            return self._logits(x)
+            return self._logits(self._scaled(x))
         assert loss_mask_BT is not None, "labels come with a loss mask"
-        labels_BT, loss_mask_BT = select(labels_BT, own), select(loss_mask_BT, own)
+        loss = self._loss_sum(x, select(labels_BT, own), select(loss_mask_BT, own))
+        if self.ahead and self.mtp_weight:
+            assert tokens_BT is not None, "further tokens are predicted from those before them"
+            ahead = self._loss_sum_ahead(x, own, context, tokens_BT, labels_BT, loss_mask_BT)
+            loss = loss + self.mtp_weight / len(self.ahead) * ahead
+        return loss
+
+    def _block(self, index: int, x: Tensor, context: Context) -> Tensor:
+        block = self.blocks[str(index)]
+        again = self.recompute == "full" and index % self.recompute_every == 0
+        if again and torch.is_grad_enabled():
+            return checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
+        return block(x, context)
+
+    def _loss_sum_ahead(
+        self, x: Tensor, own: Places, context: Context, tokens_BT: Tensor, labels_BT: Tensor, loss_mask_BT: Tensor
+    ) -> Tensor:
+        """Return the losses of further tokens, summed over depths and tokens whose label is in the row and counts.
+
+        A token that is given another than its own, as none of its row comes so late, is seen by no token with a loss.
+        """
+        losses = []
+        for count, index in enumerate(self.ahead, start=1):
+            join: Any = self.joins[str(index)]
+            embedded = self.embedding(select(tokens_ahead(tokens_BT, count), own))
+            x = join.final_norm(self._block(index, join(x, embedded), context))
+            later = (select(tokens_ahead(part_BT, count), own) for part_BT in (labels_BT, loss_mask_BT))
+            losses.append(self._loss_sum(x, *later))
+        total = torch.stack(losses).sum()
+        mean = total.detach().double() / len(self.ahead)
+        self.further_sums += torch.stack((mean, select(loss_mask_BT, own).sum(dtype=torch.float64)))
+        return total
+
+    def _loss_sum(self, x: Tensor, labels_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
+        x = self._scaled(x)
         loss: dict[str, Any] = {
             "vocab": self.vocab,
             "label_smoothing": self.label_smoothing,
@@ -187,6 +226,9 @@ class Transformer(nn.Module):
         if self.fused_head:
             return valid_sum(self.head(x, labels_BT.flatten(), **loss), loss_mask_BT)
         return token_loss_sum(self._logits(x), labels_BT, loss_mask_BT, group=self.group, **loss)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.head_factor == 1.0 else x * self.head_factor
 
     def _context(
         self,

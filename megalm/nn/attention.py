@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from megalm.distributed.sharding import ShardSpec
 from megalm.errors import ConfigError
 from megalm.nn.context import Context
 from megalm.nn.dropout import Dropout
+from megalm.nn.latent_attention import LatentProjection
 from megalm.nn.norms import RMSNorm
 from megalm.nn.ops import select_operations
 from megalm.nn.pattern_attention import pattern_attention
@@ -26,7 +28,10 @@ from megalm.tensor_parallel.initialize import Initializer
 from megalm.tensor_parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 
 Projected = tuple[Tensor, Tensor | None, Tensor, Tensor]
-"""q_BTHE, the gate of each head's result in the same shape (None: there is none), k_BTGE, v_BTGE."""
+"""q_BTHE, the gate of each head's result in the same shape (None: there is none), k_BTGE, v_BTGE.
+
+Values that have fewer features than keys have zeros behind them.
+"""
 
 
 class Attention(nn.Module):
@@ -58,11 +63,16 @@ class Attention(nn.Module):
         self.window = config.window_of(layer)
         self.pattern = config.block_pattern
         self.softcap = config.attention_softcap
-        project = MultiQuery if config.key_value_heads == 1 and config.heads > 1 else GroupedQuery
+        self.value_size = config.value_size
+        project: Callable[..., nn.Module] = GroupedQuery
+        if config.is_latent:
+            project = LatentProjection
+        elif config.key_value_heads == 1 and config.heads > 1:
+            project = MultiQuery
         self.project = project(name, config, group=group, init=init, sequence=sequence)
         self.out = RowParallelLinear(
             f"{name}.out",
-            config.heads * config.head_size,
+            config.heads * config.value_size,
             config.hidden,
             group=group,
             init=init,
@@ -133,7 +143,7 @@ class Attention(nn.Module):
             result = _with_sinks(out_BTHE, lse_BHT, self.sinks)
         if gate_BTHE is not None:
             result = result * torch.sigmoid(gate_BTHE)
-        return self.out(result.flatten(2))
+        return self.out(result[..., : self.value_size].flatten(2))
 
 
 def _with_sinks(out_BTHE: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class TransformerBlock(nn.Module):
             token_group = group if sequence else None
             return build_norm(f"{name}.{which}", config, group=token_group, init=init, operations=self.operations)
 
-        left_out = config.stochastic_depth * (index + 1) / config.layers
+        left_out = config.stochastic_depth * min(index + 1, config.layers) / config.layers
         self.attention_norm = norm("attention_norm")
         self.attention = Attention(
             f"{name}.attention", index, config, group=group, init=init, sequence=sequence, context=context

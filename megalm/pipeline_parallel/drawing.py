@@ -48,7 +48,8 @@ def _layers(config: RunConfig, schedule: Schedule) -> list[str]:
         held = [parts[placement.place(stage, chunk)] for chunk in range(placement.chunks)]
         names = ["embedding"] if stage == 0 else []
         names += [f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in held]
-        names += ["head"] if stage == placement.last_stage else []
+        ends = ["head", "further tokens"] if config.model.mtp_depth else ["head"]
+        names += ends if stage == placement.last_stage else []
         lines.append(f"stage {stage}: layers {', '.join(names)}")
     return lines
 

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megalm.checkpoint.manager import CheckpointManager
 from megalm.config.ramps import batch_at, sequence_at
 from megalm.config.run import EarlyStopSection, RunConfig
 from megalm.data.loader import HeldOut
+from megalm.distributed.collectives import all_reduce_sum
+from megalm.distributed.mesh import world_group
 from megalm.evaluation.perplexity import HeldOutLoss, held_out_loss
 from megalm.models.transformer import Transformer
 from megalm.train.monitor import Throughput, peak_memory_bytes
@@ -43,6 +46,7 @@ class LogMetrics:
         """Log, where the step is to be logged; the parts of the step's time are this rank's, hence rank 0's."""
         step = trainer.state.step
         self._times.append(result.times)
+        further_sums = _taken(trainer)
         if step % self.every and step != trainer.last_step and step != 1:
             return
         speed = self.meter.measure(step, trainer.last_step)
@@ -51,6 +55,7 @@ class LogMetrics:
             "tokens": trainer.state.tokens,
             **_sizes(trainer.config, step),
             "train/loss": result.loss,
+            **({} if further_sums is None else {"train/mtp_loss": _mean(further_sums)}),
             "optim/lr": result.lr,
             "optim/grad_norm": result.grad_norm,
             **({} if result.loss_scale is None else {"optim/loss_scale": result.loss_scale}),
@@ -204,6 +209,22 @@ def _sizes(config: RunConfig, step: int) -> dict[str, int]:
     if config.sequence_warmup.start is not None:
         record["train/sequence"] = sequence_at(config, step - 1)
     return record
+
+
+def _taken(trainer: Trainer) -> Tensor | None:
+    """Return this rank's sums of further tokens' losses since the last call; None where none are predicted."""
+    if trainer.config.model.mtp_depth == 0:
+        return None
+    model: Any = trainer.engine.module
+    sums: Tensor = model.further_sums.clone()
+    model.further_sums.zero_()
+    return sums
+
+
+def _mean(sums: Tensor) -> float:
+    """Return the quotient of the two sums over the world, where all tensor ranks of the last stage count alike."""
+    total, count = all_reduce_sum(sums, world_group()).tolist()
+    return total / count if count else math.nan
 
 
 def _most_on_any_rank(count: int, trainer: Trainer) -> int:

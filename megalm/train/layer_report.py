@@ -44,7 +44,7 @@ def inspect_run(run: Path) -> dict[str, Any]:
     samples = read_metrics(path) if path.exists() else []
     if not samples:
         raise ConfigError(f"{path}: no layer was sampled in this run; train it on with inspect.every=100")
-    names = layer_names(config.model.layers)
+    names = layer_names(config.model.blocks)
     draw_layers(run / PICTURE_FILE, samples, names, f"{run}: layers")
     last = samples[-1]
     layers = {

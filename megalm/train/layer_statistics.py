@@ -45,7 +45,7 @@ class LayerStatistics:
     def __init__(self, config: RunConfig, mesh: ParallelMesh, model: Transformer, resume_step: int) -> None:
         self.config, self.mesh, self.model = config, mesh, model
         self.every = config.inspect.every
-        self._names = layer_names(config.model.layers)
+        self._names = layer_names(config.model.blocks)
         writes = self.every > 0 and mesh.rank == 0
         self._file = MetricsFile(Path(config.run.dir), resume_step, INSPECT_FILE) if writes else None
         self._written = resume_step
@@ -68,7 +68,7 @@ class LayerStatistics:
         if self.every and step % self.every == 0:
             shape = len(self._names), len(_SUMS)
             self._sums = torch.zeros(shape, dtype=torch.float64, device=self.mesh.device)
-            for index in self.model.plan.layers:
+            for index in map(int, self.model.blocks):
                 self._look_into(index, head=(step // self.every + index) % self.config.model.heads)
 
     def _stop(self) -> None:

@@ -31,6 +31,8 @@ class ParameterCount:
     norms: int
     head: int
     """0 when the head is tied to the embedding."""
+    mtp: int
+    """What joins the blocks that predict further tokens to the model; the blocks themselves are counted above."""
 
     @property
     def total(self) -> int:
@@ -40,45 +42,44 @@ class ParameterCount:
 
 def count_parameters(model: ModelSection, vocab: int) -> ParameterCount:
     """Return the exact parameter count of each part, from the recipe alone. `vocab` is unpadded."""
-    heads_width = model.heads * model.head_size
-    qkv_width = model.projected_width
     up_width = model.feed_forward * (2 if model.has_gated_activation else 1)
     norm = model.hidden * (2 if model.norm == "layernorm" and model.bias else 1)
-    attention = model.hidden * (qkv_width + heads_width)
-    attention += qkv_width * model.has_qkv_bias + model.hidden * model.bias
+    attention = sum(model.attention_matrices.values())
+    attention += model.projected_width * model.has_qkv_bias + model.hidden * model.bias
     attention += model.heads * model.attention_sinks
     if model.position == "t5":
-        layers = sum(model.knows_positions(layer) for layer in range(model.layers))
+        layers = sum(model.knows_positions(layer) for layer in range(model.blocks))
         positions = layers * model.heads * model.relative_buckets
     else:
         positions = model.sequence * model.hidden if model.position == "learned" else 0
-    norms = model.layers * {"pre": 2, "post": 2, "sandwich": 4}[model.norm_place]
+    norms = model.blocks * {"pre": 2, "post": 2, "sandwich": 4}[model.norm_place]
     norms += (model.norm_place != "post") + model.embedding_norm
+    attention_norms = 2 * model.head_size * model.qk_norm + (model.kv_rank or 0) + (model.q_rank or 0)
     return ParameterCount(
         embedding=vocab * model.hidden,
         position=positions,
-        attention=model.layers * attention,
-        mlp=model.layers * (model.hidden * (up_width + model.feed_forward) + (up_width + model.hidden) * model.bias),
-        norms=norms * norm + model.layers * 2 * model.head_size * model.qk_norm,
+        attention=model.blocks * attention,
+        mlp=model.blocks * (model.hidden * (up_width + model.feed_forward) + (up_width + model.hidden) * model.bias),
+        norms=norms * norm + model.blocks * attention_norms,
         head=0 if model.tie_embeddings else vocab * model.hidden,
+        mtp=model.mtp_depth * (2 * model.hidden**2 + (2 + (model.norm_place != "post")) * norm),
     )
 
 
 def flops_per_token(model: ModelSection, vocab: int, sequence: int | None = None) -> float:
     """Return the model FLOPs of one token's forward and backward pass in rows of `sequence` tokens (None: whole ones).
 
-    6 per weight of a matrix product (2 forward, 4 backward), the head included (tied or not), the embedding
-    look-up not; plus 12 * layers * heads * head_size * sequence for the scores and their product with the
-    values, counted as full squares: what masks and windows leave out is *not* subtracted. Recomputed
+    6 per weight of a matrix product (2 forward, 4 backward), the head included (tied or not, and once more for each
+    further token that is predicted), the embedding look-up not; plus 12 * layers * heads * head_size * sequence for the
+    scores and their product with the values (where values have another size, the mean of both), counted as full
+    squares: what masks and windows leave out is *not* subtracted. Recomputed
     activations, norms, biases and element-wise work do not count. This is the convention of PaLM (Chowdhery
     et al. 2022, appendix B) and of Megatron-LM (Narayanan et al. 2021, equation 2, without its
     recomputation), so figures compare with theirs.
     """
-    heads_width = model.heads * model.head_size
-    up_width = model.feed_forward * (2 if model.has_gated_activation else 1)
-    block_weights = model.hidden * (model.projected_width + heads_width + up_width + model.feed_forward)
-    matmul_weights = model.layers * block_weights + vocab * model.hidden
-    return 6.0 * matmul_weights + 12.0 * model.layers * heads_width * (sequence or model.sequence)
+    matmul_weights = sum(model.hidden_matrices.values()) + (1 + model.mtp_depth) * vocab * model.hidden
+    scores_width = model.blocks * model.heads * (model.head_size + model.value_size)
+    return 6.0 * matmul_weights + 6.0 * scores_width * (sequence or model.sequence)
 
 
 @dataclass(frozen=True)

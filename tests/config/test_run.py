@@ -142,6 +142,32 @@ def test_building_a_config_in_code_checks_the_rules_too() -> None:
         RunConfig.model_validate(values)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.kv_heads=2"], "model.kv_heads=2 does not go with latent attention (model.kv_rank=8), which makes"),
+        (["model.head_dim=8"], "whose heads have two parts; use rope_head_dim and nope_head_dim"),
+        (["model.position=rotary", "model.rotary_share=0.5"], "model.rotary_share=0.5 does not go with latent"),
+        (["model.qk_norm=true"], "whose norms are those of the latents; use model.qk_norm=false"),
+        (["model.attention_gate=true"], "whose projections have no gates; use model.attention_gate=false"),
+        (["model.qkv_bias=true"], "whose projections have no biases; leave it out"),
+        (["model.position=rotary", "model.rope_head_dim=5"], "model.rope_head_dim=5 is odd, and model.position=rot"),
+        (["model.nope_head_dim=8", "model.value_head_dim=13"], "model.value_head_dim=13 is more than the 12 features"),
+    ],
+)
+def test_latent_attention_excludes_what_has_no_meaning_there(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "model.kv_rank=8", *overrides)
+    assert message in str(caught.value)
+
+
+def test_further_tokens_lie_within_a_row(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.mtp_depth=16 predicts tokens that no row .*; use less than 16"):
+        load(tmp_path, "model.mtp_depth=16", "model.sequence=16")
+
+
 def test_check_world_returns_the_data_parallel_size(tmp_path: Path) -> None:
     config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2")
     assert [check_world(config, world) for world in (4, 8, 12)] == [1, 2, 3]
@@ -196,6 +222,7 @@ def test_every_key_has_a_declaration() -> None:
         *("optim.muon_adjust_lr_fn=original", "optim.alpha=0.9", "optim.nesterov=true", "lr_schedule.factor=0.5"),
         *("profile.steps=5", "profile.ranks=[1]", "profile.memory=true"),
         *("lr_schedule.cooldown_shape=sqrt", "train.recompute_every=2"),
+        *("loss.mtp=0.1", "model.q_rank=8", "model.rope_head_dim=8", "model.nope_head_dim=8", "model.value_head_dim=8"),
     ],
 )
 def test_a_key_without_effect_is_refused(tmp_path: Path, override: str) -> None:

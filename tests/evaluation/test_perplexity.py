@@ -38,9 +38,9 @@ def measured(
     layout = mesh.layout
     config = small_recipe(
         precision="fp64",
-        model={"layers": 4, "init_std": 0.5},
+        model={"layers": 4, "init_std": 0.5, "mtp_depth": 1},
         train={"global_batch": 12},
-        loss={"label_smoothing": 0.3, "z_loss": 0.2},
+        loss={"label_smoothing": 0.3, "z_loss": 0.2, "mtp": 0.4},
         parallel={
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
@@ -54,7 +54,7 @@ def measured(
     file = TokenFile(path)
     held_out = HeldOut(file, all_windows(file, SEQUENCE, "stream"), sequences)
     result = held_out_loss(build_executor(config, model, mesh), model, held_out, TOKEN_BYTES, mesh, micro_batch)
-    assert (model.label_smoothing, model.z_loss) == (0.3, 0.2)
+    assert (model.label_smoothing, model.z_loss, model.mtp_weight) == (0.3, 0.2, 0.4)
     assert all(parameter.grad is None for parameter in model.parameters())
     return result.total_nats, result.tokens, result.text_bytes
 

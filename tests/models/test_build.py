@@ -65,6 +65,7 @@ def names_and_values(mesh: ParallelMesh, overrides: dict[str, Any]) -> list[str]
         (RankLayout(pipeline=2), {"precision": "fp32", "parallel.partition": [1, 3]}),
         (RankLayout(pipeline=2), {"parallel.schedule": "interleaved", "parallel.virtual_stages": 2}),
         (RankLayout(pipeline=2, tensor=2), {"parallel.schedule": "zb-v"}),
+        (RankLayout(pipeline=2, tensor=2), {"model.tie_embeddings": False, "model.mtp_depth": 2, "model.kv_rank": 12}),
     ],
 )
 def test_stages_hold_every_logical_tensor_with_the_first_values_of_one_process(
@@ -74,7 +75,8 @@ def test_stages_hold_every_logical_tensor_with_the_first_values_of_one_process(
     config = Case(layout.pipeline, 1, layout.tensor, overrides).config()
     expected = parameter_shapes(config, VOCAB).keys()
     assert set(names) == expected
-    if config.model.tie_embeddings and layout.pipeline > 1 and config.parallel.schedule != "zb-v":
+    both_ends = config.model.tie_embeddings or config.model.mtp_depth > 0
+    for _ in range(layout.tensor if both_ends and layout.pipeline > 1 and config.parallel.schedule != "zb-v" else 0):
         names.remove("embedding.weight")
     assert all(names.count(name) in (1, layout.tensor) for name in expected)
 

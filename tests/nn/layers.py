@@ -25,6 +25,11 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 GROUPED: dict[str, Any] = {**GPT, "kv_heads": 2, "position": "rotary", "bias": True, "activation": "swiglu"}
 MODELS = (GPT, LLAMA, GROUPED)
+LATENT: dict[str, Any] = {**LLAMA, "kv_heads": None, "kv_rank": 6}
+LATENT_MODELS: tuple[dict[str, Any], ...] = (
+    {**LATENT, "nope_head_dim": 4, "rope_head_dim": 2},
+    {**LATENT, "q_rank": 5, "rope_head_dim": 4, "nope_head_dim": 3, "value_head_dim": 2, "norm": "layernorm"},
+)
 
 
 def model_section(**values: Any) -> ModelSection:

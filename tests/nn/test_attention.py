@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,8 +24,8 @@ ONE_DOCUMENT = torch.ones(2, 8, dtype=torch.int64)
 KEYS = DropoutKeys(seed=5, step=2, first_sample=3)
 
 
-def check_attention(mesh: ParallelMesh) -> None:
-    for values in MODELS:
+def check_attention(mesh: ParallelMesh, models: Sequence[dict[str, Any]] = MODELS) -> None:
+    for values in models:
         for dropout in (0.0, 0.3):
             for sequence in (False, True) if mesh.size("tensor") > 1 else (False,):
                 config = model_section(**values, dropout=dropout)

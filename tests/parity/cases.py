@@ -27,6 +27,15 @@ ULYSSES: dict[str, Any] = {"parallel.context": 2, "parallel.context_attention": 
 PACKED: dict[str, Any] = {"model.document_mask": True}
 WINDOWS: dict[str, Any] = {"model.window": 5, "model.window_pattern": "SSL"}
 ALIBI: dict[str, Any] = {"model.position": "alibi"}
+LATENT: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key != "model.kv_heads"},
+    "model.kv_rank": 12,
+    "model.q_rank": 10,
+    "model.rope_head_dim": 4,
+    "model.nope_head_dim": 6,
+    "model.value_head_dim": 5,
+}
+AHEAD: dict[str, Any] = {"model.mtp_depth": 2, "loss.mtp": 0.5}
 CUT: dict[str, Any] = {"model.layers": 3}
 """Two or four data ranks cut what lies flat within a layer; four layers they would cut between them."""
 OFFLOAD2: dict[str, Any] = {"zero.stage": 2, "zero.config": "zero2-offload"}
@@ -125,9 +134,17 @@ CASES: tuple[Case, ...] = (
     Case(1, 2, 1, {**ULYSSES, **PACKED, **WINDOWS, **zero(2)}),
     Case(2, 1, 2, {**ULYSSES, **DROPOUT, **SEQUENCE, "model.kv_heads": 2}),
     Case(1, 2, 2, {**ULYSSES, "model.kv_heads": 1, "model.position": "t5", **zero(3)}),
+    Case(1, 2, 4, {**LATENT, **SEQUENCE, **DROPOUT, **zero(3)}),
+    Case(2, 2, 2, {**LATENT, **zero(2), **MUON, **RECOMPUTE}),
+    Case(4, 1, 2, {**LATENT, **schedule("zb-v"), **EIGHT, **SEQUENCE, **SELECTIVE}),
+    Case(2, 1, 4, {**schedule("interleaved", 2), "model.kv_rank": 12, **DROPOUT}),
+    Case(2, 1, 2, {**AHEAD, **UNTIED, **SEQUENCE, **DROPOUT}),
+    Case(1, 2, 2, {**AHEAD, **LATENT, **SEQUENCE, **zero(3)}),
+    Case(4, 1, 2, {**AHEAD, **schedule("zb-h1"), **FUSED_HEAD, **RECOMPUTE}),
+    Case(2, 2, 2, {**AHEAD, **schedule("interleaved", 2), **UNTIED, **MUON, **zero(2)}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54, 58, 61, 68, 70, 73)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}

@@ -67,14 +67,22 @@ def draw(number: int) -> Case:
     return Case(pipeline, data, tensor, overrides)
 
 
-def verdict(pool: WorkerPool, case: Case) -> Verdict:
-    """Train a recipe for a few steps in fp64, or find it refused."""
+def refusal(case: Case) -> Verdict | None:
+    """Return why a recipe cannot be; None where it can."""
     try:
         check_world(case.config(), case.layout.world_size)
     except ConfigError as error:
         lines = str(error).splitlines()
         unclear = [line for line in lines[len(lines) > 1 :] if ";" not in line and ":" not in line]
         return Verdict(refused=lines[-1].strip(), wrong=f"no remedy: {unclear[0]}" if unclear else "")
+    return None
+
+
+def verdict(pool: WorkerPool, case: Case) -> Verdict:
+    """Train a recipe for a few steps in fp64, or find it refused."""
+    refused = refusal(case)
+    if refused is not None:
+        return refused
     try:
         difference, _ = run_case(pool, case, STEPS, LIMIT_S, precision="fp64")
     except WorkerError as error:

@@ -29,7 +29,7 @@ from megalm.train.optimizers import build_optimizer, freeze
 from megalm.train.trainer import Trainer, TrainState
 from megalm.zero.build import build_engine, partitioner
 from tests.parity.reference import Reference
-from tests.parity.reference_model import DOCUMENT_START
+from tests.parity.reference_masks import DOCUMENT_START
 from tests.worker_pool import WorkerPool, at_world_end
 
 VOCAB = 67

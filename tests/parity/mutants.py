@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
-from tests.parity import context_faults, faults, option_faults, schedule_faults
+from tests.parity import context_faults, faults, latent_faults, mtp_faults, option_faults, schedule_faults
 from tests.parity.cases import OPTIMIZERS, misses
 from tests.parity.faults import Mutant, Patches
 from tests.parity.harness import RankReport, compare, reference_run, train_rank
@@ -21,6 +21,8 @@ MUTANTS: tuple[Mutant, ...] = (
     *option_faults.MUTANTS,
     *schedule_faults.MUTANTS,
     *context_faults.MUTANTS,
+    *latent_faults.MUTANTS,
+    *mtp_faults.MUTANTS,
 )
 
 _IN_EVERY_TEST_RUN = (
@@ -41,6 +43,8 @@ _IN_EVERY_TEST_RUN = (
     "message_taken_for_that_of_the_other_chunk",
     "key_gradients_stay_where_they_were_made",
     "heads_change_places_with_tokens_out_of_order",
+    "projections_down_see_one_ranks_tokens",
+    "further_tokens_are_those_of_the_row_s_begin",
 )
 REPRESENTATIVE = tuple([mutant.plant.__name__ for mutant in MUTANTS].index(name) for name in _IN_EVERY_TEST_RUN)
 """The mutants, by their place, that every test run plants."""

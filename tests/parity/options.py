@@ -30,6 +30,13 @@ ROTARY: Value = {"model.position": "rotary"}
 SCALED: Value = {**ROTARY, "model.rotary_factor": 4.0}
 STRIDED: Value = {"model.attention_pattern": "strided", "model.block_size": 2, "model.local_blocks": 2}
 HIERARCHICAL: Value = {**STRIDED, "model.attention_pattern": "hierarchical"}
+LATENT: Value = {
+    "model.kv_rank": 10,
+    "model.q_rank": 9,
+    "model.rope_head_dim": 4,
+    "model.nope_head_dim": 7,
+    "model.value_head_dim": 5,
+}
 ORIGINAL: Value = {
     "optim.muon_adjust_lr_fn": "original",
     "optim.lr": 0.02,
@@ -52,7 +59,14 @@ FACTORS: dict[str, list[Any]] = {
         {**SCALED, "model.rotary_scaling": "llama3", "model.rotary_original": 64},
     ],
     "activation": one("model.activation", "relu", "relu2", "gelu_erf", "silu", "geglu", "swiglu"),
-    "heads": [NONE, {"model.kv_heads": 2}, {"model.kv_heads": 1}, {"model.kv_heads": 1, "model.head_dim": 12}],
+    "heads": [
+        NONE,
+        {"model.kv_heads": 2},
+        {"model.kv_heads": 1},
+        {"model.kv_heads": 1, "model.head_dim": 12},
+        {"model.kv_rank": 12},
+        LATENT,
+    ],
     "window": [NONE, {"model.window": 3}, {"model.window": 5, "model.window_pattern": "SSL"}],
     "pattern": [
         NONE,
@@ -82,6 +96,7 @@ FACTORS: dict[str, list[Any]] = {
     "residual": one("model.residual_scale", 0.7),
     "init": [*one("model.init", "truncated_normal", "xavier", "he"), {"model.init_depth_scaled": False}],
     "mup": [NONE, {"model.mup_base": 8}, {"model.mup_base": 64, "model.mup_base_head_dim": 2}],
+    "mtp": [NONE, {"model.mtp_depth": 1}, {"model.mtp_depth": 2, "loss.mtp": 0.5}],
     "tied": one("model.tie_embeddings", False),
     "attention": one("model.flash_attention", False),
     "sequence": one("parallel.sequence", True),

@@ -244,8 +244,12 @@ class Reference:
             part = slice(first, first + rows)
             weights = {name: p.to(self.dtype).detach().requires_grad_() for name, p in self.parameters.items()}
             padding = ~mask[part] if self.config.data.rows == "documents" else None
-            logits = self.logits(tokens[part], weights, step, first, len(tokens), padding)
-            loss = self.loss_sum(logits, labels[part], mask[part]) / valid
+            formulas = self.formulas(weights, step, first, len(tokens))
+            loss = self.loss_sum(formulas.logits(tokens[part], padding), labels[part], mask[part])
+            for k, logits in enumerate(formulas.logits_ahead(tokens[part], padding), start=1):
+                share = self.config.loss.mtp / self.config.model.mtp_depth
+                loss = loss + share * self.loss_sum(logits[:, :-k], labels[part, k:], mask[part, k:])
+            loss = loss / valid
             scale = self.config.loss_scale.initial if self.dtype is torch.float16 else 1.0
             gradients = torch.autograd.grad(loss * scale, list(weights.values()))
             for name, gradient in zip(weights, gradients, strict=True):
@@ -280,6 +284,12 @@ class Reference:
 
         Without `weights` the parameters are used; without `step` there is no dropout (evaluation).
         """
+        return self.formulas(weights, step, first, global_batch).logits(tokens, padding)
+
+    def formulas(
+        self, weights: dict[str, Tensor] | None, step: int | None, first: int, global_batch: int
+    ) -> reference_model.Formulas:
+        """Return the model of `weights` for rows from `first` on of the global batch of `step`."""
         w = weights or {name: p.to(self.dtype) for name, p in self.parameters.items()}
 
         def drop(x: Tensor, site: str, rate: float, dims: int) -> Tensor:
@@ -289,4 +299,4 @@ class Reference:
             mask = dropped(mask, rate, (self.config.seed, "dropout", site, step), first, global_batch)
             return x * mask.view(*mask.shape, *(1,) * (x.dim() - dims))
 
-        return reference_model.Formulas(self.config.model, w, self.wide, drop).logits(tokens, padding)
+        return reference_model.Formulas(self.config.model, w, self.wide, drop)

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from megalm.config.model import ModelSection
+from tests.parity.reference_latent import latent_heads, latent_shapes, latent_sizes
+from tests.parity.reference_masks import visible
 
 Weights = dict[str, Tensor]
 Drop = Callable[[Tensor, str, float, int], Tensor]
 """(x, site, rate, dims) -> x with elements dropped; the mask has the first `dims` dims of x."""
-
-DOCUMENT_START = 0
-"""The token that begins a document."""
 
 
 def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ...]]:
@@ -46,10 +45,12 @@ def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ..
     if model.embedding_norm:
         norm("embedding_norm")
     qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
-    for i in range(model.layers):
+    for i in range(model.layers + model.mtp_depth):
         attention = f"blocks.{i}.attention"
         norm(f"{attention}_norm")
-        if groups == 1 and heads > 1:
+        if model.kv_rank is not None:
+            shapes |= latent_shapes(model, attention)
+        elif groups == 1 and heads > 1:
             linear(f"{attention}.q", (2, heads * size) if model.attention_gate else (heads * size,), width, qkv_bias)
             linear(f"{attention}.kv", (2 * size,), width, qkv_bias)
         else:
@@ -60,13 +61,17 @@ def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ..
             shapes[f"{attention}.q_norm.weight"] = shapes[f"{attention}.k_norm.weight"] = (size,)
         if model.attention_sinks:
             shapes[f"{attention}.sinks"] = (heads,)
-        linear(f"{attention}.out", (width,), heads * size)
+        linear(f"{attention}.out", (width,), heads * (size if model.kv_rank is None else latent_sizes(model)[2]))
         norm(f"blocks.{i}.mlp_norm")
         linear(f"blocks.{i}.mlp.up", up, width)
         linear(f"blocks.{i}.mlp.down", (width,), feed_forward)
         if model.norm_place == "sandwich":
             norm(f"{attention}_out_norm")
             norm(f"blocks.{i}.mlp_out_norm")
+    for i in range(model.layers, model.layers + model.mtp_depth):
+        shapes[f"blocks.{i}.mtp.project.weight"] = (width, 2 * width)
+        for which in ("hidden", "embedding", *(("final",) if model.norm_place != "post" else ())):
+            norm(f"blocks.{i}.mtp.{which}_norm")
     if model.norm_place != "post":
         norm("final_norm")
     if not model.tie_embeddings:
@@ -87,6 +92,10 @@ class Formulas:
 
     def logits(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
         """Return the logits [rows,T,V] of tokens [rows,T]; those that are `padding`, bool [rows,T], no other sees."""
+        return self.head(self.hidden(tokens, padding))
+
+    def hidden(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
+        """Return what the model gives its head."""
         model, w = self.model, self.w
         self.padding = padding
         length = tokens.shape[1]
@@ -100,8 +109,28 @@ class Formulas:
         x = self.drop(x, "embedding", model.dropout, x.dim())
         for layer in range(model.layers):
             x = self.block(x, layer, tokens)
-        if model.norm_place != "post":
-            x = self.norm(x, "final_norm")
+        return x if model.norm_place == "post" else self.norm(x, "final_norm")
+
+    def logits_ahead(self, tokens: Tensor, padding: Tensor | None) -> list[Tensor]:
+        """Return for k = 1, 2, ... what is predicted at i of token i + k + 1. Source: DeepSeek-V3, 2024, section 2.2.
+
+        Where no token i + k is in the row, as at its end, any may stand in, as no other sees it: here the last.
+        """
+        model, w, found = self.model, self.w, []
+        x = self.hidden(tokens, padding) if model.mtp_depth else tokens
+        for k in range(1, model.mtp_depth + 1):
+            name = f"blocks.{model.layers + k - 1}"
+            later = torch.cat((tokens[:, k:], tokens[:, -1:].expand(-1, min(k, tokens.shape[1]))), dim=1)
+            embedded = self.norm(w["embedding.weight"][later], f"{name}.mtp.embedding_norm")
+            joined = torch.cat((self.norm(x, f"{name}.mtp.hidden_norm"), embedded), dim=-1)
+            x = self.block(joined @ w[f"{name}.mtp.project.weight"].T, model.layers + k - 1, tokens)
+            x = x if model.norm_place == "post" else self.norm(x, f"{name}.mtp.final_norm")
+            found.append(self.head(x))
+        return found
+
+    def head(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        model, w = self.model, self.w
         logits = x @ w["embedding.weight" if model.tie_embeddings else "head.weight"].T
         if model.mup_base is not None:
             logits = logits * (model.mup_base / model.hidden)
@@ -118,7 +147,7 @@ class Formulas:
             h = self.attention(h, layer, tokens) if which == "attention" else self.mlp(h, f"{name}.mlp")
             if place == "sandwich":
                 h = self.norm(h, f"{name}.{which}_out_norm")
-            rate = self.model.stochastic_depth * (layer + 1) / self.model.layers
+            rate = self.model.stochastic_depth * min(1.0, (layer + 1) / self.model.layers)
             h = self.drop(h * self.model.residual_scale, f"{name}.{which}.depth", rate, 1)
             return self.drop(h, f"{name}.{which}", self.model.dropout, h.dim())
 
@@ -132,7 +161,7 @@ class Formulas:
     def norm(self, x: Tensor, name: str) -> Tensor:
         """Return LayerNorm or RMSNorm over the last dim."""
         wide = x.to(self.wide)
-        if self.model.norm == "layernorm" and not name.endswith(("q_norm", "k_norm")):
+        if self.model.norm == "layernorm" and not name.endswith(("q_norm", "k_norm", "latent_norm")):
             wide = wide - wide.mean(dim=-1, keepdim=True)
         wide = wide / torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + self.model.norm_eps)
         wide = wide * self.w[f"{name}.weight"].to(self.wide)
@@ -144,19 +173,26 @@ class Formulas:
         """Return attention; query head h reads key-value head h // R."""
         model, name = self.model, f"blocks.{layer}.attention"
         rows, length, _ = x.shape
-        q, gate, k, v = self._projected(x, name)  # [rows,H,T,E], [rows,H,T,E] or None, [rows,K,T,E] twice
+        turns = model.position == "rotary" and _knows_positions(model, layer)
+
+        def turn(x: Tensor) -> Tensor:
+            return rotated(x, model) if turns else x
+
+        if model.kv_rank is not None:
+            gate, (q, k, v) = None, latent_heads(self, x, name, turn)
+        else:
+            q, gate, k, v = self._projected(x, name)  # [rows,H,T,E], [rows,H,T,E] or None, [rows,K,T,E] twice
+            if model.qk_norm:
+                q, k = self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm")
+            q, k = turn(q), turn(k)
         each = model.heads // model.key_value_heads
-        if model.qk_norm:
-            q, k = self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm")
-        if model.position == "rotary" and _knows_positions(model, layer):
-            q, k = rotated(q, model), rotated(k, model)
         k, v = k.repeat_interleave(each, dim=1), v.repeat_interleave(each, dim=1)
         places = torch.arange(length, dtype=self.wide)[:, None]
         if model.attention_pattern == "hierarchical":
             k, v, places = (summarised(x, model.block_size) for x in (k, v, places))  # T below grows by their number
-        scores = (q @ k.transpose(-1, -2)).to(self.wide) / math.sqrt(model.head_size)  # [rows,H,T,T]
+        scores = (q @ k.transpose(-1, -2)).to(self.wide) / math.sqrt(q.shape[-1])  # [rows,H,T,T]
         if model.mup_base_head_dim is not None:  # sqrt(base) / size in all
-            scores = scores * math.sqrt(model.mup_base_head_dim) / math.sqrt(model.head_size)
+            scores = scores * math.sqrt(model.mup_base_head_dim) / math.sqrt(q.shape[-1])
         if model.attention_softcap is not None:
             scores = torch.tanh(scores / model.attention_softcap) * model.attention_softcap
         distance = torch.arange(length)[:, None] - places[:, 0]
@@ -227,39 +263,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def visible(model: ModelSection, layer: int, tokens: Tensor, padding: Tensor | None) -> Tensor:
-    """Return which key s query t sees, bool [rows,T,T], from the definition: one pair at a time.
-
-    Where blocks are seen in summary, [rows,T,C+T]: the keys of `summarised`.
-    """
-    rows, length = tokens.shape
-    windowed = model.window is not None and model.window_pattern[layer % len(model.window_pattern)] == "S"
-    seen = torch.zeros(rows, length, length, dtype=torch.bool)
-    for row in range(rows):
-        for t in range(length):
-            for s in range(t + 1):
-                near = not windowed or t - s < model.window  # type: ignore[operator]
-                # A document begins with its start token: none lies between them, or at t itself.
-                parted = model.document_mask and bool((tokens[row, s + 1 : t + 1] == DOCUMENT_START).any())
-                near = near and (s == t or padding is None or not bool(padding[row, s]))
-                seen[row, t, s] = near and not parted and (model.attention_pattern == "full" or strided(model, t, s))
-    if model.attention_pattern != "hierarchical":
-        return seen
-    starts = [block * model.block_size for block in reversed(range(length // model.block_size))]
-    # A block is seen in summary where it is over and none of its tokens is seen by itself.
-    before = [[s + model.block_size <= t and not strided(model, t, s) for s in starts] for t in range(length)]
-    return torch.cat((torch.tensor(before, dtype=torch.bool).expand(rows, -1, -1), seen), dim=-1)
-
-
-def strided(model: ModelSection, t: int, s: int) -> bool:
-    """Return whether token t sees s <= t under blocks with a stride. Source: Child et al. 2019, section 4.2."""
-    back = 0
-    while s < (t // model.block_size - back) * model.block_size:  # blocks from t's own down to that of s
-        back += 1
-    jumped = model.block_stride is not None and back % model.block_stride == 0
-    return s < model.global_tokens or back <= model.local_blocks - 1 or jumped
-
-
 def summarised(x: Tensor, block: int) -> Tensor:
     """Put the mean of each whole block of [...,T,E] in front, the last block's first: [...,C+T,E]."""
     ends = range(x.shape[-2] // block * block, 0, -block)
@@ -297,7 +300,7 @@ def bucket(distance: int, model: ModelSection) -> int:
 
 def rotated(x: Tensor, model: ModelSection) -> Tensor:
     """Turn pair (j, j + R/2) of position t (dim -2) by its angle, for the first R features. Source: Su et al. 2021."""
-    length, size = x.shape[-2], int(model.head_size * model.rotary_share) // 2 * 2
+    length, size = x.shape[-2], int(x.shape[-1] * model.rotary_share) // 2 * 2
     theta = torch.tensor([frequency(j, size, model) for j in range(size // 2)], dtype=torch.float64)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), theta)  # [T,R/2]
     growth = 0.1 * math.log(model.rotary_factor) + 1.0 if model.rotary_scaling == "yarn" else 1.0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megalm.config.model import ModelSection
+from tests.parity.reference_latent import latent_sizes
 
 
 class Lion(torch.optim.Optimizer):
@@ -77,4 +78,10 @@ def matrix_rows(model: ModelSection, name: str, weight: Tensor) -> list[Tensor]:
         return [rows[[kind == wanted for kind in kinds]] for wanted in "qgkv" if wanted in kinds]
     if name.endswith(".kv.weight"):
         return list(rows.chunk(2))
+    if model.kv_rank is not None and name.endswith((".q.weight", ".q_up.weight", ".kv_down.weight", ".kv_up.weight")):
+        turning, fixed, value = latent_sizes(model)
+        first, second = {"q": (turning, fixed), "q_up": (turning, fixed), "kv_up": (fixed, value)}.get(
+            name.split(".")[-2], (model.kv_rank, turning)
+        )
+        return [rows[rows % (first + second) < first], rows[rows % (first + second) >= first]]
     return list(rows.chunk(weight.shape[0])) if weight.dim() == 3 else [rows]

@@ -28,6 +28,11 @@ def test_a_fold_is_drawn_with_both_ends_of_the_model_on_the_first_stage(capsys: 
     ]
 
 
+def test_blocks_of_further_tokens_stand_behind_the_head(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "parallel.pipeline=2", "model.mtp_depth=1")
+    assert "stage 1: layers 4-7, head, further tokens" in lines
+
+
 def test_a_long_step_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, "parallel.pipeline=2", "train.global_batch=100")
     assert "stage 1: layers 4-7, head" in lines and "FF..BBFBBFBB" in lines[-3]

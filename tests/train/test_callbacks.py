@@ -80,8 +80,8 @@ def trainer_of(mesh: ParallelMesh, steps: int, **overrides: Any) -> Trainer:
     return build_trainer(mesh, Case(layout.pipeline, layout.data, layout.tensor, {**SMALL, **more}).config())
 
 
-def logged(mesh: ParallelMesh, every: int, steps: int) -> list[dict[str, float]]:
-    notes, trainer = Notes(), trainer_of(mesh, steps)
+def logged(mesh: ParallelMesh, every: int, steps: int, **overrides: Any) -> list[dict[str, float]]:
+    notes, trainer = Notes(), trainer_of(mesh, steps, **overrides)
     original = callbacks.peak_memory_bytes
     callbacks.peak_memory_bytes = lambda device: 100 + mesh.rank
     try:
@@ -111,6 +111,34 @@ def test_a_record_holds_the_global_loss_norm_rate_tokens_and_the_largest_memory(
         assert [record["optim/lr"] for record in mine] == [learning_rate(config.config(), step) for step in (0, 1)]
         assert [record["tokens"] for record in mine] == [64, 128]
         assert {record["memory/peak_bytes"] for record in mine} == {101}
+
+
+FURTHER: dict[str, Any] = {"model.mtp_depth": 2, "model.layers": 2}
+
+
+def logged_further(mesh: ParallelMesh, more: dict[str, Any]) -> list[dict[str, float]]:
+    return logged(mesh, 1, 2, **FURTHER, **more)
+
+
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        (RankLayout(), {}),
+        (RankLayout(pipeline=2, tensor=2), {"parallel.sequence": True, "train.recompute": "full"}),
+        (RankLayout(data=2), {"zero.stage": 2}),
+    ],
+)
+def test_the_loss_of_further_tokens_is_logged_beside_the_loss_that_it_is_part_of(
+    pool: WorkerPool, layout: RankLayout, more: dict[str, Any]
+) -> None:
+    """At the first step losses of two weights differ by it alone."""
+    values = {**SMALL, **FURTHER, "train.steps": 2, "lr_schedule.warmup_steps": 2, "loss.label_smoothing": 0.2}
+    light, heavy = (reference_run(Case(overrides={**values, "loss.mtp": w}).config(), 1)[1][0] for w in (0.3, 1.3))
+    for mine in pool.run(logged_further, more, layout=layout):
+        assert mine[0].keys() == RECORD_KEYS | {"train/mtp_loss"}
+        assert mine[0]["train/loss"] == pytest.approx(light, rel=1e-12)
+        assert mine[0]["train/mtp_loss"] == pytest.approx(heavy - light, rel=1e-12)
+        assert mine[1]["train/mtp_loss"] != mine[0]["train/mtp_loss"]
 
 
 def evaluated(mesh: ParallelMesh, path: str, every: int, steps: int) -> tuple[list[dict[str, float]], float]:

@@ -92,6 +92,23 @@ def train_and_count(mesh: ParallelMesh, case: Case) -> tuple[RankReport, int, in
             ),
             2,  # windows
         ),
+        (
+            Case(
+                2,
+                1,
+                2,
+                {
+                    **COMPILED,
+                    "parallel.sequence": True,
+                    "model.position": "rotary",
+                    "model.kv_rank": 12,
+                    "model.q_rank": 10,
+                    "model.value_head_dim": 5,
+                    "model.mtp_depth": 1,
+                },
+            ),
+            1,
+        ),
         (Case(1, 1, 1, {**COMPILED, "model.stochastic_depth": 0.4}), 4),  # each block has a rate of its own
     ],
     ids=lambda value: f"{value.layout}" if isinstance(value, Case) else None,

@@ -172,6 +172,7 @@ def record_of(mesh: ParallelMesh, run: Path, overrides: dict[str, Any]) -> list[
     return read_metrics(run / INSPECT_FILE) if mesh.rank == 0 else []
 
 
+AHEAD = {"model.mtp_depth": 1, "model.kv_rank": 6, "model.kv_heads": None, "model.tie_embeddings": False}
 PADDED = {"train.pad_batch": True, "train.global_batch": 7, "train.micro_batch": 2}
 LAYOUTS: list[tuple[RankLayout, dict[str, Any]]] = [
     (RankLayout(tensor=2), {}),
@@ -190,15 +191,17 @@ LAYOUTS: list[tuple[RankLayout, dict[str, Any]]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [{}, {"model.tie_embeddings": False}, {"data.rows": "documents"}, PADDED], ids=str)
+@pytest.mark.parametrize(
+    "model", [{}, {"model.tie_embeddings": False}, {"data.rows": "documents"}, PADDED, AHEAD], ids=str
+)
 def test_every_layout_gives_the_same_figures(pool: WorkerPool, tmp_path: Path, model: dict[str, Any]) -> None:
     limits = {"fp64": 1e-9, "fp32": 1e-4}
     expected = {
         precision: pool.run(record_of, tmp_path / precision, {**model, "precision": precision}, layout=RankLayout())[0]
         for precision in limits
     }
-    whole = expected["fp64"]
-    assert [record["step"] for record in whole] == [2, 4] and len(whole[0]) == 1 + 4 * len(FIGURES) + 2 * 3
+    whole, blocks = expected["fp64"], 4 + model.get("model.mtp_depth", 0)
+    assert [record["step"] for record in whole] == [2, 4] and len(whole[0]) == 1 + blocks * len(FIGURES) + 2 * 3
     assert 0.0 < whole[0]["blocks.0/dead_units"] < 1.0
     for number, (layout, overrides) in enumerate(LAYOUTS):
         precision = overrides.get("precision", "fp64")

@@ -86,6 +86,25 @@ def test_flops_count_fewer_key_value_heads_and_a_gated_mlp() -> None:
     assert flops_per_token(LLAMA3_8B, 128256) == 6 * weights + 12 * 32 * 4096 * 8192
 
 
+def test_flops_of_further_tokens_are_those_of_a_block_a_projection_and_the_head_again() -> None:
+    further = GPT2.model_copy(update={"mtp_depth": 2})
+    block = 12 * 768**2
+    added = 2 * (block + 2 * 768**2 + 50257 * 768)
+    scores = 2 * 12 * 768 * 1024
+    assert flops_per_token(further, 50257) == flops_per_token(GPT2, 50257) + 6 * added + scores
+
+
+def test_flops_of_latent_attention_are_those_of_its_matrices_and_of_both_sizes_of_a_head() -> None:
+    """DeepSeek-V2-Lite's attention: queries without a rank, 192 features of a key, 128 of a value."""
+    model = ModelSection(
+        layers=27, hidden=2048, heads=16, ffn=10944, sequence=4096, activation="swiglu", position="rotary",
+        kv_rank=512, rope_head_dim=64, nope_head_dim=128, value_head_dim=128,
+    )  # fmt: skip
+    attention = 2048 * 16 * 192 + 2048 * (512 + 64) + 512 * 16 * (128 + 128) + 16 * 128 * 2048
+    weights = 27 * (attention + 3 * 2048 * 10944) + 102400 * 2048
+    assert flops_per_token(model, 102400) == 6 * weights + 6 * 27 * 16 * (192 + 128) * 4096
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "tflops"),
     [

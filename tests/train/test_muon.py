@@ -157,6 +157,8 @@ MODELS = {
     "model.kv_heads=2": {".qkv.weight": [(32, 32), (16, 32), (16, 32)]},
     "model.attention_gate=true": {".qkv.weight": [(32, 32)] * 4},
     "model.kv_heads=1": {".q.weight": [(32, 32)], ".kv.weight": [(8, 32)] * 2},
+    "model.kv_rank=12": {".q.weight": [(16, 32), (32, 32)], ".kv_up.weight": [(32, 12)] * 2},
+    "model.kv_rank=20": {".kv_down.weight": [(20, 32), (4, 32)]},
     "model.activation=swiglu": {".up.weight": [(128, 32)]},
 }
 

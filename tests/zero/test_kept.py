@@ -40,6 +40,13 @@ def test_a_stage_without_anything_to_train_resumes_too(pool: WorkerPool) -> None
     pool.run(check_resume, Cell("zero0", "bf16"), 1, {**FROZEN_STAGE, **AVERAGE}, layout=layout)
 
 
+def test_a_copy_of_an_untied_embedding_resumes_bit_for_bit(pool: WorkerPool) -> None:
+    """Where further tokens are predicted the last stage embeds them."""
+    untied = {"model.tie_embeddings": False, "model.mtp_depth": 1, "model.position": "rotary", "model.kv_rank": 6}
+    cells = [Cell(zero, precision) for zero in ENGINES[:3] for precision in ("bf16", "fp32")]
+    pool.run(check_cells, check_resume, cells, 1, untied, layout=RankLayout(pipeline=2, data=2))
+
+
 def check_against_formula(mesh: ParallelMesh, cell: Cell) -> None:
     config = cell.config(mesh, **FREEZE, **AVERAGE)
     trainer = build_trainer(mesh, config)
