@@ -15,6 +15,7 @@ from tests.parity.cases import (
     CASES,
     DROPOUT,
     FUSED_HEAD,
+    LATENT,
     OPTIMIZERS,
     OUR_ADAMW,
     REPRESENTATIVE,
@@ -65,7 +66,14 @@ def test_cases_cover_every_axis_and_feature() -> None:
 
 
 @pytest.mark.parametrize(
-    "features", [DROPOUT, {**LLAMA, **SEQUENCE}, {**FUSED_HEAD, **OUR_ADAMW, **UNFUSED_ATTENTION}], ids=str
+    "features",
+    [
+        DROPOUT,
+        {**LLAMA, **SEQUENCE},
+        {**FUSED_HEAD, **OUR_ADAMW, **UNFUSED_ATTENTION},
+        {**LATENT, **SEQUENCE},
+    ],
+    ids=str,
 )
 def test_a_model_of_fused_kernels_equals_one_plain_process(pool: WorkerPool, features: dict[str, Any]) -> None:
     """Interpreted on a CPU: the masks of dropout, the tensor axis and the update are those of plain torch."""
