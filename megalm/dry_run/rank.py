@@ -146,9 +146,10 @@ def most_live(schedule: Schedule, stage: int) -> int:
 
 
 def _enough(make: Callable[[int], Schedule], stage: int, count: int) -> int:
-    """Return how many microbatches hold as much as `count` do: the fewest of which as many live at once, and a round.
+    """Return how many microbatches hold as much as `count` do.
 
-    The round has each kind of action follow each other as in the steady state.
+    The fewest of which as many live at once, and so many more that links are as full as they become (sent tensors are
+    held until the neighbour has taken them) while a message for a further microbatch is waited for.
     """
     most, fewest, enough = most_live(make(count), stage), 1, count
     while fewest < enough:
@@ -157,7 +158,7 @@ def _enough(make: Callable[[int], Schedule], stage: int, count: int) -> int:
             enough = middle
         else:
             fewest = middle + 1
-    return min(count, enough + make(count).stages)
+    return min(count, enough + make(enough).most_in_flight + 2)
 
 
 def _step(config: RunConfig, model: Transformer, mesh: ParallelMesh, stated: Stated, microbatches: int) -> _Watch:

@@ -96,10 +96,13 @@ def test_what_zero_3_holds_is_said_and_that_its_messages_are_not_listed(pool: Wo
 @pytest.mark.parametrize("schedule", SCHEDULES.names())
 def test_some_microbatches_hold_as_much_as_all(schedule: str) -> None:
     chunks = {"parallel.virtual_stages": 2} if SCHEDULES.get(schedule).fixed_chunks is None else {}
-    shape = {**SHAPE, "model.layers": 8, "train.global_batch": 48, "precision": "fp32"}
+    shape = {**SHAPE, "model.layers": 8, "train.global_batch": 32, "precision": "fp32"}
     case = Case(4, 1, 1, {**shape, **chunks, "parallel.schedule": schedule})
-    for rank in range(4):
-        some, everything = dry(case, rank), dry(case, rank, every=True)
-        assert everything.executed == 24
-        assert some.executed < 24 or some.most_live > 12, "only who holds all microbatches must run all"
+    for rank in (0, 3):
+        some = dry(case, rank)
+        if schedule in ("gpipe", "breadth-first"):  # which hold all microbatches
+            assert some.executed == 16
+            continue
+        everything = dry(case, rank, every=True)
+        assert some.executed < everything.executed == 16
         assert (some.activations, some.work) == (everything.activations, everything.work)
