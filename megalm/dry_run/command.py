@@ -25,7 +25,8 @@ def dry_run(config: RunConfig, recipe: str, place: Sequence[int], in_json: bool)
     layout = layout_of(config, world)
     vocab = _vocabulary(config)
     config = _with_kernels(config)
-    check_rules(config, vocab)
+    if config.optim.rules:
+        check_rules(config, vocab)
     run = run_rank(config, layout, rank, vocab)
     return answer(as_json(run), as_json=True) if in_json else show(as_text(run, recipe))
 

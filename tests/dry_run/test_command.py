@@ -64,6 +64,22 @@ def test_recompilation_is_left_out_and_kernels_are_those_of_a_gpu(capfd: pytest.
     assert plain - fused > 16 * 12 * 1024**2 * 2
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("model.document_mask=true", "optim.rules=[{match: 'blocks.0.*', freeze: true}]"),
+        ("model.position=t5", "model.kernels=reference", "model.dropout=0.1"),
+        ("parallel.pipeline=2", "parallel.schedule=zb-v", "zero.stage=2", "train.recompute=selective"),
+        ("zero.stage=3", "zero.config=zero3-offload", "loss.fused_head=true"),
+    ],
+    ids=str,
+)
+def test_other_models_run_on_shapes_too(capfd: pytest.CaptureFixture[str], chosen: tuple[str, ...]) -> None:
+    text = answered(capfd, "train", "gpt-124m", "--dry-run", "3/8", "model.layers=4", *chosen)
+    assert ("in the host's memory" in text) == ("zero.config=zero3-offload" in chosen)
+    assert ("(frozen)" in text) == any("freeze" in word for word in chosen)
+
+
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(["train", *arguments]) == 2
     said = capfd.readouterr()
