@@ -1,7 +1,8 @@
 """Where a kernel runs and with which launch settings. Every file of this package asks here.
 
 An operation takes its kernel for tensors on a GPU in fp32, bf16 or fp16, and for those on a CPU where Triton's
-interpreter is on (TRITON_INTERPRET=1 before the first import); for all others the plain torch of `reference`.
+interpreter is on (TRITON_INTERPRET=1 before the first import); for all others the plain torch of `reference`. On the
+meta device it takes the kernel's shapes, as on a GPU.
 
 Settings are fixed tables, one JSON an operation's file in `tables/`, so that nothing is tuned while a job starts:
 
@@ -40,7 +41,9 @@ def fused(*tensors: Tensor | None) -> bool:
     if elsewhere:
         here = f"cuda:{torch.cuda.current_device()}"
         raise ValueError(f"tensors on {elsewhere[0]} while {here} is current; call torch.cuda.set_device before")
-    return all((t.is_cuda or INTERPRETED) and (t.dtype in DTYPES or not t.is_floating_point()) for t in given)
+    return all(
+        (t.is_cuda or t.is_meta or INTERPRETED) and (t.dtype in DTYPES or not t.is_floating_point()) for t in given
+    )
 
 
 def architecture() -> str:

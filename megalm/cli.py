@@ -88,6 +88,18 @@ def _numbers(text: str) -> list[int]:
     return [_number(1)(word) for word in text.split(",")]
 
 
+def _place(text: str) -> tuple[int, int]:
+    """Return the rank and the ranks of "RANK/WORLD"."""
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not RANK/WORLD, such as 0/64: the first of 64 ranks")
+    rank, world = map(int, found.groups())
+    if rank >= world:
+        ranks = "no rank" if world == 0 else f"ranks 0 to {world - 1}"
+        raise argparse.ArgumentTypeError(f"there is no rank {rank} in a world of {world}, which has {ranks}")
+    return rank, world
+
+
 def _fraction(text: str) -> float:
     try:
         return float(text)
@@ -146,6 +158,7 @@ def _add_run_commands(commands: _Commands) -> None:
     train = commands.add("train", "train", "train the model of a recipe, or go on from its last checkpoint")
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     train.add_argument("--fresh", action="store_true", help="remove the run in run.dir and begin anew")
+    _add_dry_run(train)
 
     evaluate = commands.add("evaluate", "evaluate", "perplexity and bits per byte of a run on held-out text")
     evaluate.add_argument("run", metavar="RUN", help="a run's directory")
@@ -172,6 +185,13 @@ def _add_run_commands(commands: _Commands) -> None:
     for parser in (train, evaluate, generate):
         parser.add_argument("--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)")
         parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+
+
+def _add_dry_run(parser: _Parser) -> None:
+    parser.add_argument(
+        "--dry-run", type=_place, metavar="RANK/WORLD", help="print what one rank is, holds and sends; train nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: write all of it as JSON")
 
 
 def _add_doctor_command(commands: _Commands) -> None:
@@ -245,6 +265,7 @@ def _add_launch_commands(commands: _Commands) -> None:
         parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
     local.add_argument("--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)")
     local.add_argument("--fresh", action="store_true", help="remove the run in run.dir and begin anew")
+    _add_dry_run(local)
     mpi.add_argument("--nproc", type=_number(1), required=True, metavar="N", help="ranks")
     mpi.add_argument("--hosts", metavar="HOST[:N],...", help="where they run (default: as mpirun decides)")
     mpi.add_argument("--dry-run", action="store_true", help="print the command only")

@@ -77,6 +77,10 @@ def _start_workers(
 
 def train(args: Namespace) -> int:
     """`megalm train`: check everything, then train here or in workers of this machine."""
+    if args.dry_run is not None:
+        return _dry_run(args)
+    if args.json:
+        raise ConfigError("--json belongs to --dry-run; add --dry-run RANK/WORLD or leave it out")
     from megalm.train.interruption import STOPPING, Interruption
 
     interruption = Interruption()  # first of all, as the imports below take seconds
@@ -103,6 +107,19 @@ def train(args: Namespace) -> int:
 
     pretrain(config, fresh, interruption, restarted)
     return 0
+
+
+def _dry_run(args: Namespace) -> int:
+    for option, is_given in (("--nproc", args.nproc is not None), ("--fresh", args.fresh)):
+        if is_given:
+            raise ConfigError(f"{option} starts or changes a run and --dry-run does neither; leave one of them out")
+    from megalm.config.load import load_recipe
+
+    config = load_recipe(args.recipe, args.overrides)
+    check_world(config, args.dry_run[1])
+    from megalm.dry_run.command import dry_run
+
+    return dry_run(config, args.recipe, args.dry_run, args.json)
 
 
 def evaluate(args: Namespace) -> int:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"cli", "commands", "__main__"},
     {"quickstart", "bench"},
-    {"launch"},
+    {"launch", "dry_run"},
     {"train"},
     {"evaluation", "watchdog"},
     {"generation"},

@@ -29,6 +29,12 @@ def check_device(config: RunConfig) -> None:
         raise ConfigError("optim.kind=apex_adamw needs a GPU and this run computes on cpu; use adamw")
 
 
+def layout_of(config: RunConfig, world_size: int) -> RankLayout:
+    """Return the layout of a recipe on so many ranks. Raises ConfigError where they do not fit it."""
+    parallel = config.parallel
+    return RankLayout(parallel.pipeline, check_world(config, world_size), parallel.tensor, parallel.context)
+
+
 @contextmanager
 def joined_mesh(config: RunConfig) -> Iterator[ParallelMesh]:
     """Join the world that the launcher's environment describes (none: a world of one) and give the recipe's mesh.
@@ -39,9 +45,7 @@ def joined_mesh(config: RunConfig) -> Iterator[ParallelMesh]:
     """
     rendezvous = read_environment(os.environ)
     world_size = 1 if rendezvous is None else rendezvous.world_size
-    parallel = config.parallel
-    data = check_world(config, world_size)
-    layout = RankLayout(parallel.pipeline, data, parallel.tensor, parallel.context)
+    layout = layout_of(config, world_size)
     device_type = config.run.device
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"

@@ -64,11 +64,12 @@ class Operations:
 def select_operations(kernels: str, device: torch.device) -> Operations:
     """Return what `model.kernels` chooses: "auto" is "fused" on CUDA and "reference" elsewhere.
 
+    On the meta device either gives shapes alone, and runs no kernel.
     Raises ConfigError where the fused kernels are asked for and cannot run.
     """
     if kernels == "reference" or (kernels == "auto" and device.type != "cuda"):
         return REFERENCE
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(f"model.kernels=fused needs a CUDA device and this run computes on {device.type}; use auto")
     return fused_operations()
 

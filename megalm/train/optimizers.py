@@ -198,14 +198,10 @@ def build_optimizer(
     """
     if not tensors:
         return torch.optim.SGD([{"params": [], "lr_scale": 1.0}], lr=config.lr)
-    groups: dict[Treatment, list[Tensor]] = {Treatment(config.weight_decay, 1.0): [], Treatment(0.0, 1.0): []}
-    for spec, tensor in tensors:
-        groups.setdefault(treatment(config, spec, width_factor), []).append(tensor)
     made = [
         {"params": params, "weight_decay": how.weight_decay, "lr_scale": how.lr}
         | ({"muon": how.muon} if config.kind == "muon" else {})
-        for how, params in groups.items()
-        if params
+        for how, params in grouped(config, tensors, width_factor)
     ]
     optimizer = OPTIMIZERS.get(config.kind)(made, config)
     return optimizer if config.state_dtype is None else NarrowState(optimizer, seed)
@@ -217,6 +213,16 @@ class Treatment(NamedTuple):
     weight_decay: float
     lr: float
     muon: bool = False
+
+
+def grouped(
+    config: OptimSection, tensors: Sequence[tuple[ShardSpec, Tensor]], width_factor: float = 1.0
+) -> list[tuple[Treatment, list[Tensor]]]:
+    """Return the optimizer's groups in order: how each is treated, and its tensors."""
+    groups: dict[Treatment, list[Tensor]] = {Treatment(config.weight_decay, 1.0): [], Treatment(0.0, 1.0): []}
+    for spec, tensor in tensors:
+        groups.setdefault(treatment(config, spec, width_factor), []).append(tensor)
+    return [(how, members) for how, members in groups.items() if members]
 
 
 def treatment(config: OptimSection, spec: ShardSpec, width_factor: float = 1.0) -> Treatment:

@@ -39,7 +39,8 @@ def _names(config: RunConfig, vocab: int, stage: int) -> list[str]:
     layout = RankLayout(pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
     mesh = ParallelMesh.on_meta(layout, stage * layout.tensor)
     model = config.model.model_copy(update={"kernels": "reference"})  # the fused ones ask for a device
-    stage_model = build_stage(config.model_copy(update={"model": model}), vocab, mesh)
+    # Which token begins a document changes no name.
+    stage_model = build_stage(config.model_copy(update={"model": model}), vocab, mesh, document_start=0)
     return [shard_of(parameter).name for parameter in stage_model.parameters()]
 
 

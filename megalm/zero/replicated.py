@@ -92,7 +92,7 @@ class ReplicatedEngine(ZeroEngine):
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
         if self.mesh.size("replica") > 1:
-            for bucket in _buckets([m.grad for m in self.masters if m.grad is not None]):
+            for bucket in buckets([m.grad for m in self.masters if m.grad is not None]):
                 flat = _flatten_dense_tensors(bucket).to(self.reduce_dtype or self.dtype)
                 dist.all_reduce(flat, group=self.mesh.group("replica"))
                 torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
@@ -215,7 +215,7 @@ class ReplicatedEngine(ZeroEngine):
         )
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the tensors in order, in lists of at most about BUCKET_ELEMENTS elements."""
     bucket: list[Tensor] = []
     elements = 0

@@ -1,0 +1,94 @@
+"""What a rank of a world that runs holds and sends in a step, beside the dry run of the same rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megalm.config.run import RunConfig
+from megalm.distributed.mesh import ParallelMesh
+from megalm.dry_run.rank import DryRun
+from megalm.dry_run.recording import MESSAGES, Call, Names, Recorder
+from megalm.train.trainer import Trainer
+from tests.parity.harness import build_trainer
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One rank's step: its calls in order, what its engine held, and the peak of bytes beside that."""
+
+    calls: list[Call]
+    held: dict[str, int]
+    activations: int
+
+
+def observe(mesh: ParallelMesh, config: RunConfig) -> Seen:
+    """Train a step for the optimizer's state, then one that is recorded."""
+    trainer = build_trainer(mesh, config)
+    trainer.train_step()
+    held: dict[str, int] = {}
+    trainer.before_update = [lambda trainer: held.update(vars(trainer.engine.held_bytes()))]
+    names, run = Names(mesh), trainer.executor.run
+    around, inside = Recorder(names), Recorder(names)
+
+    def recorded(*arguments: Any) -> Tensor:
+        nonlocal inside
+        inside = Recorder(names, _make_gradients(trainer))
+        around.__exit__(None, None, None)
+        # On a CPU torch has attention without a matrix of scores, which the meta device, being no CPU, does not take.
+        with sdpa_kernel(SDPBackend.MATH), inside:
+            result = run(*arguments)
+        around.__enter__()
+        around.calls += inside.calls
+        return result
+
+    trainer.executor.run = recorded  # type: ignore[method-assign]
+    with around:
+        trainer.train_step()
+    return Seen(around.calls, held, inside.peak)
+
+
+def _make_gradients(trainer: Trainer) -> list[Tensor]:
+    """Return the tensors that are held through a step, gradients made beforehand where the engine adds to them."""
+    engine: Any = trainer.engine
+    weights = list(engine.module.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
+    stage, narrow = trainer.config.zero.stage, weights[0].dtype in (torch.bfloat16, torch.float16)
+    sums: list[Tensor] = []
+    if stage == 0 or (stage == 1 and not narrow):
+        kept = engine.masters if stage == 0 else trained
+        for tensor in kept:
+            tensor.grad = torch.zeros_like(tensor)
+        sums = [*kept, *(tensor.grad for tensor in kept)]
+    elif stage == 1:
+        for weight in trained:
+            weight.grad_accum = torch.zeros_like(weight, dtype=torch.float32)
+        sums = [weight.grad_accum for weight in trained]
+    return [*weights, *sums]
+
+
+def by_axis(calls: list[Call]) -> dict[tuple[str, bool], list[Call]]:
+    """Return the calls of each axis in order, messages apart from collectives."""
+    found: dict[tuple[str, bool], list[Call]] = {}
+    for call in calls:
+        found.setdefault((call.axis, call.operation in MESSAGES), []).append(call)
+    return found
+
+
+def expected_calls(run: DryRun) -> list[Call]:
+    """Return all that a dry run says of a step up to its update, in order."""
+    calls = list(run.begin)
+    for acted in run.actions:
+        calls += run.calls_of(acted.action)
+    calls += [*run.reduce, *run.update]
+    return calls
+
+
+def expected_messages(run: DryRun) -> dict[str, int]:
+    """Return how many messages a dry run says that its rank receives and sends."""
+    ends = {"receive": [a.receives for a in run.actions], "send": [a.sends for a in run.actions]}
+    return {operation: sum(end is not None for end in found) for operation, found in ends.items()}

@@ -1,0 +1,108 @@
+"""A dry run of a rank against what the same rank of a world that runs holds, sends and needs at most."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalm.dry_run.rank import DryRun, run_rank
+from megalm.pipeline_parallel.schedules import SCHEDULES
+from tests.dry_run.real import Seen, by_axis, expected_calls, expected_messages, observe
+from tests.parity.harness import LLAMA, VOCAB, Case
+from tests.worker_pool import WorkerPool
+
+SHAPE: dict[str, Any] = {"model.hidden": 64, "model.layers": 4, "model.sequence": 32, "train.global_batch": 16}
+SEQUENCE = {**SHAPE, **LLAMA, "parallel.sequence": True, "precision": "bf16"}
+CHUNKS = {**SHAPE, "parallel.schedule": "interleaved", "parallel.virtual_stages": 2}
+FROZEN = {"optim.rules": [{"match": "blocks.0.attention.*", "freeze": True}, {"match": "*.mlp.*", "lr": 0.5}]}
+DIVIDED = {"zero.stage": 2, "precision": "bf16"}
+CASES = [
+    Case(2, 1, 2, {**SHAPE, "precision": "fp32"}),
+    Case(2, 1, 2, {**SEQUENCE, "train.recompute": "full"}),
+    Case(2, 2, 1, {**CHUNKS, "zero.stage": 1, "precision": "bf16"}),
+    Case(1, 2, 2, {**SHAPE, **FROZEN, "zero.stage": 1, "precision": "fp32", "optim.kind": "lion"}),
+    Case(1, 2, 2, {**SEQUENCE, **DIVIDED, "optim.kind": "muon"}),
+    Case(2, 2, 1, {**SHAPE, **DIVIDED, "parallel.schedule": "zb-h1", "model.dropout": 0.1}),
+    Case(1, 4, 1, {**SHAPE, "precision": "bf16", "optim.kind": "adafactor", "optim.ema_decay": 0.9}),
+    Case(
+        2, 2, 1, {**SHAPE, "zero.stage": 1, "precision": "fp64", "parallel.schedule": "zb-v", "optim.centralize": True}
+    ),
+]
+SMALL_BUCKETS = {"zero_optimization": {"stage": 2, "reduce_scatter": True, "reduce_bucket_size": 5000}}
+
+
+def dry(case: Case, rank: int, every: bool = False) -> DryRun:
+    return run_rank(case.config(), case.layout, rank, VOCAB, every)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def both(request: pytest.FixtureRequest, pool: WorkerPool) -> list[tuple[DryRun, Seen]]:
+    """Give the dry run of each rank of a small world, and the real one."""
+    case: Case = request.param
+    seen = pool.run(observe, case.config(), layout=case.layout)
+    return [(dry(case, rank), seen[rank]) for rank in range(case.layout.world_size)]
+
+
+def test_a_rank_holds_what_is_said(both: list[tuple[DryRun, Seen]]) -> None:
+    for run, seen in both:
+        assert run.held == seen.held
+
+
+def test_a_rank_sends_what_is_said_in_that_order(both: list[tuple[DryRun, Seen]]) -> None:
+    for run, seen in both:
+        found, said = by_axis(seen.calls), by_axis(expected_calls(run))
+        if run.config.optim.kind in (
+            "muon",
+            "adafactor",
+        ):  # which send in their update, as the dry run says it leaves out
+            assert run.unstated
+            continue
+        messages = [call for axis, is_message in found if is_message for call in found[axis, is_message]]
+        assert Counter(call.operation for call in messages) == Counter(expected_messages(run))
+        assert {call._replace(operation="") for call in messages} <= {
+            run.message and run.message._replace(operation="")
+        }
+        assert {key: calls for key, calls in found.items() if not key[1]} == said
+
+
+def test_the_peak_of_activations_is_that_of_a_real_step(both: list[tuple[DryRun, Seen]]) -> None:
+    for run, seen in both:
+        beside = run.buffers + (run.held["gradients"] if run.config.zero.stage == 2 else 0)
+        assert seen.activations == pytest.approx(run.activations + beside, rel=0.05), run.peak_at
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_larger_than_a_bucket_are_reduced_as_is_said(pool: WorkerPool, tmp_path: Path, stage: int) -> None:
+    file = tmp_path / "small-buckets.json"
+    file.write_text(json.dumps(SMALL_BUCKETS).replace('"stage": 2', f'"stage": {stage}'))
+    case = Case(1, 4, 1, {**SHAPE, "precision": "bf16", "zero.stage": stage, "zero.config": str(file)})
+    for rank, seen in enumerate(pool.run(observe, case.config(), layout=case.layout)):
+        assert by_axis(seen.calls) == by_axis(expected_calls(dry(case, rank)))
+
+
+def test_what_zero_3_holds_is_said_and_that_its_messages_are_not_listed(pool: WorkerPool) -> None:
+    case = Case(1, 2, 2, {**SHAPE, "precision": "bf16", "zero.stage": 3})
+    for rank, seen in enumerate(pool.run(observe, case.config(), layout=case.layout)):
+        run = dry(case, rank)
+        assert run.held == pytest.approx(seen.held, rel=0.01)
+        assert run.unstated[0].startswith("ZeRO 3 gathers")
+        assert not [call for call in run.reduce if call.axis == "data"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.names())
+def test_some_microbatches_hold_as_much_as_all(schedule: str) -> None:
+    chunks = {"parallel.virtual_stages": 2} if SCHEDULES.get(schedule).fixed_chunks is None else {}
+    shape = {**SHAPE, "model.layers": 8, "train.global_batch": 32, "precision": "fp32"}
+    case = Case(4, 1, 1, {**shape, **chunks, "parallel.schedule": schedule})
+    for rank in (0, 3):
+        some = dry(case, rank)
+        if schedule in ("gpipe", "breadth-first"):  # which hold all microbatches
+            assert some.executed == 16
+            continue
+        everything = dry(case, rank, every=True)
+        assert some.executed < everything.executed == 16
+        assert (some.activations, some.work) == (everything.activations, everything.work)
