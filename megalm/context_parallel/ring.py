@@ -19,10 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.distributed_c10d import irecv, isend
 
 from megalm.distributed.places import Places, Run, pieces, zigzag
-from megalm.distributed.progress import progress
 from megalm.nn.masks import Documents, Drop
 from megalm.nn.ops import Operations
 
@@ -86,29 +84,29 @@ class _Ring:
         return numbers_BT.narrow(1, *queries), numbers_BT.narrow(1, *keys)
 
     def pass_on(self, x: Tensor) -> _Passing:
-        """Begin to send x, contiguous, to the next rank and to receive that of the one before, of the same shape."""
+        """Begin to send x, contiguous, to the next rank and to receive that of the one before, of the same shape.
+
+        As one collective: NCCL runs messages of a group one after the other, so that in a circle all would send and
+        none receive, and the watchdog counts collectives.
+        """
         ranks, own = self.group.size(), self.group.rank()
-        to, source = (dist.get_global_rank(self.group, n % ranks) for n in (own + 1, own - 1))
+        given, taken = [0] * ranks, [0] * ranks
+        given[(own + 1) % ranks] = taken[(own - 1) % ranks] = len(x)
         received = torch.empty_like(x)
-        # torch's own functions: it refuses those of `dist` while a clock is wrapped around them.
-        works = dist.batch_isend_irecv(
-            [dist.P2POp(isend, x, to, self.group), dist.P2POp(irecv, received, source, self.group)]
-        )
-        return _Passing(x, received, works, source)
+        work = dist.all_to_all_single(received, x, taken, given, group=self.group, async_op=True)
+        assert work is not None, "this rank is not in the context group"
+        return _Passing(x, received, work)
 
 
 @dataclass(frozen=True)
 class _Passing:
     sent: Tensor
     received: Tensor
-    works: list[dist.Work]
-    source: int
+    work: dist.Work
 
     def wait(self) -> Tensor:
         """Return what was received."""
-        with progress.waiting(self.source):
-            for work in self.works:
-                work.wait()
+        self.work.wait()
         return self.received
 
 
