@@ -42,6 +42,7 @@ WITHOUT_A_REGISTRY = {
     "stop_metric",
     "recompute",
     "rotary_scaling",
+    "router_score",
 }
 
 

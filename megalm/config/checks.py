@@ -245,6 +245,12 @@ def check_world(config: RunConfig, world_size: int) -> int:
             f"{world_size} ranks are not divisible by {layout}, {ranks} ranks a copy of the model; "
             f"start {copies * ranks} or {(copies + 1) * ranks}"
         )
+    if copies % config.parallel.expert:
+        raise ConfigError(
+            f"parallel.expert={config.parallel.expert} does not divide the {copies} data-parallel ranks ({world_size} "
+            f"ranks / {ranks}); use {list_values(divisors(copies))}, or start a multiple of "
+            f"{ranks * config.parallel.expert} ranks"
+        )
     part = config.train.micro_batch
     each = part * copies
     for key, whole in _batches(config).items():

@@ -15,7 +15,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from megalm.config import checks, ramps
-from megalm.config import loop_checks as loop_checks  # its rules add themselves
+from megalm.config import expert_checks as expert_checks  # its rules add themselves
+from megalm.config import loop_checks as loop_checks
 from megalm.config import optim_checks as optim_checks
 from megalm.config import pattern_checks as pattern_checks
 from megalm.config import pipeline_checks as pipeline_checks
@@ -65,11 +66,13 @@ class ParallelSection(Section):
     """How one copy of the model is split over ranks; data is what remains of the world size.
 
     `virtual_stages` is the number of chunks of layers on each stage where the schedule leaves it open. `partition` is
-    the number of layers of each stage, or of each chunk in the order of the model.
+    the number of layers of each stage, or of each chunk in the order of the model. `expert` neighbours among the data
+    ranks divide the experts between them and send each other tokens.
     """
 
     tensor: Few = 1
     pipeline: Few = 1
+    expert: Few = 1
     sequence: bool = False
     schedule: Annotated[str, one_of("schedule")] = "1f1b"
     virtual_stages: Few = 1
@@ -144,11 +147,15 @@ class SequenceWarmupSection(Section):
 class LossSection(Section):
     """The training loss. `fused_head` joins it with the output head: logits are never stored, at one more product.
 
-    `z_loss` times the squared log of the softmax's denominator keeps logits small.
+    `z_loss` times the squared log of the softmax's denominator keeps logits small. A mixture of experts has two more
+    terms, logged by themselves and no part of `train/loss`: `load_balance` times how unevenly the tokens of a sequence
+    go to the experts (1: evenly), and `router_z` times the squared log of the denominator of a router's softmax.
     """
 
     label_smoothing: Fraction = 0.0
     z_loss: NotNegative = 0.0
+    load_balance: NotNegative = 0.01
+    router_z: NotNegative = 0.0
     fused_head: bool = False
 
 

@@ -40,7 +40,12 @@ def joined_mesh(config: RunConfig) -> Iterator[ParallelMesh]:
     rendezvous = read_environment(os.environ)
     world_size = 1 if rendezvous is None else rendezvous.world_size
     parallel = config.parallel
-    layout = RankLayout(pipeline=parallel.pipeline, data=check_world(config, world_size), tensor=parallel.tensor)
+    layout = RankLayout(
+        pipeline=parallel.pipeline,
+        data=check_world(config, world_size),
+        tensor=parallel.tensor,
+        expert=parallel.expert,
+    )
     device_type = config.run.device
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"

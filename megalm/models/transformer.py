@@ -18,9 +18,11 @@ from megalm.nn.block import TransformerBlock
 from megalm.nn.context import Context
 from megalm.nn.dropout import Dropout
 from megalm.nn.masks import Documents, DropoutKeys, document_starts
+from megalm.nn.moe import MixtureOfExperts
 from megalm.nn.norms import build_norm
 from megalm.nn.ops import REFERENCE, select_operations
 from megalm.nn.positions import POSITIONS
+from megalm.nn.router import Router
 from megalm.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_weight
 from megalm.tensor_parallel.initialize import Initializer
 
@@ -54,7 +56,8 @@ class Transformer(nn.Module):
 
     A stage may hold several runs of layers, its chunks, of which `forward` computes one.
 
-    `group` is the tensor group; every rank of it must call. With `sequence` the residual stream is split over its
+    `group` is the tensor group, and the ranks of `expert_group` (None: one alone) divide the experts; every rank of
+    both must call. With `sequence` the residual stream is split over its
     ranks by tokens. Where embeddings are tied and the first stage is not the last, both hold a copy of
     `embedding.weight`, `tied_weight`, and their gradients must be summed before the update. `document_start` is the
     token that begins a document, which `model.document_mask` needs. `on_built` is called with each part as soon as it
@@ -76,6 +79,7 @@ class Transformer(nn.Module):
         recompute: str = "none",
         recompute_every: int = 1,
         document_start: int | None = None,
+        expert_group: dist.ProcessGroup | None = None,
         on_built: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
@@ -111,7 +115,9 @@ class Transformer(nn.Module):
         self.embedding_norm = norm("embedding_norm") if config.embedding_norm and plan.first else None
         self.blocks = nn.ModuleDict()
         for index in plan.layers:
-            block = TransformerBlock(index, config, group=group, init=init, sequence=sequence)
+            block = TransformerBlock(
+                index, config, group=group, init=init, sequence=sequence, expert_group=expert_group
+            )
             block.attention.recompute = recompute == "selective" and index % recompute_every == 0
             if on_built is not None:
                 on_built(block)
@@ -136,6 +142,12 @@ class Transformer(nn.Module):
         if not self.tied or self.plan.first == self.plan.last:
             return None
         return self.embedding.weight if self.plan.first else self.head.weight
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """The routers of this stage's mixtures of experts, by layer."""
+        mixtures = {index: self.blocks[str(index)].mlp for index in self.plan.layers}
+        return {index: mlp.router for index, mlp in mixtures.items() if isinstance(mlp, MixtureOfExperts)}
 
     def forward(
         self,

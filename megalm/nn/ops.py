@@ -33,7 +33,8 @@ class Operations:
     Attention takes `window`, `softcap`, `slopes_H` (ALiBi), `bias_HTS` (added to the scores), `documents` and
     `return_lse` beside q, k and v. `drop` is a Drop or None (nothing is dropped). With `residual` a norm returns
     (normed, sum) of the sum residual + dropped x; `dropout` adds it. `swiglu` and `geglu` take gate and up side by side
-    in the last dim.
+    in the last dim. `grouped_matmul` takes x_ND, whose rows stand by expert, w_EFD and counts_E (int64, the rows of
+    each) to y_NF = x w_e^T.
     """
 
     flash_attention: Callable[..., Any]
@@ -50,6 +51,7 @@ class Operations:
     cross_entropy_gradient_: Callable[..., None]
     linear_cross_entropy_statistics: Callable[..., tuple[Tensor, ...]]
     linear_cross_entropy_gradients: Callable[..., tuple[Tensor, Tensor]]
+    grouped_matmul: Callable[[Tensor, Tensor, Tensor], Tensor]
     adamw_: Callable[..., None]
     grad_norm: Callable[..., Tensor]
     widest_head: float = float("inf")
@@ -172,6 +174,12 @@ def _rms_norm(
     return reference.rms_norm(total, weight, eps=eps), total
 
 
+def _grouped_matmul(x_ND: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """Return y_NF: a product for each expert, those without rows too, so that each weight has a gradient."""
+    products = [x @ w.T for x, w in zip(x_ND.split(counts_E.tolist()), w_EFD, strict=True)]
+    return torch.cat(products)
+
+
 def _drawing(drop: Drop | None) -> dict[str, Any]:
     """Return the dropout in the kernels' words."""
     if drop is None:
@@ -194,6 +202,7 @@ REFERENCE = Operations(
     cross_entropy_gradient_=reference.cross_entropy_gradient_,
     linear_cross_entropy_statistics=reference.linear_cross_entropy_statistics,
     linear_cross_entropy_gradients=reference.linear_cross_entropy_gradients,
+    grouped_matmul=_grouped_matmul,
     adamw_=reference.fused_adamw_,
     grad_norm=reference.grad_norm,
 )
@@ -273,6 +282,7 @@ def fused_operations() -> Operations:
         cross_entropy_gradient_=cross_entropy.cross_entropy_gradient_,
         linear_cross_entropy_statistics=linear_cross_entropy.linear_cross_entropy_statistics,
         linear_cross_entropy_gradients=linear_cross_entropy.linear_cross_entropy_gradients,
+        grouped_matmul=_grouped_matmul,
         adamw_=adamw.fused_adamw_,
         grad_norm=grad_norm.grad_norm,
         widest_head=attention.WIDEST_HEAD,

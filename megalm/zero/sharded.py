@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalm.distributed.layout import Axis
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.zero.deepspeed_engine import call_table, make_engine
@@ -31,6 +32,8 @@ from megalm.zero.engine import (
     ReadFragment,
     ZeroEngine,
     counted_here,
+    kept_buffers,
+    replicas_of,
     restore_optimizer,
     shard_of,
     storage_bytes,
@@ -75,7 +78,7 @@ class ShardedEngine(ZeroEngine):
         self.tied_weight = tied_weight if tied_weight is not None and tied_weight.requires_grad else None
         self.loss_factor = float(mesh.size("replica"))
         self.parameters = list(module.parameters())
-        self.frozen = FrozenWeights(self.parameters, mesh, tied_weight)
+        self.frozen = FrozenWeights([*self.parameters, *kept_buffers(module)], mesh, tied_weight)
         for parameter in self.parameters:
             self._tag(parameter)
         optimizer = make_optimizer([(shard_of(p), p) for p in self.parameters if p.requires_grad])
@@ -312,10 +315,13 @@ class ShardedEngine(ZeroEngine):
             persistent[0].partition(persistent)  # drops the whole tensors, or all_gather would keep them as they are
             persistent[0].all_gather(persistent)
 
-    def replicas(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of stages 1 and 2; all else, and under stage 3 all, exists once."""
+    def replicas(self, axis: Axis = "replica") -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of stages 1 and 2, and routers' biases; all else, and under stage 3 all, exists once."""
         for parameter in self.parameters if self.stage < 3 else ():
-            yield f"the weight {shard_of(parameter).name}", parameter
+            if replicas_of(shard_of(parameter)) == axis:
+                yield f"the weight {shard_of(parameter).name}", parameter
+        for buffer in kept_buffers(self.module) if axis == "replica" else ():
+            yield f"the weight {shard_of(buffer).name}", buffer
 
     def report(self) -> list[str]:
         """Return DeepSpeed's calls, where its JSON has them logged."""

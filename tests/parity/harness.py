@@ -61,7 +61,8 @@ class Case:
     @property
     def layout(self) -> RankLayout:
         """The layout of the ranks."""
-        return RankLayout(pipeline=self.pipeline, data=self.data, tensor=self.tensor)
+        expert = self.overrides.get("parallel.expert", 1)
+        return RankLayout(pipeline=self.pipeline, data=self.data, tensor=self.tensor, expert=expert)
 
     @property
     def name(self) -> str:
@@ -260,10 +261,10 @@ def _worst(values: Sequence[float], expected: Sequence[float]) -> float:
 
 def assemble(reports: Sequence[RankReport]) -> dict[str, Tensor]:
     """Return whole logical tensors from all ranks' fragments; what two ranks hold must be equal to 1e-12."""
-    locals_: dict[tuple[str, int], tuple[ShardSpec, Tensor]] = {}
+    locals_: dict[tuple[str, int, int | None], tuple[ShardSpec, Tensor]] = {}
     for report in reports:
         for spec, start, values in report.gradients:
-            key = (spec.name, spec.start)
+            key = (spec.name, spec.start, spec.first_expert)
             if key not in locals_:
                 whole = torch.full((math.prod(spec.local_shape),), math.nan, dtype=values.dtype)
                 locals_[key] = (spec, whole)
@@ -282,6 +283,8 @@ def assemble(reports: Sequence[RankReport]) -> dict[str, Tensor]:
             tensors[spec.name] = local
             continue
         whole = tensors.setdefault(spec.name, torch.full(spec.global_shape, math.nan, dtype=flat.dtype))
+        if spec.first_expert is not None:
+            whole = whole.narrow(0, spec.first_expert, spec.local_shape[0])
         whole.narrow(spec.dim, spec.start, spec.length).copy_(local.narrow(spec.dim, 0, spec.length))
         padding = local.narrow(spec.dim, spec.length, spec.local_shape[spec.dim] - spec.length)
         assert not padding.any(), f"{spec.name}: padding has a gradient"

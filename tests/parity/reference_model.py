@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megalm.config.model import ModelSection
+from tests.parity import reference_experts
+from tests.parity.reference_experts import Routing, mixture
 
 Weights = dict[str, Tensor]
 Drop = Callable[[Tensor, str, float, int], Tensor]
@@ -62,8 +64,15 @@ def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ..
             shapes[f"{attention}.sinks"] = (heads,)
         linear(f"{attention}.out", (width,), heads * size)
         norm(f"blocks.{i}.mlp_norm")
-        linear(f"blocks.{i}.mlp.up", up, width)
-        linear(f"blocks.{i}.mlp.down", (width,), feed_forward)
+        if model.experts is not None and i >= model.dense_layers:
+            shapes |= reference_experts.shapes(model, f"blocks.{i}.mlp")
+            if model.shared_experts:
+                shared = model.shared_experts * model.expert_features
+                linear(f"blocks.{i}.mlp.shared.up", (*up[:-1], shared), width)
+                linear(f"blocks.{i}.mlp.shared.down", (width,), shared)
+        else:
+            linear(f"blocks.{i}.mlp.up", up, width)
+            linear(f"blocks.{i}.mlp.down", (width,), feed_forward)
         if model.norm_place == "sandwich":
             norm(f"{attention}_out_norm")
             norm(f"blocks.{i}.mlp_out_norm")
@@ -81,8 +90,11 @@ def _knows_positions(model: ModelSection, layer: int) -> bool:
 class Formulas:
     """The forward pass; `wide` is the dtype of norms, scores and loss."""
 
-    def __init__(self, model: ModelSection, w: Weights, wide: torch.dtype, drop: Drop) -> None:
+    def __init__(
+        self, model: ModelSection, w: Weights, wide: torch.dtype, drop: Drop, routing: Routing | None = None
+    ) -> None:
         self.model, self.w, self.wide, self.drop = model, w, wide, drop
+        self.routing = routing or Routing()
         self.padding: Tensor | None = None
 
     def logits(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -115,7 +127,7 @@ class Formulas:
         def half(x: Tensor, which: str) -> Tensor:
             """Return what attention or MLP adds."""
             h = x if place == "post" else self.norm(x, f"{name}.{which}_norm")
-            h = self.attention(h, layer, tokens) if which == "attention" else self.mlp(h, f"{name}.mlp")
+            h = self.attention(h, layer, tokens) if which == "attention" else self.transformed(h, layer)
             if place == "sandwich":
                 h = self.norm(h, f"{name}.{which}_out_norm")
             rate = self.model.stochastic_depth * (layer + 1) / self.model.layers
@@ -196,15 +208,30 @@ class Formulas:
             gate = qkv[:, :, each : 2 * each].reshape(rows, heads, length, size)
         return qkv[:, :, :each].reshape(rows, heads, length, size), gate, qkv[:, :, -2], qkv[:, :, -1]
 
+    def transformed(self, x: Tensor, layer: int) -> Tensor:
+        """Return the feed-forward half: an MLP, or a mixture of experts."""
+        model, name = self.model, f"blocks.{layer}.mlp"
+        if model.experts is None or layer < model.dense_layers:
+            return self.mlp(x, name)
+
+        def expert(x: Tensor, e: int) -> Tensor:
+            up, down = (self.w[f"{name}.experts.{which}.weight"][e] for which in ("up", "down"))
+            h = (x @ up.reshape(-1, up.shape[-1]).T).view(*x.shape[:-1], *up.shape[:-1])
+            return self.activated(h) @ down.T
+
+        y = mixture(model, self.routing, x, self.w[f"{name}.router.weight"], self.wide, f"{name}.router", expert)
+        return y + self.mlp(x, f"{name}.shared") if model.shared_experts else y
+
     def mlp(self, x: Tensor, name: str) -> Tensor:
-        """Return the feed-forward half."""
-        h = self.linear(x, f"{name}.up")  # with a gate [rows,T,2,F]: 0 the gate, 1 the value
+        """Return what an MLP makes of x."""
+        return self.linear(self.activated(self.linear(x, f"{name}.up")), f"{name}.down")
+
+    def activated(self, h: Tensor) -> Tensor:
+        """Return the activation of h [rows,T,F]; with a gate [rows,T,2,F]: 0 the gate, 1 the value."""
         if self.model.activation in ("swiglu", "geglu"):
             gate, value = h.unbind(dim=-2)
-            h = (gate * torch.sigmoid(gate) if self.model.activation == "swiglu" else gelu(gate)) * value
-        else:
-            h = ACTIVATIONS[self.model.activation](h)
-        return self.linear(h, f"{name}.down")
+            return (gate * torch.sigmoid(gate) if self.model.activation == "swiglu" else gelu(gate)) * value
+        return ACTIVATIONS[self.model.activation](h)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         """Return x W^T + b; a weight [2,F,D] gives [rows,T,2,F]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -77,4 +78,4 @@ def matrix_rows(model: ModelSection, name: str, weight: Tensor) -> list[Tensor]:
         return [rows[[kind == wanted for kind in kinds]] for wanted in "qgkv" if wanted in kinds]
     if name.endswith(".kv.weight"):
         return list(rows.chunk(2))
-    return list(rows.chunk(weight.shape[0])) if weight.dim() == 3 else [rows]
+    return list(rows.chunk(math.prod(weight.shape[:-2])))
