@@ -64,11 +64,11 @@ def _experts_are_not_compiled(config: RunConfig) -> Iterator[str]:
 
 
 @rule("parallel.expert", "zero.stage")
-def _zero_divides_over_all_data_ranks(config: RunConfig) -> Iterator[str]:
-    if config.parallel.expert > 1 and config.zero.stage > 0:
+def _zero_3_divides_over_all_data_ranks(config: RunConfig) -> Iterator[str]:
+    if config.parallel.expert > 1 and config.zero.stage == 3:
         yield (
-            f"zero.stage={config.zero.stage} divides weights over all data ranks alike, and parallel.expert="
-            f"{config.parallel.expert} gives them different experts; use zero.stage=0, or parallel.expert=1"
+            f"zero.stage=3 divides all weights over all data ranks, and parallel.expert={config.parallel.expert} gives "
+            "these different experts; use zero.stage=0, 1 or 2, or parallel.expert=1"
         )
 
 

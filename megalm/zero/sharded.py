@@ -91,6 +91,8 @@ class ShardedEngine(ZeroEngine):
         if stage < 3:
             self.optimizer._use_compact_grad_partition_buffer = lambda group: True
             self.optimizer.scaled_global_norm = self._norm
+            # Summing all gradients over all data ranks, which it does in fp64, is no way for divided experts.
+            self.optimizer.reduce_scatter = self.optimizer.reduce_scatter or self.optimizer.has_moe_layers
         else:
             self.optimizer._get_norm_groups = lambda: [self._norm()]
         if self.parameters[0].dtype == torch.float64:
@@ -123,9 +125,9 @@ class ShardedEngine(ZeroEngine):
         optimizer = self.optimizer
         optimizer.master_weights_and_grads_dtype = torch.float64
         if self.stage < 3:
-            index = self.mesh.index("replica")
             masters = optimizer.single_partition_of_fp32_groups
-            sources = [parts[index] for parts in optimizer.parallel_partitioned_bit16_groups]
+            own = optimizer.parallel_partitioned_bit16_groups
+            sources = [parts[self._index(flat)] for flat, parts in enumerate(own)]
         else:
             masters = optimizer.fp32_partitioned_groups_flat
             sources = optimizer.fp16_partitioned_groups_flat
@@ -135,11 +137,14 @@ class ShardedEngine(ZeroEngine):
             if had_gradient:
                 master.grad = torch.zeros_like(master)
 
+    def _index(self, flat: int) -> int:
+        """Return this rank's place among those that divide a group of parameters: there are fewer for experts."""
+        return dist.get_rank(group=self.optimizer.real_dp_process_group[flat])
+
     def _pieces_below_3(self) -> Iterator[_Piece]:
-        index = self.mesh.index("replica")
         for flat, parameters in enumerate(self.optimizer.round_robin_bit16_groups):
             size = self.flats[flat].numel()
-            first, last = index * size, (index + 1) * size
+            first, last = self._index(flat) * size, (self._index(flat) + 1) * size
             for parameter, at in zip(parameters, self.optimizer.round_robin_bit16_offsets[flat], strict=True):
                 start = min(max(first, at), at + parameter.numel())
                 stop = max(start, min(last, at + parameter.numel()))
