@@ -16,6 +16,7 @@ from megalm.errors import ConfigError
 ONE_PROCESS = (
     "parallel.tensor=1",
     "parallel.pipeline=1",
+    "parallel.expert=1",
     "parallel.sequence=false",
     "parallel.schedule=1f1b",
     "parallel.virtual_stages=1",

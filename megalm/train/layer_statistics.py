@@ -192,6 +192,7 @@ def _figures(seen: dict[str, float]) -> dict[str, float]:
     figures["update_ratio"] = (seen["update"] / seen["weight"]) ** 0.5
     if seen["activations"]:
         figures["activation_rms"] = (seen["activation"] / seen["activations"]) ** 0.5
-        figures["dead_units"] = seen["dead"] / seen["widths"]
+        if seen["widths"]:  # experts' are not looked at
+            figures["dead_units"] = seen["dead"] / seen["widths"]
         figures["attention_entropy"] = seen["entropy"]
     return figures

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tests.parity.harness import LLAMA, Case, Difference
+from tests.parity.options import BALANCED as BALANCED
+from tests.parity.options import EXPERTS as EXPERTS
+from tests.parity.options import FULL as FULL
 
 STEPS = 30
 
@@ -41,6 +44,11 @@ def schedule(kind: str, virtual_stages: int = 1) -> dict[str, Any]:
 def batch(global_batch: int, micro_batch: int) -> dict[str, Any]:
     """Return the overrides of another accumulation depth."""
     return {"train.global_batch": global_batch, "train.micro_batch": micro_batch}
+
+
+def expert(ranks: int) -> dict[str, Any]:
+    """Return the overrides of experts that so many ranks divide."""
+    return {"parallel.expert": ranks}
 
 
 def partition(*layers: int) -> dict[str, Any]:
@@ -108,6 +116,14 @@ CASES: tuple[Case, ...] = (
     Case(2, 2, 1, {**schedule("zb-v"), **OFFLOAD2}),
     Case(4, 2, 1, {**schedule("dualpipe-v"), **EIGHT, **UNTIED, **zero(1), **DROPOUT}),
     Case(2, 2, 2, {**schedule("dualpipe-v"), **SEQUENCE, **zero(2), **SELECTIVE}),
+    Case(1, 1, 4, {**FULL, **LLAMA, **SEQUENCE, "model.kv_heads": 4}),
+    Case(1, 2, 1, {**BALANCED, **zero(3)}),
+    Case(1, 4, 1, {**EXPERTS, **expert(4), **batch(8, 1)}),
+    Case(1, 4, 1, {**FULL, **LLAMA, **expert(2), **zero(1), **batch(8, 1)}),
+    Case(1, 2, 2, {**BALANCED, **expert(2), **SEQUENCE, **DROPOUT}),
+    Case(2, 2, 1, {**FULL, **expert(2), **schedule("zb-v"), **RECOMPUTE}),
+    Case(2, 2, 2, {**BALANCED, **expert(2), **zero(2), **SEQUENCE}),
+    Case(2, 2, 1, {**EXPERTS, **expert(2), **OFFLOAD2}),
 )
 
 REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54)

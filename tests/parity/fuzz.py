@@ -63,7 +63,7 @@ def draw(number: int) -> Case:
 def verdict(pool: WorkerPool, case: Case) -> Verdict:
     """Train a recipe for a few steps in fp64, or find it refused."""
     try:
-        check_world(case.config(), case.layout.world_size)
+        check_world(case.config(), case.pipeline * case.data * case.tensor)
     except ConfigError as error:
         lines = str(error).splitlines()
         unclear = [line for line in lines[len(lines) > 1 :] if ";" not in line and ":" not in line]

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
-from tests.parity import faults, option_faults, schedule_faults
+from tests.parity import expert_faults, faults, option_faults, schedule_faults
 from tests.parity.cases import OPTIMIZERS, misses
 from tests.parity.faults import Mutant, Patches
 from tests.parity.harness import RankReport, compare, reference_run, train_rank
@@ -16,7 +16,12 @@ from tests.worker_pool import WorkerError, WorkerPool
 
 STEPS = 8
 
-MUTANTS: tuple[Mutant, ...] = (*faults.MUTANTS, *option_faults.MUTANTS, *schedule_faults.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (
+    *faults.MUTANTS,
+    *option_faults.MUTANTS,
+    *schedule_faults.MUTANTS,
+    *expert_faults.MUTANTS,
+)
 
 _IN_EVERY_TEST_RUN = (
     "no_all_reduce_behind_a_column_parallel_layer",
@@ -34,6 +39,8 @@ _IN_EVERY_TEST_RUN = (
     "weight_gradients_made_twice_for_a_microbatch",
     "weight_gradients_of_another_microbatch_s_inputs",
     "message_taken_for_that_of_the_other_chunk",
+    "expert_gradients_summed_over_all_data_ranks",
+    "loads_balanced_over_a_microbatch",
 )
 REPRESENTATIVE = tuple([mutant.plant.__name__ for mutant in MUTANTS].index(name) for name in _IN_EVERY_TEST_RUN)
 """The mutants, by their place, that every test run plants."""
