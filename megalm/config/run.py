@@ -79,6 +79,11 @@ class ParallelSection(Section):
     partition: Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)] | None = None
 
     @property
+    def least_ranks(self) -> int:
+        """The ranks of the smallest world: those of one copy of the model."""
+        return self.tensor * self.pipeline * self.expert
+
+    @property
     def chunks(self) -> int:
         """The chunks of layers on each stage."""
         return 2 if self.schedule in FOLDED_SCHEDULES else self.virtual_stages
