@@ -53,6 +53,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         assert config.experts is not None
+        assert row_group is None or config.capacity_factor is None, "who is first in a row needs whole rows"
         self.experts, self.chosen = config.experts, config.experts_per_token
         self.capacity_factor, self.sigmoid = config.capacity_factor, config.router_score == "sigmoid"
         self.group, self.sequence, self.row_group = group, sequence, row_group

@@ -104,6 +104,33 @@ def test_losses_of_a_router_are_those_of_its_formulas(pool: WorkerPool, tensor: 
     pool.run(check_losses, layout=RankLayout(tensor=tensor))
 
 
+def check_cut_rows(mesh: ParallelMesh) -> None:
+    """Ranks with tokens of the same rows: their losses' gradients add up to those of whole rows."""
+    config = model_section(**MIXTURES[3])
+    group, rows = mesh.group("tensor"), mesh.group("data")
+    layer = MixtureOfExperts("m", config, group=group, init=INIT, sequence=False, row_group=rows)
+    assert layer.router.bias is not None
+    layer.router.bias.copy_(torch.tensor(BIAS))
+    wholes = fill(layer, scale=0.5)
+    x = random_whole("x", (ROWS, config.sequence, config.hidden))
+    mask = torch.rand(ROWS, config.sequence, generator=torch.Generator().manual_seed(3)) < 0.6
+    plain = formula_of(config, wholes)
+    plain.routing.mask = mask
+    expected = plain.transformed(x, 0)
+    (expected.sum() + 0.3 * sum(plain.routing.balance) + 0.2 * sum(plain.routing.z)).backward()
+    layer.router.begin(*torch.tensor([0.3, 0.2], dtype=torch.float64))
+    own = slice(mesh.index("data") * 4, mesh.index("data") * 4 + 4)
+    layer(x[:, own], Context(4, loss_mask_BT=mask[:, own])).sum().backward()
+    for parameter in layer.parameters():
+        torch.distributed.all_reduce(parameter.grad, group=rows)
+    assert_gradients_close(layer, wholes)
+    assert layer.router.seen[:4].tolist() == plain.routing.loads["blocks.0.mlp.router"]
+
+
+def test_losses_of_rows_that_ranks_have_parts_of_are_those_of_the_rows(pool: WorkerPool) -> None:
+    pool.run(check_cut_rows, layout=RankLayout(data=2))
+
+
 def check_expert_ranks(mesh: ParallelMesh) -> None:
     """Each rank has tokens of its own; experts' gradients are whole when summed over the ranks that hold the same."""
     for values in MIXTURES:
