@@ -72,17 +72,10 @@ def _zero_3_divides_over_all_data_ranks(config: RunConfig) -> Iterator[str]:
         )
 
 
-@rule("parallel.expert", "optim.kind", "optim.centralize")
-def _what_needs_whole_parameters_has_them(config: RunConfig) -> Iterator[str]:
-    if config.parallel.expert == 1:
-        return
-    if config.optim.kind in ("muon", "adafactor", "adamw8bit"):
+@rule("parallel.expert", "optim.kind")
+def _states_by_parameter_need_all_ranks(config: RunConfig) -> Iterator[str]:
+    if config.parallel.expert > 1 and config.optim.kind in ("adafactor", "adamw8bit"):
         yield (
-            f"optim.kind={config.optim.kind} takes all data ranks to hold the same matrices, which those "
-            f"of parallel.expert={config.parallel.expert} do not; use another kind, or parallel.expert=1"
-        )
-    if config.optim.centralize:
-        yield (
-            "optim.centralize=true sums rows over ranks that hold the same ones, which those of "
-            f"parallel.expert={config.parallel.expert} do not; use false, or parallel.expert=1"
+            f"optim.kind={config.optim.kind} takes all data ranks to hold the same matrices, which those of "
+            f"parallel.expert={config.parallel.expert} do not; use another kind, or parallel.expert=1"
         )

@@ -31,9 +31,7 @@ def config(**overrides: Any) -> RunConfig:
         ({"model.mup_base": 16}, "nothing of routers; use none with model.experts"),
         ({"train.compile": True}, "is known only while it runs; use train.compile=false"),
         ({"parallel.expert": 2, "zero.stage": 3}, "use zero.stage=0, 1 or 2, or parallel.expert=1"),
-        ({"parallel.expert": 2, "optim.kind": "muon"}, "use another kind, or parallel.expert=1"),
         ({"parallel.expert": 2, "optim.kind": "adafactor"}, "use another kind, or parallel.expert=1"),
-        ({"parallel.expert": 2, "optim.centralize": True}, "use false, or parallel.expert=1"),
     ],
 )
 def test_what_experts_exclude_is_refused_with_a_remedy(overrides: dict[str, Any], message: str) -> None:

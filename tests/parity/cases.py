@@ -126,7 +126,7 @@ CASES: tuple[Case, ...] = (
     Case(2, 2, 1, {**EXPERTS, **expert(2), **OFFLOAD2}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54, 61, 62)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}
