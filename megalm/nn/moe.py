@@ -5,9 +5,12 @@ Source: Shazeer et al. 2017; Fedus et al. 2022 (Switch, one expert a token); Dai
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megalm.config.model import ModelSection
 from megalm.distributed.collectives import (
@@ -104,7 +107,7 @@ class Experts(nn.Module):
         counts_E = torch.bincount(flat, minlength=self.count + 1)[: self.count]
         if self.drops:
             order = order[: int(counts_E.sum())]
-        rows = x_ND.index_select(0, order // each)
+        rows: Tensor = _RowsOfChoices.apply(x_ND, order, each)
         routes = Routes(counts_E, self.expert_group)
         y = routes.back(self._transformed(routes.to_experts(rows), routes.held_E))
         y_NkD = y.new_zeros(tokens * each, y.shape[-1]).index_copy(0, order, y).view(tokens, each, -1)
@@ -114,3 +117,24 @@ class Experts(nn.Module):
         product = self.operations.grouped_matmul
         h = self.activation.apply(self.operations, product(x_ND, self.up.flatten(1, -2), counts_E))
         return product(h, self.down, counts_E)
+
+
+class _RowsOfChoices(torch.autograd.Function):
+    """The row of the token of each choice; the gradients of a token's `each` choices are added in their order.
+
+    Autograd's own adds them as they come on a GPU, so sums of three or more would differ from run to run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_R: Tensor, each: int) -> Tensor:
+        ctx.save_for_backward(order_R)
+        ctx.shape = (len(x_ND), each)
+        return x_ND.index_select(0, order_R // each)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None]:
+        (order_R,) = ctx.saved_tensors
+        tokens, each = ctx.shape
+        by_choice = gradient_RD.new_zeros(tokens * each, gradient_RD.shape[-1]).index_copy_(0, order_R, gradient_RD)
+        return by_choice.view(tokens, each, -1).sum(dim=1), None, None
