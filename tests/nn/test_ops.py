@@ -113,6 +113,10 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[[Operations, list[T
     "embedding": (((11, 8),), lambda o, x: o.embedding(torch.tensor([[1, 10, 1], [0, 1, 3]], device=DEVICE), x[0])),
     "cross_entropy_statistics, cross_entropy_gradient_": (((5, 9),), cross_entropy),
     "linear_cross_entropy_statistics, linear_cross_entropy_gradients": (((5, 8), (9, 8)), linear_cross_entropy),
+    "grouped_matmul": (
+        ((9, 8), (4, 5, 8)),
+        lambda o, x: o.grouped_matmul(x[0], x[1], torch.tensor([3, 0, 5, 1], device=DEVICE)),
+    ),
     "adamw_": ((X_BTD, X_BTD), adamw),
     "grad_norm": ((X_BTD, HEADS), lambda o, x: o.grad_norm([t.detach() for t in x], squared=True)),
 }
