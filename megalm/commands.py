@@ -33,7 +33,7 @@ def _world(config: RunConfig, nproc: int | None) -> tuple[int, bool]:
 
     Under a launcher the world is the launcher's. Raises LaunchError when --nproc says something else.
     """
-    return _launched_world(nproc or config.parallel.ranks, nproc)
+    return _launched_world(nproc or config.parallel.least_ranks, nproc)
 
 
 def _launched_world(world: int, nproc: int | None) -> tuple[int, bool]:
@@ -249,7 +249,9 @@ def _size(model: ModelSection) -> str:
     from megalm.train.monitor import count_parameters
 
     if model.vocab is not None:
-        return f"{count_parameters(model, model.vocab).total:,} parameters"
+        count = count_parameters(model, model.vocab)
+        used = f", of which a token uses {count.active:,}" if count.idle else ""
+        return f"{count.total:,} parameters{used}"
     without, one = (count_parameters(model, vocab).total for vocab in (0, 1))
     return f"{without:,} parameters, and {one - without:,} for each token of the tokenizer's vocabulary"
 
@@ -335,7 +337,7 @@ def _doctor_place(args: Namespace) -> tuple[Path, int, int]:
 
     config = load_recipe(args.recipe, args.overrides)
     parameters = count_parameters(config.model, config.model.vocab or _LARGE_VOCABULARY).total
-    ranks = config.parallel.ranks
+    ranks = config.parallel.least_ranks
     needed = max(2**20, 2 * checkpoint_bytes(config, parameters))
     run_dir = _directory(args.run_dir, "--run-dir") if args.run_dir else _directory(config.run.dir, "run.dir")
     return run_dir, needed, ranks

@@ -26,9 +26,15 @@ def part_of(whole: Tensor, spec: ShardSpec) -> Tensor:
     assert tuple(whole.shape) == spec.global_shape, f"{spec.name}: {tuple(whole.shape)}, spec {spec.global_shape}"
     if spec.dim is None:
         return whole.clone()
+    whole = _of_experts(whole, spec)
     local = whole.new_zeros(spec.local_shape)
     local.narrow(spec.dim, 0, spec.length).copy_(whole.narrow(spec.dim, spec.start, spec.length))
     return local
+
+
+def _of_experts(whole: Tensor, spec: ShardSpec) -> Tensor:
+    """Return the experts that a rank holds of a tensor whose dim 0 counts them, else the tensor."""
+    return whole if spec.first_expert is None else whole.narrow(0, spec.first_expert, spec.local_shape[0])
 
 
 def spec_of(parameter: Tensor) -> ShardSpec:
@@ -71,6 +77,7 @@ def global_indices(spec: ShardSpec) -> Tensor:
     whole = torch.arange(math.prod(spec.global_shape)).view(spec.global_shape)
     if spec.dim is None:
         return whole.flatten()
+    whole = _of_experts(whole, spec)
     local = torch.full(spec.local_shape, -1)
     local.narrow(spec.dim, 0, spec.length).copy_(whole.narrow(spec.dim, spec.start, spec.length))
     return local.flatten()

@@ -20,7 +20,7 @@ FLOORS = [
     {"models"},
     {"nn"},
     {"preflight"},
-    {"tensor_parallel", "context_parallel", "pipeline_parallel", "zero", "checkpoint"},
+    {"tensor_parallel", "context_parallel", "expert_parallel", "pipeline_parallel", "zero", "checkpoint"},
     {"nn.ops"},
     {"distributed", "data"},
     {"config"},

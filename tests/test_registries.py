@@ -43,6 +43,7 @@ WITHOUT_A_REGISTRY = {
     "stop_metric",
     "recompute",
     "rotary_scaling",
+    "router_score",
 }
 
 

@@ -3,6 +3,8 @@
 Owns: pieces of row-major flattened local tensors as runs of the global tensor, and the overlap of two of
 them as a few strided copies. Knows no files and no torch. All counts and offsets are in elements.
 
+Of experts, which dim 0 counts, a rank holds a range of the outer indices besides.
+
 A shard along `dim` sees the tensor as [outer, axis, inner]: for each of the `outer` indices its `length` rows
 of `inner` elements are one run, contiguous in the global tensor and in the local one. In both the order of
 the runs is the same, so overlaps of two shards, even along different dims, are merges of two sorted lists.
@@ -43,7 +45,16 @@ class Piece:
             count = prod(shard.global_shape)
             return 1, count, count, count, 1
         shape, dim = shard.global_shape, shard.dim
-        return prod(shape[:dim]), shape[dim], shard.local_shape[dim], shard.length, prod(shape[dim + 1 :])
+        return prod(shard.local_shape[:dim]), shape[dim], shard.local_shape[dim], shard.length, prod(shape[dim + 1 :])
+
+    def _offset(self) -> int:
+        """Return where the first row of the shard begins in the global tensor."""
+        shard = self.shard
+        if shard.dim is None:
+            return 0
+        _, axis, _, _, inner = self._grid()
+        each = prod(shard.global_shape[1 : shard.dim])
+        return ((shard.first_expert or 0) * each * axis + shard.start) * inner
 
     def bounds(self) -> tuple[int, int]:
         """Return the flat range [low, high) of the global tensor around the piece (equal: it is empty)."""
@@ -51,7 +62,7 @@ class Piece:
         if self.stop <= self.start or length * inner * outer == 0:
             return 0, 0
         first, last = self.start // (local * inner), (self.stop - 1) // (local * inner)
-        offset = self.shard.start * inner if self.shard.dim is not None else 0
+        offset = self._offset()
         low = first * axis * inner + min(self.start - first * local * inner, length * inner)
         high = last * axis * inner + min(self.stop - last * local * inner, length * inner)
         return low + offset, high + offset
@@ -66,7 +77,7 @@ class Piece:
         index = np.arange(first, last + 1, dtype=np.int64)
         begin = np.maximum(index * (local * inner), self.start)
         end = np.minimum(index * (local * inner) + length * inner, self.stop)
-        shift = index * ((axis - local) * inner) + (self.shard.start * inner if self.shard.dim is not None else 0)
+        shift = index * ((axis - local) * inner) + self._offset()
         real = end > begin
         return (begin + shift)[real], begin[real], (end - begin)[real]
 

@@ -69,13 +69,15 @@ class Entry:
             "start": shard.start,
             "length": shard.length,
             "flat": [self.piece.start, self.piece.stop],
+            **({} if shard.first_expert is None else {"first_expert": shard.first_expert}),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Entry:
         """Return the entry that `to_json` wrote. Raises KeyError, TypeError or ValueError."""
         shape, local, dim = tuple(value["shape"]), tuple(value["local_shape"]), value["dim"]
-        shard = ShardSpec(value["name"], shape, local, dim, value["start"], value["length"])
+        first_expert = value.get("first_expert")
+        shard = ShardSpec(value["name"], shape, local, dim, value["start"], value["length"], first_expert=first_expert)
         start, stop = value["flat"]
         problem = piece_problem(shard, start, stop)
         if problem or value["dtype"] not in DTYPES or not FILE_NAME.fullmatch(value["file"]):
@@ -85,19 +87,21 @@ class Entry:
 
 def piece_problem(shard: ShardSpec, start: int, stop: int) -> str | None:
     """Return what is wrong with a shard and a flat range of it, or None."""
-    shape, local, dim = shard.global_shape, shard.local_shape, shard.dim
+    shape, local, dim, first = shard.global_shape, shard.local_shape, shard.dim, shard.first_expert
     if not all(type(size) is int and size >= 0 for size in (*shape, *local)):
         return f"shapes {shape} and {local} are not all counts"
     if dim is None:
         fits = shape == local
     else:
-        fits = (
-            0 <= dim < len(shape) == len(local) and shape[:dim] == local[:dim] and shape[dim + 1 :] == local[dim + 1 :]
-        )
+        at = 0 if first is None else 1  # dims before it are experts, of which any range may be held
+        fits = 0 <= dim < len(shape) == len(local)
+        fits = fits and shape[at:dim] == local[at:dim] and shape[dim + 1 :] == local[dim + 1 :]
+        fits = fits and (first is None or (dim > 0 and 0 <= first <= shape[0] - local[0]))
         fits = fits and 0 <= shard.length <= local[dim] and 0 <= shard.start <= shape[dim] - shard.length
     if not fits:
-        at = f"dim {dim}, start {shard.start}, length {shard.length}"
-        return f"local shape {local} ({at}) is no part of {shape}"
+        where = f"dim {dim}, start {shard.start}, length {shard.length}"
+        where += "" if first is None else f", experts from {first} on"
+        return f"local shape {local} ({where}) is no part of {shape}"
     if not 0 <= start <= stop <= prod(local):
         return f"flat range {start}:{stop} is outside of the {prod(local)} elements of local shape {local}"
     return None
@@ -173,15 +177,20 @@ def _lines(values: Iterable[Any]) -> str:
 
 _SHARED = ("kind", "name", "dtype", "shape")
 _OWN = ("file", "local_shape", "dim", "start", "length", "flat")
+_OF_EXPERTS = (*_OWN, "first_expert")
 
 
 def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {**{key: rows[0][key] for key in _SHARED}, "pieces": [[row[key] for key in _OWN] for row in rows]}
+    return {
+        **{key: rows[0][key] for key in _SHARED},
+        "pieces": [[row[key] for key in _OF_EXPERTS if key in row] for row in rows],
+    }
 
 
 def _ungroup(group: Mapping[str, Any]) -> list[dict[str, Any]]:
     shared = {key: group[key] for key in _SHARED}
-    return [{**shared, **dict(zip(_OWN, piece, strict=True))} for piece in group["pieces"]]
+    names = {len(_OWN): _OWN, len(_OF_EXPERTS): _OF_EXPERTS}
+    return [{**shared, **dict(zip(names[len(piece)], piece, strict=True))} for piece in group["pieces"]]
 
 
 def collect(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -206,6 +215,20 @@ def _coverage_problem(rows: list[dict[str, Any]]) -> str | None:
         known = {json.dumps(row[key]) for row in rows}
         if len(known) > 1:
             return f"the ranks wrote {key} {' and '.join(sorted(known))}"
+    if "first_expert" in rows[0]:
+        experts: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for row in rows:
+            experts.setdefault((row["first_expert"], row["local_shape"][0]), []).append(row)
+        edges = [0, *(edge for first, count in sorted(experts) for edge in (first, first + count)), rows[0]["shape"][0]]
+        for stop, following in list(pairwise(edges))[::2]:
+            if stop != following:
+                return f"experts {stop} to {following} are " + _verdict(stop, following, rows)
+        return next(filter(None, map(_tiling_problem, experts.values())), None)
+    return _tiling_problem(rows)
+
+
+def _tiling_problem(rows: list[dict[str, Any]]) -> str | None:
+    """Return where the pieces, of the same experts if of any, leave a gap or meet; None where they tile."""
     shards: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in rows:
         shards.setdefault((row["start"], row["length"]), []).append(row)

@@ -258,6 +258,13 @@ def check_world(config: RunConfig, world_size: int) -> int:
             f"{world_size} ranks are not divisible by {layout}, {ranks} ranks a copy of the model; "
             f"start {copies * ranks} or {(copies + 1) * ranks}"
         )
+    replicas = copies * parallel.context
+    if replicas % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert={parallel.expert} does not divide the {replicas} ranks that hold the same layers "
+            f"({world_size} / {ranks // parallel.context}); use {list_values(divisors(replicas))}, or start a multiple "
+            f"of {parallel.least_ranks} ranks"
+        )
     part = config.train.micro_batch
     each = part * copies
     for key, whole in _batches(config).items():

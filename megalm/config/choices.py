@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "activation": ("relu", "relu2", "gelu", "gelu_erf", "silu", "geglu", "swiglu"),
     "position": ("none", "learned", "sinusoidal", "rotary", "alibi", "t5"),
     "attention_pattern": ("full", "strided", "hierarchical"),
+    "router_score": ("softmax", "sigmoid"),
     "init": ("normal", "truncated_normal", "xavier", "he"),
     "rotary_scaling": ("none", "linear", "ntk", "yarn", "llama3"),
     "rows": ("stream", "documents"),

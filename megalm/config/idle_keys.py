@@ -30,6 +30,7 @@ _SCALED = Use("model.rotary_scaling", lambda config: config.model.rotary_scaling
 _LATENT = Use("model.kv_rank", lambda config: config.model.is_latent)
 _FP16 = Use("precision=fp16", lambda config: config.precision == "fp16")
 _PROFILED = Use("profile.start", lambda config: config.profile.start is not None)
+_EXPERTS = Use("model.experts", lambda config: config.model.experts is not None)
 USES: dict[str, Use] = {
     "model.q_rank": _LATENT,
     "model.rope_head_dim": _LATENT,
@@ -49,6 +50,16 @@ USES: dict[str, Use] = {
     "model.block_stride": _when("model", "attention_pattern", "strided"),
     "model.global_tokens": _when("model", "attention_pattern", "strided"),
     "model.document_mask": _when("data", "rows", "stream"),
+    "model.experts_per_token": _EXPERTS,
+    "model.expert_ffn": _EXPERTS,
+    "model.shared_experts": _EXPERTS,
+    "model.dense_layers": _EXPERTS,
+    "model.capacity_factor": _EXPERTS,
+    "model.router_score": _EXPERTS,
+    "model.router_bias_rate": _EXPERTS,
+    "loss.load_balance": _EXPERTS,
+    "loss.router_z": _EXPERTS,
+    "parallel.expert": _EXPERTS,
     "model.mup_base_head_dim": Use("model.mup_base", lambda config: config.model.mup_base is not None),
     "early_stop.patience": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),
     "early_stop.min_delta": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),

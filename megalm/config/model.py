@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megalm.config.fields import AboveZero, Count, Few, Fraction, Positive, Section, one_of
+from megalm.config.fields import LARGEST_ENUMERATED, AboveZero, Count, Few, Fraction, Positive, Section, one_of
 from megalm.config.patterns import BlockPattern
 
 _Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -40,6 +40,12 @@ class ModelSection(Section):
     Block: the norm stands before each half (pre), after the sum (post), or before and after the half (sandwich); with
     `parallel_residual` both halves read the same input. What a half adds is multiplied by `residual_scale`, and left
     out for whole samples with a probability that grows over the layers to `stochastic_depth`.
+
+    Mixture of experts: behind the first `dense_layers` an MLP is `experts` of `expert_ffn` features, without biases, of
+    which a token goes to `experts_per_token`, those with the highest `router_score` of its router. `shared_experts`
+    more, as one MLP, see every token. With `capacity_factor` an expert takes that multiple of its even share of a
+    row's tokens, the first ones, and leaves the others out (None: it takes all). `router_bias_rate` moves a bias of
+    each expert's score, for the choice only, after each step, so that loads become even without a loss.
 
     First values: matrices are drawn as `init` says, tables of embeddings with the deviation `init_std`; with
     `init_depth_scaled` what adds to the residual stream starts smaller by the root of twice the layers.
@@ -101,6 +107,15 @@ class ModelSection(Section):
     attention_sinks: bool = False
     attention_gate: bool = False
     logit_softcap: AboveZero | None = None
+
+    experts: Annotated[int, Field(ge=2, le=LARGEST_ENUMERATED)] | None = None
+    experts_per_token: Few = 2
+    expert_ffn: Positive | None = None
+    shared_experts: Count = 0
+    dense_layers: Count = 0
+    capacity_factor: AboveZero | None = None
+    router_score: Annotated[str, one_of("router_score")] = "softmax"
+    router_bias_rate: AboveZero | None = None
 
     dropout: Fraction = 0.0
     attention_dropout: Fraction | None = None
@@ -168,6 +183,20 @@ class ModelSection(Section):
         return 4 * self.hidden
 
     @property
+    def expert_features(self) -> int:
+        """Features inside an expert: `expert_ffn`, else those of an MLP."""
+        return self.feed_forward if self.expert_ffn is None else self.expert_ffn
+
+    @property
+    def shared_features(self) -> int:
+        """Features inside the MLP that stands for all shared experts."""
+        return self.shared_experts * self.expert_features
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer's MLP is a mixture of experts."""
+        return self.experts is not None and layer >= self.dense_layers
+
+    @property
     def has_qkv_bias(self) -> bool:
         """Whether queries, keys and values have biases: `qkv_bias`, else `bias`; latent attention has none."""
         return not self.is_latent and (self.bias if self.qkv_bias is None else self.qkv_bias)
@@ -202,12 +231,23 @@ class ModelSection(Section):
     @property
     def hidden_matrices(self) -> dict[str, int]:
         """Number of elements of each matrix of the blocks, by its logical name."""
-        up_width = self.feed_forward * (2 if self.has_gated_activation else 1)
-        sizes = {f"attention.{name}": size for name, size in self.attention_matrices.items()}
-        sizes |= {"mlp.up": self.hidden * up_width, "mlp.down": self.hidden * self.feed_forward}
-        found = {f"blocks.{n}.{name}.weight": size for n in range(self.blocks) for name, size in sizes.items()}
+        attention = {f"attention.{name}": size for name, size in self.attention_matrices.items()}
+        found = {
+            f"blocks.{n}.{name}.weight": size
+            for n in range(self.blocks)
+            for name, size in (attention | self._mlp_matrices(n)).items()
+        }
         joins = {f"blocks.{n}.mtp.project.weight": 2 * self.hidden**2 for n in range(self.layers, self.blocks)}
         return found | joins
+
+    def _mlp_matrices(self, layer: int) -> dict[str, int]:
+        """Return the number of elements of each matrix of a layer's MLP or experts, by its name in the block."""
+        up, down = self.hidden * (2 if self.has_gated_activation else 1), self.hidden
+        if not self.has_experts(layer):
+            return {"mlp.up": up * self.feed_forward, "mlp.down": down * self.feed_forward}
+        width, shared = (self.experts or 0) * self.expert_features, self.shared_features
+        sizes = {"mlp.experts.up": up * width, "mlp.experts.down": down * width}
+        return sizes | ({"mlp.shared.up": up * shared, "mlp.shared.down": down * shared} if shared else {})
 
     @property
     def residual_shrink(self) -> float:

@@ -15,9 +15,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from megalm.config import checks, ramps
-from megalm.config import context_checks as context_checks
+from megalm.config import context_checks as context_checks  # its rules add themselves
+from megalm.config import expert_checks as expert_checks
 from megalm.config import latent_checks as latent_checks
-from megalm.config import loop_checks as loop_checks  # its rules add themselves
+from megalm.config import loop_checks as loop_checks
 from megalm.config import optim_checks as optim_checks
 from megalm.config import pattern_checks as pattern_checks
 from megalm.config import pipeline_checks as pipeline_checks
@@ -70,13 +71,15 @@ class ParallelSection(Section):
     all tokens of some heads (ulysses).
 
     `virtual_stages` is the number of chunks of layers on each stage where the schedule leaves it open. `partition` is
-    the number of layers of each stage, or of each chunk in the order of the model.
+    the number of layers of each stage, or of each chunk in the order of the model. `expert` neighbours among the data
+    ranks divide the experts between them and send each other tokens.
     """
 
     tensor: Few = 1
     pipeline: Few = 1
     context: Few = 1
     context_attention: Annotated[str, one_of("context_attention")] = "ring"
+    expert: Few = 1
     sequence: bool = False
     schedule: Annotated[str, one_of("schedule")] = "1f1b"
     virtual_stages: Few = 1
@@ -86,6 +89,11 @@ class ParallelSection(Section):
     def ranks(self) -> int:
         """The ranks that work on one row: those of a data index."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def least_ranks(self) -> int:
+        """The ranks of the smallest world: so many replicas as divide the experts, in whole rows."""
+        return self.tensor * self.pipeline * math.lcm(self.context, self.expert)
 
     @property
     def chunks(self) -> int:
@@ -158,12 +166,16 @@ class LossSection(Section):
 
     `z_loss` times the squared log of the softmax's denominator keeps logits small. `mtp` times the mean over the depths
     of `model.mtp_depth` of their losses is added, each summed over the tokens whose label is within the row and divided
-    by as many tokens as the loss of the next token.
+    by as many tokens as the loss of the next token. A mixture of experts has two more terms, logged by themselves and
+    no part of `train/loss`: `load_balance` times how unevenly the tokens of a sequence go to the experts (1: evenly),
+    and `router_z` times the squared log of the denominator of a router's softmax.
     """
 
     label_smoothing: Fraction = 0.0
     z_loss: NotNegative = 0.0
     mtp: AboveZero = 0.3
+    load_balance: NotNegative = 0.01
+    router_z: NotNegative = 0.0
     fused_head: bool = False
 
 

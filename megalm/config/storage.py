@@ -99,6 +99,8 @@ def storage_table(config: RunConfig) -> str:
         f"bytes are those of one parameter; activations travel and are kept in {config.precision},",
         f"norms, softmax and loss are computed in {wide}; a checkpoint holds master weights and optimizer as they are",
     ]
+    if config.parallel.expert > 1:
+        notes.append(f"experts are divided over {config.parallel.expert} of the data ranks, in each row of the table")
     if config.optim.kind == "adafactor":
         notes.append("adafactor keeps a number for each row and column of a matrix and for each element of a vector")
     if config.optim.kind == "muon":

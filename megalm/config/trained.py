@@ -18,6 +18,7 @@ ONE_PROCESS = (
     "parallel.pipeline=1",
     "parallel.context=1",
     "parallel.context_attention=ring",
+    "parallel.expert=1",
     "parallel.sequence=false",
     "parallel.schedule=1f1b",
     "parallel.virtual_stages=1",

@@ -9,6 +9,7 @@ Source: Shoeybi et al. 2019, section 3 (f and g); Korthikanti et al. 2022, secti
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,16 @@ def exchange_blocks(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     The backward pass sends the gradients back.
     """
-    return blocks if group.size() == 1 else _ExchangeBlocks.apply(blocks, group)
+    each = [len(blocks) // group.size()] * group.size()
+    return exchange_rows(blocks.contiguous(), each, each, group)
+
+
+def exchange_rows(x_ND: Tensor, sent: Sequence[int], came: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Return the rows that the ranks of `group` have for this one, in their order; the gradient goes the way back.
+
+    `sent` of this rank's rows, in order, go to each rank, and `came` are as many as come from each.
+    """
+    return x_ND if group.size() == 1 else _ExchangeRows.apply(x_ND, sent, came, group)
 
 
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -141,6 +151,12 @@ def _reduce_scatter(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
+def _exchange(x_ND: Tensor, sent: Sequence[int], came: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    result = x_ND.new_empty((sum(came), *x_ND.shape[1:]))
+    dist.all_to_all_single(result, x_ND.contiguous(), list(came), list(sent), group=group)
+    return result
+
+
 def _shard_length(x_BTD: Tensor, group: dist.ProcessGroup) -> int:
     tokens, rest = divmod(x_BTD.shape[1], group.size())
     assert rest == 0, f"{x_BTD.shape[1]} tokens do not divide over a group of {group.size()}"
@@ -194,23 +210,16 @@ class _ReduceScatterSequence(torch.autograd.Function):
         return _gather(gradient_BTtD, ctx.group), None
 
 
-class _ExchangeBlocks(torch.autograd.Function):
+class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _exchange(blocks, group)
+    def forward(ctx: Any, x_ND: Tensor, sent: Sequence[int], came: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sent, ctx.came, ctx.group = sent, came, group
+        return _exchange(x_ND, sent, came, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _exchange(gradient, ctx.group), None
-
-
-def _exchange(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
-    blocks = blocks.contiguous()
-    received = torch.empty_like(blocks)
-    dist.all_to_all_single(received, blocks, group=group)
-    return received
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(gradient_ND, ctx.came, ctx.sent, ctx.group), None, None, None
 
 
 def copy_from_first(x: Tensor, group: dist.ProcessGroup) -> None:

@@ -103,7 +103,8 @@ def words_of_part(stream_key: int, spec: ShardSpec, start: int, stop: int, devic
         lengths, begin = (last - first, held), 0
     rows = math.prod(spec.global_shape[:dim])
     words = torch.empty(lengths, dtype=torch.int64, device=device)
-    _fill(words, stream_key, (rows, whole), (first, left + begin if lengths[1] else 0), _emit_words)
+    ahead = (spec.first_expert or 0) * (rows // spec.global_shape[0]) if dim else 0
+    _fill(words, stream_key, (rows, whole), (ahead + first, left + begin if lengths[1] else 0), _emit_words)
     if lengths[0] <= 1:
         flat = words.flatten()
         return torch.nn.functional.pad(flat, (0, stop - start - flat.numel()))
@@ -149,6 +150,8 @@ def normal_shard(
 ) -> Tensor:
     """Return a rank's part of a normal logical tensor, shape `spec.local_shape`; padding is zero."""
     starts, lengths = [0] * len(spec.global_shape), list(spec.global_shape)
+    if spec.first_expert is not None:
+        starts[0], lengths[0] = spec.first_expert, spec.local_shape[0]
     if spec.dim is not None:
         starts[spec.dim], lengths[spec.dim] = spec.start, spec.length
     held = normal_slice(stream_key, std, spec.global_shape, starts, lengths, dtype, device, truncated)

@@ -17,6 +17,7 @@ class ShardSpec:
 
     Along `dim` (None: the tensor is whole on every rank of the tensor axis) the rank holds
     `global[start : start + length]` at `local[0 : length]`; local indices from `length` on are padding and stay zero.
+    Experts are divided over dim 0 besides.
     The last two dims are a matrix, those before them a batch; `interleaved` says that they are several matrices: the
     numbers of rows that belong to each of them in turn, over and over.
     """
@@ -28,6 +29,8 @@ class ShardSpec:
     start: int = 0
     length: int = 0
     interleaved: tuple[int, ...] = ()
+    first_expert: int | None = None
+    """Where dim 0 counts experts that the expert axis divides: the first of the `local_shape[0]` held here."""
 
     @classmethod
     def whole(cls, name: str, shape: tuple[int, ...]) -> ShardSpec:
@@ -42,6 +45,12 @@ class ShardSpec:
         length = min(rows, global_shape[dim] - start)
         local_shape = (*global_shape[:dim], rows, *global_shape[dim + 1 :])
         return cls(name, global_shape, local_shape, dim, start, length)
+
+    def of_experts(self, index: int, count: int) -> ShardSpec:
+        """Return the part of it that has share `index` of `count` of the experts, which dim 0 counts."""
+        experts, rest = divmod(self.global_shape[0], count)
+        assert rest == 0 and self.dim, f"{self}: {count} ranks do not divide the experts, or dim 0 is split already"
+        return replace(self, local_shape=(experts, *self.local_shape[1:]), first_expert=index * experts)
 
     def renamed(self, name: str) -> ShardSpec:
         """Return the same part of a tensor of another name."""

@@ -32,7 +32,8 @@ def check_device(config: RunConfig) -> None:
 def layout_of(config: RunConfig, world_size: int) -> RankLayout:
     """Return the layout of a recipe on so many ranks. Raises ConfigError where they do not fit it."""
     parallel = config.parallel
-    return RankLayout(parallel.pipeline, check_world(config, world_size), parallel.tensor, parallel.context)
+    data = check_world(config, world_size)
+    return RankLayout(parallel.pipeline, data, parallel.tensor, parallel.context, parallel.expert)
 
 
 @contextmanager

@@ -18,9 +18,14 @@ from megalm.train.parameter_rules import check_rules
 def dry_run(config: RunConfig, recipe: str, place: Sequence[int], in_json: bool) -> int:
     """Print what the rank place[0] of a world of place[1] is and does in a step; return the exit status.
 
-    Nothing is compiled or written. Raises ConfigError where the world does not fit the recipe, or where neither recipe
-    nor data tell the vocabulary.
+    Nothing is compiled or written. Raises ConfigError where the world does not fit the recipe, where neither recipe nor
+    data tell the vocabulary, and for a mixture of experts.
     """
+    if config.model.experts is not None:
+        raise ConfigError(
+            f"a dry run has no numbers, and how many tokens each of model.experts={config.model.experts} gets follows "
+            "from them; dry-run the recipe with model.experts=null and an equal model.ffn"
+        )
     rank, world = place
     layout = layout_of(config, world)
     vocab = _vocabulary(config)

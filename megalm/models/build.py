@@ -60,6 +60,7 @@ def build_stage(
         recompute=config.train.recompute,
         recompute_every=config.train.recompute_every,
         document_start=document_start,
+        expert_group=mesh.group("expert") if config.parallel.expert > 1 else None,
         on_built=on_built,
         context=ContextParallel(mesh.group("context"), config.parallel.context_attention),
     )

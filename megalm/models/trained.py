@@ -20,7 +20,7 @@ from megalm.errors import CheckpointError
 from megalm.models.build import build_executor, build_stage
 from megalm.models.transformer import Transformer
 from megalm.pipeline_parallel.executor import PipelineExecutor
-from megalm.zero.engine import shard_of
+from megalm.zero.engine import kept_buffers, shard_of
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,6 @@ def read_weights(model: Transformer, reader: CheckpointReader, averaged: bool = 
         raise CheckpointError(
             f"{reader.directory}: has no averaged weights; train with optim.ema_decay, or leave out --ema"
         )
-    for parameter in model.parameters():
+    for parameter in (*model.parameters(), *kept_buffers(model)):
         spec = shard_of(parameter)
         parameter.copy_(reader.read_local(spec, "ema" if spec.name in with_average else "weight"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,12 @@ from megalm.nn.block import TransformerBlock
 from megalm.nn.context import Context
 from megalm.nn.dropout import Dropout
 from megalm.nn.masks import Documents, DropoutKeys, document_starts
+from megalm.nn.moe import MixtureOfExperts
 from megalm.nn.multi_token import TokenJoin, tokens_ahead
 from megalm.nn.norms import build_norm
 from megalm.nn.ops import REFERENCE, select_operations
 from megalm.nn.positions import POSITIONS
+from megalm.nn.router import Router
 from megalm.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_weight
 from megalm.tensor_parallel.initialize import Initializer
 
@@ -57,13 +59,13 @@ class Transformer(nn.Module):
 
     A stage may hold several runs of layers, its chunks, of which `forward` computes one.
 
-    `group` is the tensor group; every rank of it must call. With `sequence` the residual stream is split over its
-    ranks by tokens; `context` are the ranks that divide whole rows by tokens. Where embeddings are tied, or further
-    tokens are predicted, and the first stage is not the last, both hold a copy of `embedding.weight`, `tied_weight`,
-    and their gradients must be summed before the update. `mtp_weight` is that of the losses of further tokens, of all
-    depths together. `document_start` is the token that begins a document, which `model.document_mask` needs. `on_built`
-    is called with each part as soon as it is there, so that a model larger than one device can be divided while it is
-    built.
+    `group` is the tensor group, and the ranks of `expert_group` (None: one alone) divide the experts; every rank of
+    both must call. With `sequence` the residual stream is split over the tensor ranks by tokens; `context` are the
+    ranks that divide whole rows by tokens. Where embeddings are tied, or further tokens are predicted, and the first
+    stage is not the last, both hold a copy of `embedding.weight`, `tied_weight`, and their gradients must be summed
+    before the update. `mtp_weight` is that of the losses of further tokens, of all depths together. `document_start` is
+    the token that begins a document, which `model.document_mask` needs. `on_built` is called with each part as soon as
+    it is there, so that a model larger than one device can be divided while it is built.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Transformer(nn.Module):
         recompute: str = "none",
         recompute_every: int = 1,
         document_start: int | None = None,
+        expert_group: dist.ProcessGroup | None = None,
         on_built: Callable[[nn.Module], None] | None = None,
         context: ContextParallel | None = None,
     ) -> None:
@@ -122,8 +125,9 @@ class Transformer(nn.Module):
         norm = partial(build_norm, config=config, group=token_group, init=init, operations=self.operations)
         self.embedding_norm = norm("embedding_norm") if config.embedding_norm and plan.first else None
         self.blocks = nn.ModuleDict()
+        share: dict[str, Any] = {"sequence": sequence, "context": context, "expert_group": expert_group}
         for index in (*plan.layers, *self.ahead):
-            block = TransformerBlock(index, config, group=group, init=init, sequence=sequence, context=context)
+            block = TransformerBlock(index, config, group=group, init=init, **share)
             block.attention.recompute = recompute == "selective" and index % recompute_every == 0
             if on_built is not None:
                 on_built(block)
@@ -151,6 +155,12 @@ class Transformer(nn.Module):
         if not self.shares_embedding or self.plan.first == self.plan.last:
             return None
         return self.embedding.weight if self.has_embedding else self.head.weight
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """The routers of this stage's mixtures of experts, by layer."""
+        mixtures = {int(index): block.mlp for index, block in self.blocks.items()}
+        return {index: mlp.router for index, mlp in mixtures.items() if isinstance(mlp, MixtureOfExperts)}
 
     def forward(
         self,
@@ -207,9 +217,10 @@ class Transformer(nn.Module):
         for count, index in enumerate(self.ahead, start=1):
             join: Any = self.joins[str(index)]
             embedded = self.embedding(select(tokens_ahead(tokens_BT, count), own))
+            later_labels_BT, later_mask_BT = (tokens_ahead(part_BT, count) for part_BT in (labels_BT, loss_mask_BT))
+            context = replace(context, loss_mask_BT=later_mask_BT)
             x = join.final_norm(self._block(index, join(x, embedded), context))
-            later = (select(tokens_ahead(part_BT, count), own) for part_BT in (labels_BT, loss_mask_BT))
-            losses.append(self._loss_sum(x, *later))
+            losses.append(self._loss_sum(x, select(later_labels_BT, own), select(later_mask_BT, own)))
         total = torch.stack(losses).sum()
         mean = total.detach().double() / len(self.ahead)
         self.further_sums += torch.stack((mean, select(loss_mask_BT, own).sum(dtype=torch.float64)))

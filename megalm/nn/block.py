@@ -17,13 +17,17 @@ from megalm.nn.attention import Attention
 from megalm.nn.context import Context
 from megalm.nn.dropout import Dropout, StochasticDepth
 from megalm.nn.mlp import MLP
+from megalm.nn.moe import MixtureOfExperts
 from megalm.nn.norms import build_norm
 from megalm.nn.ops import select_operations
 from megalm.tensor_parallel.initialize import Initializer
 
 
 class TransformerBlock(nn.Module):
-    """Block number `index` of the whole model: x_BTD -> x_BTD (x_BTtD with `sequence`)."""
+    """Block number `index` of the whole model: x_BTD -> x_BTD (x_BTtD with `sequence`).
+
+    `group` is the tensor group; the ranks of `expert_group` divide the experts (None: this one has all).
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class TransformerBlock(nn.Module):
         init: Initializer,
         sequence: bool,
         context: ContextParallel | None = None,
+        expert_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         name = f"blocks.{index}"
@@ -53,7 +58,19 @@ class TransformerBlock(nn.Module):
         self.attention_dropout = Dropout(f"{name}.attention", config.dropout)
         self.attention_depth = StochasticDepth(f"{name}.attention.depth", left_out)
         self.mlp_norm = norm("mlp_norm")
-        self.mlp = MLP(f"{name}.mlp", config, group=group, init=init, sequence=sequence)
+        self.has_experts = config.has_experts(index)
+        if self.has_experts:
+            self.mlp: nn.Module = MixtureOfExperts(
+                f"{name}.mlp",
+                config,
+                group=group,
+                init=init,
+                sequence=sequence,
+                expert_group=expert_group,
+                context=context,
+            )
+        else:
+            self.mlp = MLP(f"{name}.mlp", config, group=group, init=init, sequence=sequence)
         self.mlp_dropout = Dropout(f"{name}.mlp", config.dropout)
         self.mlp_depth = StochasticDepth(f"{name}.mlp.depth", left_out)
         self.attention_out_norm, self.mlp_out_norm = (
@@ -81,7 +98,8 @@ class TransformerBlock(nn.Module):
         return self._to_be_added(y, self.attention_out_norm, self.attention_depth, context)
 
     def _transformed(self, x: Tensor, context: Context) -> Tensor:
-        return self._to_be_added(self.mlp(x), self.mlp_out_norm, self.mlp_depth, context)
+        y = self.mlp(x, context) if self.has_experts else self.mlp(x)
+        return self._to_be_added(y, self.mlp_out_norm, self.mlp_depth, context)
 
     def _to_be_added(self, y: Tensor, norm: nn.Module | None, depth: StochasticDepth, context: Context) -> Tensor:
         y = y if norm is None else norm(y)

@@ -36,7 +36,10 @@ ACTIVATIONS.register("swiglu")(Activation(2, lambda operations, x: operations.sw
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))), F split over the tensor axis: x_BTD -> y_BTD (x_BTtD -> y_BTtD with `sequence`)."""
+    """down(activation(up(x))), F split over the tensor axis: x_BTD -> y_BTD (x_BTtD -> y_BTtD with `sequence`).
+
+    F is `features`, else the recipe's.
+    """
 
     def __init__(
         self,
@@ -46,14 +49,16 @@ class MLP(nn.Module):
         group: dist.ProcessGroup,
         init: Initializer,
         sequence: bool,
+        features: int | None = None,
     ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS.get(config.activation)
         self.operations = select_operations(config.kernels, init.device)
+        features = config.feed_forward if features is None else features
         self.up = ColumnParallelLinear(
             f"{name}.up",
             config.hidden,
-            config.feed_forward,
+            features,
             group=group,
             init=init,
             std=config.matrix_std,
@@ -63,7 +68,7 @@ class MLP(nn.Module):
         )
         self.down = RowParallelLinear(
             f"{name}.down",
-            config.feed_forward,
+            features,
             config.hidden,
             group=group,
             init=init,

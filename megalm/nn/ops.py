@@ -35,7 +35,8 @@ class Operations:
     out, lse) of whole rows before q, k and v and gives their gradients and the bias's. Attention takes `window`,
     `softcap`, `slopes_H` (ALiBi), `bias_HTS` (added to the scores), `documents` and `return_lse` beside q, k and v.
     `drop` is a Drop or None (nothing is dropped). With `residual` a norm returns (normed, sum) of the sum residual +
-    dropped x; `dropout` adds it. `swiglu` and `geglu` take gate and up side by side in the last dim.
+    dropped x; `dropout` adds it. `swiglu` and `geglu` take gate and up side by side in the last dim. `grouped_matmul`
+    takes x_ND, whose rows stand by expert, w_EFD and counts_E (int64, the rows of each) to y_NF = x w_e^T.
     """
 
     flash_attention: Callable[..., Any]

@@ -59,6 +59,7 @@ class LogMetrics:
             "optim/lr": result.lr,
             "optim/grad_norm": result.grad_norm,
             **({} if result.loss_scale is None else {"optim/loss_scale": result.loss_scale}),
+            **trainer.experts.record(),
             **speed.record(),
             **{f"time/{name}": fmean(getattr(times, name) for times in self._times) for name in _PARTS},
             "memory/peak_bytes": _most_on_any_rank(peak_memory_bytes(trainer.mesh.device), trainer),

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from megalm.config.run import RunConfig
 from megalm.distributed.collectives import all_reduce_sum
+from megalm.distributed.layout import Axis
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment
-from megalm.zero.engine import ZeroEngine, shard_of
+from megalm.zero.engine import ZeroEngine, replicas_of, shard_of
 
 
 def scale_gradients(engine: ZeroEngine, factor: float) -> None:
@@ -47,11 +48,20 @@ def centralize(engine: ZeroEngine, mesh: ParallelMesh, divided: bool) -> None:
     A row is what leads to one output: the last dimension of the whole tensor. `divided`: each data rank holds other
     pieces of the gradients.
     """
-    parameters = [p for p in engine.module.parameters() if p.requires_grad]
+    axes: tuple[Axis, ...] = ("replica", "expert_replica")
+    for axis in axes:
+        _centralize(engine, mesh, divided, axis)
+
+
+def _centralize(engine: ZeroEngine, mesh: ParallelMesh, divided: bool, axis: Axis) -> None:
+    """Centralize the gradients of those parameters that the ranks along an axis hold alike."""
+    parameters = [p for p in engine.module.parameters() if p.requires_grad and replicas_of(shard_of(p)) == axis]
+    if not parameters:
+        return
     specs = [spec for spec in map(shard_of, parameters) if len(spec.global_shape) > 1]
     specs.sort(key=lambda spec: spec.dim != len(spec.global_shape) - 1)  # those of cut rows first; their order stays
     rows = [math.prod(spec.local_shape[:-1]) for spec in specs]
-    dtype = torch.promote_types(parameters[0].dtype if parameters else torch.float32, torch.float32)
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
     sums = torch.zeros(sum(rows), dtype=dtype, device=mesh.device)
     row_sums = dict(zip((spec.name for spec in specs), sums.split(rows), strict=True))
     matrices = [fragment for fragment in engine.gradients() if fragment.shard.name in row_sums]
@@ -59,11 +69,11 @@ def centralize(engine: ZeroEngine, mesh: ParallelMesh, divided: bool) -> None:
         for at, part in _by_rows(fragment):
             row_sums[fragment.shard.name][at] += part.sum(dim=-1).to(mesh.device)
     if divided:
-        sums.copy_(all_reduce_sum(sums, mesh.group("replica")))
+        sums.copy_(all_reduce_sum(sums, mesh.group(axis)))
     cut = sums[: sum(n for n, spec in zip(rows, specs, strict=True) if spec.dim == len(spec.global_shape) - 1)]
     cut.copy_(all_reduce_sum(cut, mesh.group("tensor")))
-    if not divided and mesh.size("replica") > 1:  # replicas stay the same bits, whatever order each group sums in
-        dist.broadcast(sums, dist.get_global_rank(mesh.group("replica"), 0), group=mesh.group("replica"))
+    if not divided and mesh.size(axis) > 1:  # replicas stay the same bits, whatever order each group sums in
+        dist.broadcast(sums, dist.get_global_rank(mesh.group(axis), 0), group=mesh.group(axis))
     for fragment in matrices:
         mean = row_sums[fragment.shard.name] / fragment.shard.global_shape[-1]
         for at, part in _by_rows(fragment):

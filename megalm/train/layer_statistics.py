@@ -82,7 +82,8 @@ class LayerStatistics:
         self._undo.append(block.register_forward_pre_hook(self._see_context).remove)
         if self.model.sequence or self.mesh.coordinates.tensor == 0:  # else all tensor ranks hold the same tokens
             self._undo.append(block.register_forward_hook(partial(self._see_output, index)).remove)
-        self._undo.append(block.mlp.down.register_forward_pre_hook(partial(self._see_units, index)).remove)
+        if not block.has_experts:  # whose units see different tokens each
+            self._undo.append(block.mlp.down.register_forward_pre_hook(partial(self._see_units, index)).remove)
         attention, own = block.attention, head - block.attention.first_head
         if self.mesh.coordinates.data == 0 and 0 <= own < attention.heads:
             self._undo.append(partial(setattr, attention, "attend", attention.attend))
@@ -206,6 +207,7 @@ def _figures(seen: dict[str, float]) -> dict[str, float]:
     figures["update_ratio"] = (seen["update"] / seen["weight"]) ** 0.5
     if seen["activations"]:
         figures["activation_rms"] = (seen["activation"] / seen["activations"]) ** 0.5
-        figures["dead_units"] = seen["dead"] / seen["widths"]
+        if seen["widths"]:  # experts' are not looked at
+            figures["dead_units"] = seen["dead"] / seen["widths"]
         figures["attention_entropy"] = seen["entropy"]
     return figures

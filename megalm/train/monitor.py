@@ -33,16 +33,22 @@ class ParameterCount:
     """0 when the head is tied to the embedding."""
     mtp: int
     """What joins the blocks that predict further tokens to the model; the blocks themselves are counted above."""
+    idle: int = 0
+    """Those among the MLPs' that a token does not use: of the experts that it does not go to."""
 
     @property
     def total(self) -> int:
         """All parameters of the model."""
-        return sum(asdict(self).values())
+        return sum(asdict(self).values()) - self.idle
+
+    @property
+    def active(self) -> int:
+        """Those that a token uses."""
+        return self.total - self.idle
 
 
 def count_parameters(model: ModelSection, vocab: int) -> ParameterCount:
     """Return the exact parameter count of each part, from the recipe alone. `vocab` is unpadded."""
-    up_width = model.feed_forward * (2 if model.has_gated_activation else 1)
     norm = model.hidden * (2 if model.norm == "layernorm" and model.bias else 1)
     attention = sum(model.attention_matrices.values())
     attention += model.projected_width * model.has_qkv_bias + model.hidden * model.bias
@@ -59,27 +65,64 @@ def count_parameters(model: ModelSection, vocab: int) -> ParameterCount:
         embedding=vocab * model.hidden,
         position=positions,
         attention=model.blocks * attention,
-        mlp=model.blocks * (model.hidden * (up_width + model.feed_forward) + (up_width + model.hidden) * model.bias),
+        mlp=sum(_mlp_parameters(model, layer) for layer in range(model.blocks)),
         norms=norms * norm + model.blocks * attention_norms,
         head=0 if model.tie_embeddings else vocab * model.hidden,
         mtp=model.mtp_depth * (2 * model.hidden**2 + (2 + (model.norm_place != "post")) * norm),
+        idle=sum(_idle_parameters(model, layer) for layer in range(model.blocks)),
     )
+
+
+def _mlp_parameters(model: ModelSection, layer: int) -> int:
+    """Return the parameters of a layer's MLP, or of its router, experts and shared experts."""
+    if not model.has_experts(layer):
+        return _dense_parameters(model, model.feed_forward)
+    experts, ups = model.experts or 0, 2 if model.has_gated_activation else 1
+    each = model.hidden * (ups + 1) * model.expert_features
+    shared = _dense_parameters(model, model.shared_features) if model.shared_experts else 0
+    return experts * (model.hidden + each) + shared
+
+
+def _dense_parameters(model: ModelSection, features: int) -> int:
+    up_width = features * (2 if model.has_gated_activation else 1)
+    return model.hidden * (up_width + features) + (up_width + model.hidden) * model.bias
+
+
+def _idle_parameters(model: ModelSection, layer: int) -> int:
+    """Return the parameters of the experts that a token does not go to in a layer."""
+    if not model.has_experts(layer):
+        return 0
+    ups = 2 if model.has_gated_activation else 1
+    others = (model.experts or 0) - model.experts_per_token
+    return others * model.hidden * (ups + 1) * model.expert_features
 
 
 def flops_per_token(model: ModelSection, vocab: int, sequence: int | None = None) -> float:
     """Return the model FLOPs of one token's forward and backward pass in rows of `sequence` tokens (None: whole ones).
 
     6 per weight of a matrix product (2 forward, 4 backward), the head included (tied or not, and once more for each
-    further token that is predicted), the embedding look-up not; plus 12 * layers * heads * head_size * sequence for the
-    scores and their product with the values (where values have another size, the mean of both), counted as full
-    squares: what masks and windows leave out is *not* subtracted. Recomputed
-    activations, norms, biases and element-wise work do not count. This is the convention of PaLM (Chowdhery
-    et al. 2022, appendix B) and of Megatron-LM (Narayanan et al. 2021, equation 2, without its
-    recomputation), so figures compare with theirs.
+    further token that is predicted), the embedding look-up not, and of experts those that a token goes to; plus
+    12 * layers * heads * head_size * sequence for the scores and their product with the values (where values have
+    another size, the mean of both), counted as full squares: what masks and windows leave out is *not* subtracted.
+    Recomputed activations, norms, biases and element-wise work do not count. This is the convention of PaLM (Chowdhery
+    et al. 2022, appendix B) and of Megatron-LM (Narayanan et al. 2021, equation 2, without its recomputation), so
+    figures compare with theirs.
     """
-    matmul_weights = sum(model.hidden_matrices.values()) + (1 + model.mtp_depth) * vocab * model.hidden
+    attention_weights = model.blocks * sum(model.attention_matrices.values())
+    mlp_weights = sum(_mlp_products(model, layer) for layer in range(model.blocks))
+    joins = 2 * model.mtp_depth * model.hidden**2
+    matmul_weights = attention_weights + mlp_weights + joins + (1 + model.mtp_depth) * vocab * model.hidden
     scores_width = model.blocks * model.heads * (model.head_size + model.value_size)
     return 6.0 * matmul_weights + 6.0 * scores_width * (sequence or model.sequence)
+
+
+def _mlp_products(model: ModelSection, layer: int) -> int:
+    """Return the weights that a token is multiplied by in a layer's MLP, its biases left out."""
+    ups = 2 if model.has_gated_activation else 1
+    if not model.has_experts(layer):
+        return model.hidden * (ups + 1) * model.feed_forward
+    features = model.experts_per_token * model.expert_features + model.shared_features
+    return model.hidden * ((ups + 1) * features + (model.experts or 0))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalm.distributed.layout import Axis
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import ShardSpec
+from megalm.zero.engine import replicas_of
 from megalm.zero.parts import Part, PlacedOptimizer
 from megalm.zero.wholes import Slab, Wholes
 
@@ -49,7 +51,7 @@ class Muon(PlacedOptimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
         self._momentum, self._nesterov = momentum, nesterov
         self._ns_steps, self._adjust_lr_fn = ns_steps, adjust_lr_fn
-        self._wholes: dict[tuple[int, ...], Wholes] = {}
+        self._wholes: dict[tuple[Axis | int, ...], Wholes] = {}
 
     def kinds_of(self, group: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:
         """Return those of a checkpoint's kinds of state that a group's tensors have."""
@@ -90,13 +92,20 @@ class Muon(PlacedOptimizer):
         """Replace gradients by the update, for a rate of 1."""
         if not tensors:
             return
-        placed = [(tensor, part) for tensor in tensors for part in self.parts[tensor]]
-        key = tuple(map(id, tensors))  # ZeRO steps a group, or a part of one, at a time
-        if key not in self._wholes:
-            parts = [part for _, part in placed]
-            self._wholes[key] = Wholes(parts, self.mesh, self.divided, lambda slab: cost(slab, self._ns_steps))
-        values = [_values(tensor.grad, part) for tensor, part in placed]
-        self._wholes[key].transform(values, iteration_dtype(tensors[0].dtype, self.mesh), self._updates)
+        placed: dict[Axis, list[tuple[Tensor, Part]]] = {"replica": [], "expert_replica": []}
+        for tensor in tensors:
+            for part in self.parts[tensor]:
+                placed[replicas_of(part.shard)].append((tensor, part))
+        for axis, own in placed.items():
+            key = (axis, *map(id, tensors))  # ZeRO steps a group, or a part of one, at a time
+            parts = [part for _, part in own]
+            if parts and key not in self._wholes:
+                self._wholes[key] = Wholes(
+                    parts, self.mesh, self.divided, lambda slab: cost(slab, self._ns_steps), axis
+                )
+            if parts:
+                values = [_values(tensor.grad, part) for tensor, part in own]
+                self._wholes[key].transform(values, iteration_dtype(tensors[0].dtype, self.mesh), self._updates)
 
     def _updates(self, slabs: Sequence[tuple[Slab, Tensor]]) -> list[Tensor]:
         """Return the updates of whole slabs; matrices of one shape are worked on together."""

@@ -36,8 +36,9 @@ def check_rules(config: RunConfig, vocab: int) -> None:
 
 def _names(config: RunConfig, vocab: int, stage: int) -> list[str]:
     """Return the logical names of a pipeline stage's parameters, from a model on the meta device."""
-    layout = RankLayout(pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
-    mesh = ParallelMesh.on_meta(layout, stage * layout.tensor)
+    experts = config.parallel.expert
+    layout = RankLayout(config.parallel.pipeline, data=experts, tensor=config.parallel.tensor, expert=experts)
+    mesh = ParallelMesh.on_meta(layout, layout.rank(stage))
     model = config.model.model_copy(update={"kernels": "reference"})  # the fused ones ask for a device
     # Which token begins a document changes no name.
     stage_model = build_stage(config.model_copy(update={"model": model}), vocab, mesh, document_start=0)

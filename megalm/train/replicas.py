@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megalm.distributed.collectives import agree
 from megalm.distributed.exchange import broadcast_json, gather_json
+from megalm.distributed.layout import Axis
 from megalm.distributed.mesh import world_group
 from megalm.errors import CorruptionError
 from megalm.train.trainer import StepResult, Trainer
@@ -49,12 +50,19 @@ class CompareReplicas:
 
 def compare(trainer: Trainer) -> None:
     """Raise CorruptionError on every rank of the world if replicas differ over any data group. Every rank calls."""
-    group = trainer.mesh.group("replica")
-    if group.size() == 1:
+    if trainer.mesh.size("replica") == 1:
         return
-    named = list(trainer.engine.replicas())
+    axes: tuple[Axis, ...] = ("replica", "expert_replica")
+    errors = [_difference(trainer, axis) for axis in axes]
+    agree(next(filter(None, errors), None), world_group())
+
+
+def _difference(trainer: Trainer, axis: Axis) -> CorruptionError | None:
+    """Return what differs over the groups along an axis, whose ranks all call, as an error; None: nothing does."""
+    group = trainer.mesh.group(axis)
+    named = list(trainer.engine.replicas(axis))
     error = None
-    if named:
+    if named and group.size() > 1:
         sums = torch.stack([checksum(tensor) for _, tensor in named])
         gathered = [torch.empty_like(sums) for _ in range(group.size())]
         dist.all_gather(gathered, sums, group=group)
@@ -67,7 +75,7 @@ def compare(trainer: Trainer) -> None:
                 f"step {trainer.state.step}: replicas differ: {'; '.join(lines)}; memory or arithmetic of that GPU is "
                 "not to be trusted: exclude its node and start again from the last checkpoint"
             )
-    agree(error, world_group())
+    return error
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ def run_facts(
     parameters = count_parameters(config.model, vocab)
     return [
         ("parameters", f"{parameters.total:,} (vocabulary {vocab})"),
+        *([("active", f"{parameters.active:,} parameters, those that a token uses")] if parameters.idle else []),
         *_muons(config, parameters.total),
         ("data", f"{data.path}: {format_count(len(data.train))} tokens, {format_count(len(data.validation))} held out"),
         *_rows(config, windows),

@@ -27,6 +27,7 @@ from megalm.distributed.progress import progress
 from megalm.errors import MegalmError
 from megalm.nn.masks import DropoutKeys
 from megalm.pipeline_parallel.executor import Microbatch, PipelineExecutor
+from megalm.train.experts import ExpertBalance
 from megalm.train.gradients import condition_gradients, scale_gradients
 from megalm.train.interruption import Interruption
 from megalm.train.loss_scale import follow
@@ -142,6 +143,7 @@ class Trainer:
         self.loader = loader
         self.state = state
         self.clock = clock
+        self.experts = ExpertBalance(config, mesh, engine.module)
         if config.precision == "fp16" and state.loss_scale is None:
             state.loss_scale = config.loss_scale.initial
         self.before_step: list[Callable[[Trainer], None]] = []
@@ -205,7 +207,9 @@ class Trainer:
         valid_tokens = all_reduce_sum(valid_tokens, self.mesh.group("data"))
         progress.enter(step, "forward and backward")
         scale, rest = self.loss_factors()
+        self.experts.begin(scale / valid_tokens)
         loss_sum = self.executor.run(microbatches, scale / valid_tokens, self.engine.microbatch_done)
+        self.experts.end()
         progress.enter(step, "gradient reduction")
         self.engine.reduce()
         scale_gradients(self.engine, rest)
@@ -221,6 +225,8 @@ class Trainer:
             updated = math.isfinite(grad_norm)
             excused = state.loss_scale is not None and follow(state, self.config.loss_scale, not updated)
             wrong = None if updated or excused else f"the gradient norm is {grad_norm}"
+            if updated:
+                self.experts.move_biases()
             if updated and self.config.optim.ema_decay is not None:
                 self.engine.average(self.config.optim.ema_decay)
         else:

@@ -25,6 +25,7 @@ from torch import nn
 from megalm.distributed.mesh import ParallelMesh
 from megalm.errors import ConfigError
 from megalm.zero.call_log import CallLog, wait_for_each_call
+from megalm.zero.deepspeed_experts import has_divided_experts, tell_of_experts
 from megalm.zero.engine import LARGEST_NORM, shard_of
 
 # The shared-memory collectives would be compiled at start-up (40 s); gloo and NCCL do without.
@@ -46,6 +47,7 @@ def make_engine(
 ) -> DeepSpeedEngine:
     """Return a DeepSpeedEngine around the module and its optimizer. Every rank of the mesh must call."""
     _join(mesh)
+    tell_of_experts(module, optimizer, mesh, config)
     elements = sum(math.prod(shard_of(p).local_shape) for p in module.parameters())
     fitting = _with_fitting_bucket(config, elements)
     mpu = _ModelParallelUnit(mesh)
@@ -139,6 +141,10 @@ def _join(mesh: ParallelMesh) -> None:
 
 class _Engine(DeepSpeedEngine):  # type: ignore[misc]
     """A DeepSpeedEngine that takes its dtypes from the module, fp64 included."""
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        self.has_moe_layers = has_divided_experts(model)
 
     def _module_dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype

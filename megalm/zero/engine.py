@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megalm.distributed.layout import Axis
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.zero.parts import PlacedOptimizer
@@ -121,8 +122,11 @@ class ZeroEngine(ABC):
         self.spread_weights()
 
     @abstractmethod
-    def replicas(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield, with their names and in the same order, the tensors that every data rank holds whole and alike."""
+    def replicas(self, axis: Axis = "replica") -> Iterator[tuple[str, Tensor]]:
+        """Yield, with their names and in the same order, the tensors that the ranks of an axis hold whole and alike.
+
+        "replica": what all data ranks do. "expert_replica": experts, of which only those do that hold the same ones.
+        """
 
     def report(self) -> list[str]:
         """Return what the engine has to say at the end of a run, in lines; this rank's alone."""
@@ -137,6 +141,16 @@ def shard_of(parameter: Tensor) -> ShardSpec:
     """Return the part of a logical tensor that a parameter is."""
     spec: ShardSpec = parameter.shard  # type: ignore[attr-defined]
     return spec
+
+
+def kept_buffers(module: nn.Module) -> list[Tensor]:
+    """Return the buffers of a module that are parts of logical tensors, and so of every checkpoint: routers' biases."""
+    return [buffer for buffer in module.buffers() if hasattr(buffer, "shard")]
+
+
+def replicas_of(shard: ShardSpec) -> Axis:
+    """Return the axis whose ranks hold the same part of a logical tensor as this one: fewer do of experts."""
+    return "replica" if shard.first_expert is None else "expert_replica"
 
 
 def counted_here(parameter: Tensor, mesh: ParallelMesh, tied_weight: Tensor | None) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment
-from megalm.zero.engine import ReadFragment, counted_here, shard_of
+from megalm.zero.engine import ReadFragment, counted_here, replicas_of, shard_of
 
 
 class FrozenWeights:
@@ -22,10 +22,11 @@ class FrozenWeights:
 
     def state(self) -> Iterator[Fragment]:
         """Yield this rank's share of each; together the ranks' are whole."""
-        index, count = self.mesh.index("replica"), self.mesh.size("replica")
         for parameter in self.parameters:
             if not counted_here(parameter, self.mesh, self.tied_weight):
                 continue
+            axis = replicas_of(shard_of(parameter))
+            index, count = self.mesh.index(axis), self.mesh.size(axis)
             if hasattr(parameter, "ds_tensor"):
                 start, values = self._own_part(parameter)
             else:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megalm.distributed.collectives import copy_from_first
+from megalm.distributed.layout import Axis
 from megalm.distributed.mesh import ParallelMesh
-from megalm.distributed.sharding import Fragment
+from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.zero.engine import (
     LARGEST_NORM,
     HeldBytes,
@@ -20,6 +21,8 @@ from megalm.zero.engine import (
     ReadFragment,
     ZeroEngine,
     counted_here,
+    kept_buffers,
+    replicas_of,
     restore_optimizer,
     shard_of,
     storage_bytes,
@@ -57,7 +60,7 @@ class ReplicatedEngine(ZeroEngine):
         self.clip_norm = clip_norm
         self.reduce_dtype = reduce_dtype  # None: as they are
         parameters = list(module.parameters())
-        self.frozen = FrozenWeights(parameters, mesh, tied_weight)
+        self.frozen = FrozenWeights([*parameters, *kept_buffers(module)], mesh, tied_weight)
         self.weights: list[Tensor] = [parameter for parameter in parameters if parameter.requires_grad]
         self.mixed = parameters[0].dtype in (torch.bfloat16, torch.float16)
         self.dtype = torch.promote_types(parameters[0].dtype, torch.float32)
@@ -83,7 +86,9 @@ class ReplicatedEngine(ZeroEngine):
             weight.grad = None
 
     def reduce(self) -> None:
-        """Sum all gradients over the data group, then tied ones over the embedding group.
+        """Sum all gradients over the ranks with the same weights, then tied ones over the embedding group.
+
+        Experts' are fewer ranks: their gradients are sums over the tokens of all ranks that divide the experts already.
 
         In this order: the two stages have the tied gradient at different places of their buckets, so that its sum over
         the data group may differ in the last bit between them, and the sum of the two sums does not.
@@ -91,13 +96,22 @@ class ReplicatedEngine(ZeroEngine):
         for master in self.masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        if self.mesh.size("replica") > 1:
-            for bucket in buckets([m.grad for m in self.masters if m.grad is not None]):
+        for axis, masters in self._by_replicas().items():
+            for bucket in buckets([m.grad for m in masters if m.grad is not None]):
                 flat = _flatten_dense_tensors(bucket).to(self.reduce_dtype or self.dtype)
-                dist.all_reduce(flat, group=self.mesh.group("replica"))
+                dist.all_reduce(flat, group=self.mesh.group(axis))
                 torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
         if self.tied_master is not None:
             dist.all_reduce(self.tied_master.grad, group=self.mesh.group("embedding"))
+
+    def _by_replicas(self) -> dict[Axis, list[Tensor]]:
+        """Return the master weights by the axis of the ranks that hold them too, where there are any others."""
+        found: dict[Axis, list[Tensor]] = {}
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            axis = replicas_of(shard_of(weight))
+            if self.mesh.size(axis) > 1:
+                found.setdefault(axis, []).append(master)
+        return found
 
     def update(self, lr: float) -> float:
         """Clip by the norm over the whole model, update, and round the masters to the weights' dtype."""
@@ -121,15 +135,25 @@ class ReplicatedEngine(ZeroEngine):
             master.grad = None
 
     def _norm(self) -> float:
-        counted = [m.grad for m, c in zip(self.masters, self.counted, strict=True) if c and m.grad is not None]
+        counted = [
+            master.grad
+            for weight, master, counts in zip(self.weights, self.masters, self.counted, strict=True)
+            if counts and master.grad is not None and self._first_of_experts(shard_of(weight))
+        ]
         square = torch.zeros((), dtype=self.dtype, device=self.mesh.device)
         if counted:
             square = self.grad_norm(counted, squared=True)
-        if self.mesh.size("model") > 1:
-            dist.all_reduce(square, group=self.mesh.group("model"))
+        axes: tuple[Axis, ...] = ("model", "expert")
+        for axis in axes:
+            if self.mesh.size(axis) > 1:
+                dist.all_reduce(square, group=self.mesh.group(axis))
         # Each data index has summed over a group of its own; an order of its own would let replicas drift apart.
         copy_from_first(square, self.mesh.group("replica"))
         return square.sqrt().item()
+
+    def _first_of_experts(self, shard: ShardSpec) -> bool:
+        """Return whether this rank counts a tensor among those that divide the experts: all count their own experts."""
+        return shard.first_expert is not None or self.mesh.index("expert") == 0
 
     def gradients(self) -> Iterator[Fragment]:
         """Yield whole local gradients: every data rank holds them."""
@@ -141,13 +165,14 @@ class ReplicatedEngine(ZeroEngine):
         """Yield this data rank's share of every gradient, divided as `state` divides."""
         for weight, master, counted in zip(self.weights, self.masters, self.counted, strict=True):
             if counted and master.grad is not None:
-                start, stop = self._share(master)
+                start, stop = self._share(weight)
                 yield Fragment(shard_of(weight), "gradient", start, master.grad.flatten()[start:stop])
 
-    def _share(self, master: Tensor) -> tuple[int, int]:
+    def _share(self, weight: Tensor) -> tuple[int, int]:
         """Return which elements of a tensor this data rank counts and saves."""
-        index, count = self.mesh.index("replica"), self.mesh.size("replica")
-        return master.numel() * index // count, master.numel() * (index + 1) // count
+        axis = replicas_of(shard_of(weight))
+        index, count = self.mesh.index(axis), self.mesh.size(axis)
+        return weight.numel() * index // count, weight.numel() * (index + 1) // count
 
     def state(self) -> Iterator[Fragment]:
         """Yield this data rank's share of every tensor, so that the ranks write equal parts of one copy.
@@ -157,7 +182,7 @@ class ReplicatedEngine(ZeroEngine):
         for weight, master, counted in zip(self.weights, self.masters, self.counted, strict=True):
             if not counted:
                 continue
-            start, stop = self._share(master)
+            start, stop = self._share(weight)
             own = {"weight": master.detach(), **dict(tensor_states(self.optimizer.state[master], master.numel()))}
             for kind, values in own.items():
                 yield Fragment(shard_of(weight), kind, start, values.flatten()[start:stop])
@@ -189,19 +214,23 @@ class ReplicatedEngine(ZeroEngine):
         if self.mixed and self.weights:
             torch._foreach_copy_(self.weights, self.masters)
 
-    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+    def replicas(self, axis: Axis = "replica") -> Iterator[tuple[str, Tensor]]:
         """Yield weights, master weights and optimizer state: stage 0 divides nothing."""
         for weight, master in zip(self.weights, self.masters, strict=True):
+            if replicas_of(shard_of(weight)) != axis:
+                continue
             name = shard_of(weight).name
             yield f"the weight {name}", weight
             if self.mixed:
                 yield f"the master weight {name}", master
             for kind, values in tensor_states(self.optimizer.state[master], master.numel()):
                 yield f"{kind} of {name}", values
-        for _, shard, kind, values in own_states(self.optimizer):
-            yield f"{kind} of {shard.name}", values
+        if axis == "replica":
+            for _, shard, kind, values in own_states(self.optimizer):
+                yield f"{kind} of {shard.name}", values
         for parameter in self.frozen.parameters:
-            yield f"the weight {shard_of(parameter).name}", parameter
+            if replicas_of(shard_of(parameter)) == axis:
+                yield f"the weight {shard_of(parameter).name}", parameter
 
     def held_bytes(self) -> HeldBytes:
         """Return whole tensors' bytes: stage 0 divides nothing."""

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalm.distributed.layout import Axis
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.zero.deepspeed_engine import call_table, make_engine
@@ -31,6 +32,8 @@ from megalm.zero.engine import (
     ReadFragment,
     ZeroEngine,
     counted_here,
+    kept_buffers,
+    replicas_of,
     restore_optimizer,
     shard_of,
     storage_bytes,
@@ -75,7 +78,7 @@ class ShardedEngine(ZeroEngine):
         self.tied_weight = tied_weight if tied_weight is not None and tied_weight.requires_grad else None
         self.loss_factor = float(mesh.size("replica"))
         self.parameters = list(module.parameters())
-        self.frozen = FrozenWeights(self.parameters, mesh, tied_weight)
+        self.frozen = FrozenWeights([*self.parameters, *kept_buffers(module)], mesh, tied_weight)
         for parameter in self.parameters:
             self._tag(parameter)
         optimizer = make_optimizer([(shard_of(p), p) for p in self.parameters if p.requires_grad])
@@ -88,6 +91,8 @@ class ShardedEngine(ZeroEngine):
         if stage < 3:
             self.optimizer._use_compact_grad_partition_buffer = lambda group: True
             self.optimizer.scaled_global_norm = self._norm
+            # Summing all gradients over all data ranks, which it does in fp64, is no way for divided experts.
+            self.optimizer.reduce_scatter = self.optimizer.reduce_scatter or self.optimizer.has_moe_layers
         else:
             self.optimizer._get_norm_groups = lambda: [self._norm()]
         if self.parameters[0].dtype == torch.float64:
@@ -120,9 +125,9 @@ class ShardedEngine(ZeroEngine):
         optimizer = self.optimizer
         optimizer.master_weights_and_grads_dtype = torch.float64
         if self.stage < 3:
-            index = self.mesh.index("replica")
             masters = optimizer.single_partition_of_fp32_groups
-            sources = [parts[index] for parts in optimizer.parallel_partitioned_bit16_groups]
+            own = optimizer.parallel_partitioned_bit16_groups
+            sources = [parts[self._index(flat)] for flat, parts in enumerate(own)]
         else:
             masters = optimizer.fp32_partitioned_groups_flat
             sources = optimizer.fp16_partitioned_groups_flat
@@ -132,11 +137,14 @@ class ShardedEngine(ZeroEngine):
             if had_gradient:
                 master.grad = torch.zeros_like(master)
 
+    def _index(self, flat: int) -> int:
+        """Return this rank's place among those that divide a group of parameters: there are fewer for experts."""
+        return dist.get_rank(group=self.optimizer.real_dp_process_group[flat])
+
     def _pieces_below_3(self) -> Iterator[_Piece]:
-        index = self.mesh.index("replica")
         for flat, parameters in enumerate(self.optimizer.round_robin_bit16_groups):
             size = self.flats[flat].numel()
-            first, last = index * size, (index + 1) * size
+            first, last = self._index(flat) * size, (self._index(flat) + 1) * size
             for parameter, at in zip(parameters, self.optimizer.round_robin_bit16_offsets[flat], strict=True):
                 start = min(max(first, at), at + parameter.numel())
                 stop = max(start, min(last, at + parameter.numel()))
@@ -312,10 +320,13 @@ class ShardedEngine(ZeroEngine):
             persistent[0].partition(persistent)  # drops the whole tensors, or all_gather would keep them as they are
             persistent[0].all_gather(persistent)
 
-    def replicas(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of stages 1 and 2; all else, and under stage 3 all, exists once."""
+    def replicas(self, axis: Axis = "replica") -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of stages 1 and 2, and routers' biases; all else, and under stage 3 all, exists once."""
         for parameter in self.parameters if self.stage < 3 else ():
-            yield f"the weight {shard_of(parameter).name}", parameter
+            if replicas_of(shard_of(parameter)) == axis:
+                yield f"the weight {shard_of(parameter).name}", parameter
+        for buffer in kept_buffers(self.module) if axis == "replica" else ():
+            yield f"the weight {shard_of(buffer).name}", buffer
 
     def report(self) -> list[str]:
         """Return DeepSpeed's calls, where its JSON has them logged."""

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalm.distributed.layout import Axis
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import ShardSpec
 from megalm.zero.parts import Part
@@ -81,18 +82,24 @@ class Wholes:
     """The slabs of some parameters, their owners, and who has what of them.
 
     Every rank of the replica and tensor groups must make it, with the same parameters in the same order, and call
-    `transform`. `divided`: the replicas have other ranges each.
+    `transform`. `divided`: the replicas have other ranges each. `axis` is that of the replicas, "expert_replica" where
+    the parameters are of experts that ranks divide.
     """
 
-    def __init__(self, parts: Sequence[Part], mesh: ParallelMesh, divided: bool, cost: Callable[[Slab], float]) -> None:
-        self.mesh = mesh
-        self.divided = divided and mesh.size("replica") > 1
-        self.at = Owner(mesh.index("replica"), mesh.index("tensor"))
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        mesh: ParallelMesh,
+        divided: bool,
+        cost: Callable[[Slab], float],
+        axis: Axis = "replica",
+    ) -> None:
+        self.mesh, self.axis = mesh, axis
+        self.divided = divided and mesh.size(axis) > 1
+        self.at = Owner(mesh.index(axis), mesh.index("tensor"))
         self.slabs = list(_slabs(parts))
         tensor = mesh.size("tensor")
-        self.owners = [
-            Owner(*divmod(n, tensor)) for n in deal(list(map(cost, self.slabs)), mesh.size("replica") * tensor)
-        ]
+        self.owners = [Owner(*divmod(n, tensor)) for n in deal(list(map(cost, self.slabs)), mesh.size(axis) * tensor)]
         self.rounds = _rounds(self.slabs, self.owners)
         self._firsts = [part.start for part in parts]
         self._own = {r.slab: r for r in _ranges(parts, self.slabs) if r.length}
@@ -115,7 +122,7 @@ class Wholes:
 
     def _told(self) -> list[list[_Range]]:
         """Return, for each replica, the ranges that it has of slabs whose owner is of this rank's replica index."""
-        group, device = self.mesh.group("replica"), self.mesh.device
+        group, device = self.mesh.group(self.axis), self.mesh.device
         told: list[list[int]] = [[] for _ in range(group.size())]
         for slab, own in self._own.items():
             told[self.owners[slab].replica] += own
@@ -132,7 +139,7 @@ class Wholes:
         """Return this tensor rank's shards [size] of the slabs whose owner is of this rank's replica index."""
         if not self.divided:
             return {slab: self._values(values, slab).to(like) for slab in here}
-        group = self.mesh.group("replica")
+        group = self.mesh.group(self.axis)
         outgoing: list[list[Tensor]] = [[] for _ in range(group.size())]
         for slab in chosen:
             if slab in self._own:
@@ -185,7 +192,7 @@ class Wholes:
         like: Tensor,
     ) -> None:
         """Give the replicas what they have of the slabs of this round."""
-        group = self.mesh.group("replica")
+        group = self.mesh.group(self.axis)
         if self.divided:
             outgoing = [[local[r.slab][r.start : r.start + r.length] for r in each] for each in self._of_round(chosen)]
             owned = [
@@ -234,7 +241,7 @@ def _slabs(parts: Sequence[Part]) -> Iterator[Slab]:
         shard = part.shard
         leading = len(shard.global_shape) - 2
         assert leading >= 0 and (shard.dim is None or shard.dim >= leading), f"{shard}: no matrices, or split between"
-        for at in range(prod(shard.global_shape[:leading])):
+        for at in range(prod(shard.local_shape[:leading])):  # of experts, those that are held here
             yield Slab(index, shard, at)
 
 

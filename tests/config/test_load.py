@@ -31,7 +31,7 @@ def test_shipped_recipes_load_and_come_back_from_their_dump(name: str, tmp_path:
 
 
 def test_the_promised_recipes_ship() -> None:
-    promised = {"gpt-tiny", "gpt-124m", "gpt-1b", "llama-8b", "gpt-22b", "gpt-175b", "llama-405b"}
+    promised = {"gpt-tiny", "gpt-124m", "gpt-1b", "llama-8b", "mixtral-8x7b", "gpt-22b", "gpt-175b", "llama-405b"}
     assert promised == shipped_recipes().keys()
 
 

@@ -124,3 +124,20 @@ def test_all_ranks_raise_the_first_failing_rank_s_error(pool: WorkerPool, errors
 def test_nobody_raises_when_all_is_well(pool: WorkerPool):
     assert pool.run(run_agree, {}, world=3) == [None] * 3
     assert pool.run(run_agree, {0: ConfigError("alone")}, world=1) == [(ConfigError, "alone")]
+
+
+def exchange(rank: int, counts: list[list[int]]) -> None:
+    """Rank r sends counts[r][s] rows, which say where they come from and go to, to rank s."""
+    sent, came = counts[rank], [row[rank] for row in counts]
+    rows = [[rank, to, n] for to, count in enumerate(sent) for n in range(count)]
+    x = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3).requires_grad_()
+    y = collectives.exchange_rows(x, sent, came, dist.group.WORLD)
+    expected = [[sender, rank, n] for sender, count in enumerate(came) for n in range(count)]
+    assert y.tolist() == expected
+    y.backward(10.0 * y.detach())
+    assert torch.equal(x.grad, 10.0 * x.detach())
+
+
+@pytest.mark.parametrize("counts", [[[3]], [[1, 2], [0, 3]], [[0, 0], [2, 0]], [[0, 1, 2], [3, 0, 1], [0, 0, 2]]])
+def test_rows_go_where_they_are_sent_and_their_gradients_come_back(pool: WorkerPool, counts) -> None:
+    pool.run(exchange, counts, world=len(counts))

@@ -12,13 +12,14 @@ from megalm.distributed.mesh import ParallelMesh
 from megalm.models.build import build_stage
 from megalm.train.monitor import count_parameters
 from megalm.zero.engine import counted_here, shard_of
-from tests.parity.harness import VOCAB, Case
+from tests.parity.harness import VOCAB
 from tests.parity.options import covering_array
 
 TINY_VOCAB = 2048
 PUBLISHED = {
     "gpt-tiny": TINY_VOCAB * 128 + 4 * (4 * 128**2 + 3 * 128 * 384 + 2 * 128) + 128,
     "gpt-124m": 124_439_808,  # the released GPT-2 small
+    "mixtral-8x7b": 46_702_792_704,  # the released Mixtral 8x7B
     "gpt-1b": 1_315_723_264,  # Cerebras-GPT 1.3B, Dey et al. 2023
     "llama-8b": 8_030_261_248,  # the released Llama 3 8B
     # Narayanan et al. 2021, equation 2, with the final norm's 2 h that it leaves out.
@@ -39,7 +40,8 @@ def held_and_counted(config: RunConfig, vocab: int, mesh: ParallelMesh) -> tuple
         shard, size = shard_of(parameter), parameter.numel()
         assert parameter.shape == shard.local_shape
         held += size
-        if counted_here(parameter, mesh, model.tied_weight):
+        of_experts = shard.first_expert is not None
+        if counted_here(parameter, mesh, model.tied_weight) and (of_experts or mesh.index("expert") == 0):
             counted += size if shard.dim is None else size // parameter.shape[shard.dim] * shard.length
     return held, counted
 
@@ -54,7 +56,7 @@ def held_and_counted_by_rank(config: RunConfig, vocab: int, layout: RankLayout) 
 def test_the_ranks_of_a_recipe_hold_the_published_model_and_fit_80_gb(name: str) -> None:
     config = load_recipe(name)
     vocab = config.model.vocab or TINY_VOCAB
-    layout = RankLayout(pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
+    layout = copy_of(config)
     ranks = held_and_counted_by_rank(config, vocab, layout)
     assert sum(counted for _, counted in ranks) == PUBLISHED[name] == count_parameters(config.model, vocab).total
     assert max(held for held, _ in ranks) * BYTES < 0.8 * 80 * 2**30, "a fifth is left to activations"
@@ -67,14 +69,16 @@ def test_every_shipped_recipe_is_published_and_says_its_gpus() -> None:
         assert "\n# For " in path.read_text(encoding="utf-8"), name
 
 
-def layout_of(case: Case) -> RankLayout:
-    return RankLayout(pipeline=case.layout.pipeline, tensor=case.layout.tensor)
+def copy_of(config: RunConfig) -> RankLayout:
+    """Return the layout of one copy of the model: as many data ranks as divide the experts."""
+    parallel = config.parallel
+    return RankLayout(parallel.pipeline, data=parallel.expert, tensor=parallel.tensor, expert=parallel.expert)
 
 
 def test_the_ranks_hold_the_formulas_count_with_every_option() -> None:
     for case in covering_array():
         config = case.config()
-        counted = sum(own for _, own in held_and_counted_by_rank(config, VOCAB, layout_of(case)))
+        counted = sum(own for _, own in held_and_counted_by_rank(config, VOCAB, copy_of(config)))
         assert counted == count_parameters(config.model, VOCAB).total, case.name
 
 

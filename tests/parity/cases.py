@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tests.parity.harness import LLAMA, Case, Difference
+from tests.parity.options import BALANCED as BALANCED
+from tests.parity.options import EXPERTS as EXPERTS
+from tests.parity.options import FULL as FULL
 
 STEPS = 30
 
@@ -56,6 +59,11 @@ def schedule(kind: str, virtual_stages: int = 1) -> dict[str, Any]:
 def batch(global_batch: int, micro_batch: int) -> dict[str, Any]:
     """Return the overrides of another accumulation depth."""
     return {"train.global_batch": global_batch, "train.micro_batch": micro_batch}
+
+
+def expert(ranks: int) -> dict[str, Any]:
+    """Return the overrides of experts that so many ranks divide."""
+    return {"parallel.expert": ranks}
 
 
 def partition(*layers: int) -> dict[str, Any]:
@@ -142,9 +150,17 @@ CASES: tuple[Case, ...] = (
     Case(1, 2, 2, {**AHEAD, **LATENT, **SEQUENCE, **zero(3)}),
     Case(4, 1, 2, {**AHEAD, **schedule("zb-h1"), **FUSED_HEAD, **RECOMPUTE}),
     Case(2, 2, 2, {**AHEAD, **schedule("interleaved", 2), **UNTIED, **MUON, **zero(2)}),
+    Case(1, 1, 4, {**FULL, **LLAMA, **SEQUENCE, "model.kv_heads": 4}),
+    Case(1, 2, 1, {**BALANCED, **zero(3)}),
+    Case(1, 4, 1, {**EXPERTS, **expert(4), **batch(8, 1)}),
+    Case(1, 4, 1, {**FULL, **LLAMA, **expert(2), **zero(1), **batch(8, 1)}),
+    Case(1, 2, 2, {**BALANCED, **expert(2), **SEQUENCE, **DROPOUT}),
+    Case(2, 2, 1, {**FULL, **expert(2), **schedule("zb-v"), **RECOMPUTE}),
+    Case(2, 2, 2, {**BALANCED, **expert(2), **zero(2), **SEQUENCE}),
+    Case(2, 2, 1, {**EXPERTS, **expert(2), **OFFLOAD2}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54, 58, 61, 68, 70, 73)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54, 58, 61, 68, 70, 73, 80, 81)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}

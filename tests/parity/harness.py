@@ -61,7 +61,8 @@ class Case:
     @property
     def layout(self) -> RankLayout:
         """The layout of the ranks."""
-        return RankLayout(self.pipeline, self.data, self.tensor, self.overrides.get("parallel.context", 1))
+        context, expert = (self.overrides.get(f"parallel.{axis}", 1) for axis in ("context", "expert"))
+        return RankLayout(self.pipeline, self.data, self.tensor, context, expert)
 
     @property
     def name(self) -> str:
@@ -262,10 +263,10 @@ def _worst(values: Sequence[float], expected: Sequence[float]) -> float:
 
 def assemble(reports: Sequence[RankReport]) -> dict[str, Tensor]:
     """Return whole logical tensors from all ranks' fragments; what two ranks hold must be equal to 1e-12."""
-    locals_: dict[tuple[str, int], tuple[ShardSpec, Tensor]] = {}
+    locals_: dict[tuple[str, int, int | None], tuple[ShardSpec, Tensor]] = {}
     for report in reports:
         for spec, start, values in report.gradients:
-            key = (spec.name, spec.start)
+            key = (spec.name, spec.start, spec.first_expert)
             if key not in locals_:
                 whole = torch.full((math.prod(spec.local_shape),), math.nan, dtype=values.dtype)
                 locals_[key] = (spec, whole)
@@ -284,6 +285,8 @@ def assemble(reports: Sequence[RankReport]) -> dict[str, Tensor]:
             tensors[spec.name] = local
             continue
         whole = tensors.setdefault(spec.name, torch.full(spec.global_shape, math.nan, dtype=flat.dtype))
+        if spec.first_expert is not None:
+            whole = whole.narrow(0, spec.first_expert, spec.local_shape[0])
         whole.narrow(spec.dim, spec.start, spec.length).copy_(local.narrow(spec.dim, 0, spec.length))
         padding = local.narrow(spec.dim, spec.length, spec.local_shape[spec.dim] - spec.length)
         assert not padding.any(), f"{spec.name}: padding has a gradient"

@@ -8,7 +8,15 @@ from contextlib import ExitStack, contextmanager
 
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
-from tests.parity import context_faults, faults, latent_faults, mtp_faults, option_faults, schedule_faults
+from tests.parity import (
+    context_faults,
+    expert_faults,
+    faults,
+    latent_faults,
+    mtp_faults,
+    option_faults,
+    schedule_faults,
+)
 from tests.parity.cases import OPTIMIZERS, misses
 from tests.parity.faults import Mutant, Patches
 from tests.parity.harness import RankReport, compare, reference_run, train_rank
@@ -23,6 +31,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *context_faults.MUTANTS,
     *latent_faults.MUTANTS,
     *mtp_faults.MUTANTS,
+    *expert_faults.MUTANTS,
 )
 
 _IN_EVERY_TEST_RUN = (
@@ -45,6 +54,8 @@ _IN_EVERY_TEST_RUN = (
     "heads_change_places_with_tokens_out_of_order",
     "projections_down_see_one_ranks_tokens",
     "further_tokens_are_those_of_the_row_s_begin",
+    "expert_gradients_summed_over_all_data_ranks",
+    "loads_balanced_over_a_microbatch",
 )
 REPRESENTATIVE = tuple([mutant.plant.__name__ for mutant in MUTANTS].index(name) for name in _IN_EVERY_TEST_RUN)
 """The mutants, by their place, that every test run plants."""

@@ -44,6 +44,17 @@ ORIGINAL: Value = {
     "optim.muon_nesterov": False,
     "optim.muon_momentum": 0.8,
 }
+EXPERTS: Value = {"model.experts": 4, "model.expert_ffn": 16, "loss.load_balance": 0.05, "loss.router_z": 0.01}
+FULL: Value = {**EXPERTS, "model.capacity_factor": 0.8}
+BALANCED: Value = {
+    **EXPERTS,
+    "model.experts": 6,
+    "model.experts_per_token": 3,
+    "model.router_score": "sigmoid",
+    "model.router_bias_rate": 0.01,
+    "model.shared_experts": 1,
+    "model.dense_layers": 1,
+}
 LAYOUT = "layout"
 FACTORS: dict[str, list[Any]] = {
     LAYOUT: [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1), (2, 2, 2)],
@@ -78,6 +89,15 @@ FACTORS: dict[str, list[Any]] = {
     "norm place": one("model.norm_place", "post", "sandwich"),
     "norm": one("model.norm", "rmsnorm"),
     "parallel": one("model.parallel_residual", True),
+    "experts": [
+        NONE,
+        EXPERTS,
+        FULL,
+        {**EXPERTS, "model.experts_per_token": 1, "model.expert_ffn": 32},
+        BALANCED,
+        {**EXPERTS, "parallel.expert": 2},
+        {**BALANCED, **FULL, "parallel.expert": 2},
+    ],
     "bias": [NONE, {"model.bias": False}, {"model.bias": False, "model.qkv_bias": True}],
     "dropout": [
         NONE,
@@ -172,10 +192,10 @@ def may_be(row: Sequence[Any]) -> bool:
     """Return whether a recipe may have these values together."""
     case = case_of(row)
     try:
-        config = case.config()
+        config, world = case.config(), case.layout.world_size
     except ConfigError:
         return False
-    if case.layout.world_size > 8:
+    if world > 8:
         return False
     return config.zero.stage == 0 or all(
         any(not _is_frozen(config, layer) for layer in stage_plan(config, stage).layers)

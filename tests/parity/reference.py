@@ -20,7 +20,11 @@ from torch import Tensor
 
 from megalm.config.run import RunConfig
 from tests.parity import reference_model
+from tests.parity.reference_experts import Routing
 from tests.parity.reference_optimizers import Lion, Muon, matrix_rows
+
+TABLES = ("relative.weight", "router.weight")
+"""Matrices of which one side is a number of scores, not a width."""
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """tokens [G,T] int64, labels [G,T] int64, mask [G,T] bool (False: the token does not count in the loss)."""
@@ -110,14 +114,14 @@ def initial_parameter(config: RunConfig, name: str, shape: tuple[int, ...]) -> T
     if len(shape) == 1:  # the weight of a norm
         return torch.ones(shape, dtype=torch.float64)
     std = model.init_std
-    if name not in ("embedding.weight", "head.weight", "position.weight") and not name.endswith("relative.weight"):
+    if name not in ("embedding.weight", "head.weight", "position.weight") and not name.endswith(TABLES):
         if model.init == "xavier":
             std = math.sqrt(2.0 / (shape[-1] + shape[-2]))
         if model.init == "he":
             std = math.sqrt(2.0 / shape[-1])
         if model.mup_base is not None and model.init in ("normal", "truncated_normal"):
             std *= math.sqrt(model.mup_base / model.hidden)
-        if name.endswith(("attention.out.weight", "mlp.down.weight")) and model.init_depth_scaled:
+        if name.endswith(("attention.out.weight", ".down.weight")) and model.init_depth_scaled:
             std /= math.sqrt(2 * model.layers)  # 2L residual branches add up to the same variance
     draw = truncated_normal if model.init == "truncated_normal" else normal
     return std * draw((config.seed, "init", name), shape)
@@ -158,6 +162,11 @@ class Reference:
             for name, shape in parameter_shapes(config, vocab).items()
         }
         self.averages: dict[str, Tensor] = {}
+        self.routing = Routing()
+        if config.model.router_bias_rate is not None:
+            routers = [name.removesuffix(".weight") for name in self.parameters if name.endswith(".router.weight")]
+            zero = torch.zeros(config.model.experts or 0, dtype=self.wide)
+            self.routing.biases = {name: zero.clone() for name in routers}
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -170,7 +179,7 @@ class Reference:
                 decay = rule.weight_decay
             factor = 1.0 if rule is None else rule.lr
             model = self.config.model
-            matrix = name.endswith(".weight") and not name.endswith("relative.weight") and parameter.dim() >= 2
+            matrix = name.endswith(".weight") and not name.endswith(TABLES) and parameter.dim() >= 2
             wide = name.startswith("blocks.") and matrix
             by_muon = optim.kind == "muon" and wide and (rule is None or rule.muon)
             if model.mup_base is not None and wide and not by_muon:
@@ -223,6 +232,11 @@ class Reference:
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(self.config, step)
         self.optimizer.step()
+        for name, bias in self.routing.biases.items():
+            loads, rate = self.routing.loads[name], self.config.model.router_bias_rate or 0.0
+            for e, load in enumerate(loads) if f"{name}.weight" in self.trained() else ():
+                mean = sum(loads) / len(loads)
+                bias[e] += rate * ((load < mean) - (load > mean))
         decay = self.config.optim.ema_decay
         for name, parameter in self.trained().items() if decay is not None else ():
             previous = self.averages.get(name, parameter)
@@ -232,26 +246,32 @@ class Reference:
     def gradients(self, batch: Batch, step: int) -> tuple[float, dict[str, Tensor]]:
         """Return the loss and its gradient with respect to every parameter, before clipping.
 
-        The loss is the sum over the valid tokens of the global batch over their number.
+        The loss is the sum over the valid tokens of the global batch over their number. The gradient is also that of
+        the losses of the routers, which are not part of it.
         """
         tokens, labels, mask = batch
         valid = mask.sum().to(self.wide)
         total = torch.zeros((), dtype=self.wide)
         sums = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.routing.loads = {}
         # Only 16 bits round so coarsely that the split into microbatches is part of the definition.
         rows = self.config.train.micro_batch if self.dtype is not self.wide else len(tokens)
         for first in range(0, len(tokens), rows):
             part = slice(first, first + rows)
             weights = {name: p.to(self.dtype).detach().requires_grad_() for name, p in self.parameters.items()}
             padding = ~mask[part] if self.config.data.rows == "documents" else None
+            self.routing.mask, self.routing.balance, self.routing.z = mask[part], [], []
             formulas = self.formulas(weights, step, first, len(tokens))
-            loss = self.loss_sum(formulas.logits(tokens[part], padding), labels[part], mask[part])
-            for k, logits in enumerate(formulas.logits_ahead(tokens[part], padding), start=1):
+            hidden = formulas.hidden(tokens[part], padding)
+            loss = self.loss_sum(formulas.head(hidden), labels[part], mask[part])
+            for k, logits in enumerate(formulas.logits_ahead(hidden, tokens[part]), start=1):
                 share = self.config.loss.mtp / self.config.model.mtp_depth
                 loss = loss + share * self.loss_sum(logits[:, :-k], labels[part, k:], mask[part, k:])
             loss = loss / valid
             scale = self.config.loss_scale.initial if self.dtype is torch.float16 else 1.0
-            gradients = torch.autograd.grad(loss * scale, list(weights.values()))
+            uneven = sum(self.routing.balance) * self.config.loss.load_balance / valid
+            uneven = uneven + sum(self.routing.z) * self.config.loss.router_z / valid
+            gradients = torch.autograd.grad((loss + uneven) * scale, list(weights.values()))
             for name, gradient in zip(weights, gradients, strict=True):
                 sums[name] += gradient.to(self.wide) / scale
             total += loss.detach()
@@ -299,4 +319,4 @@ class Reference:
             mask = dropped(mask, rate, (self.config.seed, "dropout", site, step), first, global_batch)
             return x * mask.view(*mask.shape, *(1,) * (x.dim() - dims))
 
-        return reference_model.Formulas(self.config.model, w, self.wide, drop)
+        return reference_model.Formulas(self.config.model, w, self.wide, drop, self.routing)

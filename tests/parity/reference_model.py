@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megalm.config.model import ModelSection
+from tests.parity import reference_experts
+from tests.parity.reference_experts import Routing, mixture
 from tests.parity.reference_latent import latent_heads, latent_shapes, latent_sizes
 from tests.parity.reference_masks import visible
 
@@ -63,8 +65,15 @@ def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ..
             shapes[f"{attention}.sinks"] = (heads,)
         linear(f"{attention}.out", (width,), heads * (size if model.kv_rank is None else latent_sizes(model)[2]))
         norm(f"blocks.{i}.mlp_norm")
-        linear(f"blocks.{i}.mlp.up", up, width)
-        linear(f"blocks.{i}.mlp.down", (width,), feed_forward)
+        if model.experts is not None and i >= model.dense_layers:
+            shapes |= reference_experts.shapes(model, f"blocks.{i}.mlp")
+            if model.shared_experts:
+                shared = model.shared_experts * model.expert_features
+                linear(f"blocks.{i}.mlp.shared.up", (*up[:-1], shared), width)
+                linear(f"blocks.{i}.mlp.shared.down", (width,), shared)
+        else:
+            linear(f"blocks.{i}.mlp.up", up, width)
+            linear(f"blocks.{i}.mlp.down", (width,), feed_forward)
         if model.norm_place == "sandwich":
             norm(f"{attention}_out_norm")
             norm(f"blocks.{i}.mlp_out_norm")
@@ -86,8 +95,11 @@ def _knows_positions(model: ModelSection, layer: int) -> bool:
 class Formulas:
     """The forward pass; `wide` is the dtype of norms, scores and loss."""
 
-    def __init__(self, model: ModelSection, w: Weights, wide: torch.dtype, drop: Drop) -> None:
+    def __init__(
+        self, model: ModelSection, w: Weights, wide: torch.dtype, drop: Drop, routing: Routing | None = None
+    ) -> None:
         self.model, self.w, self.wide, self.drop = model, w, wide, drop
+        self.routing = routing or Routing()
         self.padding: Tensor | None = None
 
     def logits(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -111,21 +123,24 @@ class Formulas:
             x = self.block(x, layer, tokens)
         return x if model.norm_place == "post" else self.norm(x, "final_norm")
 
-    def logits_ahead(self, tokens: Tensor, padding: Tensor | None) -> list[Tensor]:
-        """Return for k = 1, 2, ... what is predicted at i of token i + k + 1. Source: DeepSeek-V3, 2024, section 2.2.
+    def logits_ahead(self, x: Tensor, tokens: Tensor) -> list[Tensor]:
+        """Return for k = 1, 2, ... what is predicted at i of token i + k + 1, from what the model gives its head.
 
-        Where no token i + k is in the row, as at its end, any may stand in, as no other sees it: here the last.
+        Where no token i + k is in the row, as at its end, any may stand in, as no other sees it: here the last. Routers
+        count the tokens whose label counts at this depth. Source: DeepSeek-V3, 2024, section 2.2.
         """
-        model, w, found = self.model, self.w, []
-        x = self.hidden(tokens, padding) if model.mtp_depth else tokens
+        model, w, found, mask = self.model, self.w, [], self.routing.mask
         for k in range(1, model.mtp_depth + 1):
             name = f"blocks.{model.layers + k - 1}"
             later = torch.cat((tokens[:, k:], tokens[:, -1:].expand(-1, min(k, tokens.shape[1]))), dim=1)
             embedded = self.norm(w["embedding.weight"][later], f"{name}.mtp.embedding_norm")
             joined = torch.cat((self.norm(x, f"{name}.mtp.hidden_norm"), embedded), dim=-1)
+            if mask is not None:
+                self.routing.mask = torch.cat((mask[:, k:], torch.zeros_like(mask[:, :k])), dim=1)
             x = self.block(joined @ w[f"{name}.mtp.project.weight"].T, model.layers + k - 1, tokens)
             x = x if model.norm_place == "post" else self.norm(x, f"{name}.mtp.final_norm")
             found.append(self.head(x))
+        self.routing.mask = mask
         return found
 
     def head(self, x: Tensor) -> Tensor:
@@ -144,7 +159,7 @@ class Formulas:
         def half(x: Tensor, which: str) -> Tensor:
             """Return what attention or MLP adds."""
             h = x if place == "post" else self.norm(x, f"{name}.{which}_norm")
-            h = self.attention(h, layer, tokens) if which == "attention" else self.mlp(h, f"{name}.mlp")
+            h = self.attention(h, layer, tokens) if which == "attention" else self.transformed(h, layer)
             if place == "sandwich":
                 h = self.norm(h, f"{name}.{which}_out_norm")
             rate = self.model.stochastic_depth * min(1.0, (layer + 1) / self.model.layers)
@@ -232,15 +247,30 @@ class Formulas:
             gate = qkv[:, :, each : 2 * each].reshape(rows, heads, length, size)
         return qkv[:, :, :each].reshape(rows, heads, length, size), gate, qkv[:, :, -2], qkv[:, :, -1]
 
+    def transformed(self, x: Tensor, layer: int) -> Tensor:
+        """Return the feed-forward half: an MLP, or a mixture of experts."""
+        model, name = self.model, f"blocks.{layer}.mlp"
+        if model.experts is None or layer < model.dense_layers:
+            return self.mlp(x, name)
+
+        def expert(x: Tensor, e: int) -> Tensor:
+            up, down = (self.w[f"{name}.experts.{which}.weight"][e] for which in ("up", "down"))
+            h = (x @ up.reshape(-1, up.shape[-1]).T).view(*x.shape[:-1], *up.shape[:-1])
+            return self.activated(h) @ down.T
+
+        y = mixture(model, self.routing, x, self.w[f"{name}.router.weight"], self.wide, f"{name}.router", expert)
+        return y + self.mlp(x, f"{name}.shared") if model.shared_experts else y
+
     def mlp(self, x: Tensor, name: str) -> Tensor:
-        """Return the feed-forward half."""
-        h = self.linear(x, f"{name}.up")  # with a gate [rows,T,2,F]: 0 the gate, 1 the value
+        """Return what an MLP makes of x."""
+        return self.linear(self.activated(self.linear(x, f"{name}.up")), f"{name}.down")
+
+    def activated(self, h: Tensor) -> Tensor:
+        """Return the activation of h [rows,T,F]; with a gate [rows,T,2,F]: 0 the gate, 1 the value."""
         if self.model.activation in ("swiglu", "geglu"):
             gate, value = h.unbind(dim=-2)
-            h = (gate * torch.sigmoid(gate) if self.model.activation == "swiglu" else gelu(gate)) * value
-        else:
-            h = ACTIVATIONS[self.model.activation](h)
-        return self.linear(h, f"{name}.down")
+            return (gate * torch.sigmoid(gate) if self.model.activation == "swiglu" else gelu(gate)) * value
+        return ACTIVATIONS[self.model.activation](h)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         """Return x W^T + b; a weight [2,F,D] gives [rows,T,2,F]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -84,4 +85,4 @@ def matrix_rows(model: ModelSection, name: str, weight: Tensor) -> list[Tensor]:
             name.split(".")[-2], (model.kv_rank, turning)
         )
         return [rows[rows % (first + second) < first], rows[rows % (first + second) >= first]]
-    return list(rows.chunk(weight.shape[0])) if weight.dim() == 3 else [rows]
+    return list(rows.chunk(math.prod(weight.shape[:-2])))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megalm.config.load import load_recipe
 from megalm.config.run import ModelSection
 from megalm.config.storage import muon_parameters
 from megalm.distributed.sharding import ShardSpec
@@ -39,6 +40,15 @@ def test_gpt2_has_its_published_number_of_parameters() -> None:
 
 def test_llama3_8b_has_its_published_number_of_parameters() -> None:
     assert count_parameters(LLAMA3_8B, 128256).total == 8_030_261_248
+
+
+def test_mixtral_8x7b_has_its_published_numbers_of_parameters() -> None:
+    """46.7 billion, of which a token uses 12.9 (Jiang et al. 2024, section 2.1)."""
+    model = load_recipe("mixtral-8x7b").model
+    count = count_parameters(model, 32000)
+    assert (count.total, count.active) == (46_702_792_704, 12_879_925_248)
+    norms_and_embedding = count.norms + count.embedding
+    assert flops_per_token(model, 32000) == 6 * (count.active - norms_and_embedding) + 12 * 32 * 4096 * model.sequence
 
 
 def test_each_part_is_counted_with_its_biases() -> None:

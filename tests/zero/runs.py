@@ -112,6 +112,9 @@ def check_state_is_whole(store: Store, config: RunConfig) -> None:
     trained = Reference(config, VOCAB, torch.float64).trained().keys()
     wide = torch.float64 if config.precision == "fp64" else torch.float32
     wide = torch.bfloat16 if config.zero.config == LOW_MEMORY else wide
+    if config.model.router_bias_rate is not None:  # kept with the weights, and trained by no optimizer
+        routers = [name for name in shapes if name.endswith(".router.weight")]
+        shapes |= {name.replace(".weight", ".bias"): shapes[name][:1] for name in routers}
     for kind in store.kinds():
         expected = {name for name in (shapes if kind == "weight" else trained) if has(config, name, kind)}
         own = {name: whole for (name, other), whole in store.wholes.items() if other == kind}
