@@ -64,7 +64,7 @@ def test_keys_of_experts_have_no_effect_without(key: str, value: Any) -> None:
 def test_the_data_ranks_are_a_multiple_of_those_that_divide_the_experts() -> None:
     assert check_world(config(**DIVIDED), 4) == 4
     assert config(**DIVIDED).parallel.least_ranks == 2
-    with pytest.raises(ConfigError, match=r"parallel\.expert=2 does not divide the 1 data-parallel ranks"):
+    with pytest.raises(ConfigError, match=r"parallel\.expert=2 does not divide the 1 ranks that hold the same layers"):
         check_world(config(**DIVIDED), 1)
 
 

@@ -158,9 +158,13 @@ CASES: tuple[Case, ...] = (
     Case(2, 2, 1, {**FULL, **expert(2), **schedule("zb-v"), **RECOMPUTE}),
     Case(2, 2, 2, {**BALANCED, **expert(2), **zero(2), **SEQUENCE}),
     Case(2, 2, 1, {**EXPERTS, **expert(2), **OFFLOAD2}),
+    Case(1, 1, 2, {**FULL, **RING, **expert(2), **SEQUENCE, **DROPOUT}),
+    Case(1, 2, 2, {**BALANCED, **RING, **expert(2), **SEQUENCE, **zero(2)}),
+    Case(1, 2, 1, {**EXPERTS, **ULYSSES, **expert(4), **zero(1)}),
+    Case(2, 1, 2, {**EXPERTS, **AHEAD, **RING, **expert(2), **schedule("zb-v")}),
 )
 
-REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54, 58, 61, 68, 70, 73, 80, 81)
+REPRESENTATIVE: tuple[int, ...] = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54, 58, 61, 68, 70, 73, 80, 81, 85)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}
