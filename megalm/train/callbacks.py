@@ -13,7 +13,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,7 +24,8 @@ from megalm.distributed.collectives import all_reduce_sum
 from megalm.distributed.mesh import world_group
 from megalm.evaluation.perplexity import HeldOutLoss, held_out_loss
 from megalm.models.transformer import Transformer
-from megalm.train.monitor import Throughput, peak_memory_bytes
+from megalm.train.memory import Memory
+from megalm.train.monitor import Throughput
 from megalm.train.replicas import CompareReplicas
 from megalm.train.tracking import Tracker
 from megalm.train.trainer import StepResult, StepTimes, Trainer
@@ -36,9 +36,10 @@ _PARTS = [field.name for field in fields(StepTimes)]
 class LogMetrics:
     """Write and show the metrics of every `every`-th step, of the first one and of the last one."""
 
-    def __init__(self, tracker: Tracker, meter: Throughput, every: int) -> None:
+    def __init__(self, tracker: Tracker, meter: Throughput, memory: Memory, every: int) -> None:
         self.tracker = tracker
         self.meter = meter
+        self.memory = memory
         self.every = every
         self._times: deque[StepTimes] = deque(maxlen=every)
 
@@ -62,7 +63,7 @@ class LogMetrics:
             **trainer.experts.record(),
             **speed.record(),
             **{f"time/{name}": fmean(getattr(times, name) for times in self._times) for name in _PARTS},
-            "memory/peak_bytes": _most_on_any_rank(peak_memory_bytes(trainer.mesh.device), trainer),
+            **self.memory.record(),
         }
         self._times.clear()
         self.tracker.log_step(record, speed.time_left_s)
@@ -226,10 +227,3 @@ def _mean(sums: Tensor) -> float:
     """Return the quotient of the two sums over the world, where all tensor ranks of the last stage count alike."""
     total, count = all_reduce_sum(sums, world_group()).tolist()
     return total / count if count else math.nan
-
-
-def _most_on_any_rank(count: int, trainer: Trainer) -> int:
-    """Return the largest of the ranks' counts."""
-    most = torch.tensor(count, dtype=torch.int64, device=trainer.mesh.device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return int(most.item())

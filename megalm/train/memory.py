@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 
 from megalm.config.checks import divisors
 from megalm.config.run import RunConfig
@@ -31,12 +32,16 @@ from megalm.zero.engine import HeldBytes, ZeroEngine
 
 logger = logging.getLogger(__name__)
 
+_LOOKS = 2
+"""Steps after which an optimizer has made all that it keeps."""
+_RANK_BITS = 24
+"""Of a number of 64 bits, in which a peak stands above its rank."""
 _HISTORY = 100_000
 """Allocations that CUDA's snapshot remembers."""
 
 
 class Memory:
-    """Watches over this rank's memory; no method communicates.
+    """Watches over this rank's memory; no method but `record` communicates.
 
     A callback whose `before_step` and `before_update` the trainer must call too: it writes what is held at the step
     `profile.memory_at` on the ranks `profile.ranks`, and at the next step after the signal SIGRTMIN on the rank that
@@ -54,6 +59,9 @@ class Memory:
         ranks = config.profile.ranks
         self._at = config.profile.memory_at if ranks is None or mesh.rank in ranks else None
         self._held: HeldBytes | None = None
+        self._usual: HeldBytes | None = None
+        """What is held through every step: it does not change once there is an optimizer state."""
+        self._looks = 0
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -82,7 +90,10 @@ class Memory:
             torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
 
     def before_update(self, trainer: Trainer) -> None:
-        """Look at what is held, where this step is asked for: gradients are there now."""
+        """Look at what is held, in the first steps and where this step is asked for: gradients are there now."""
+        if self._looks < _LOOKS:
+            self._usual = trainer.engine.held_bytes()
+            self._looks += 1
         if trainer.state.step + 1 == self._at:
             self._held = trainer.engine.held_bytes()
 
@@ -97,6 +108,21 @@ class Memory:
 
     def at_end(self, trainer: Trainer) -> None:
         """Nothing is left over."""
+
+    def record(self) -> dict[str, int]:
+        """Return the memory entries of a line of metrics: the peak of the rank that has the largest, and its parts.
+
+        Every rank of the world must call.
+        """
+        own = peak_memory_bytes(self.mesh.device)
+        parts = self._parts(self._usual or HeldBytes(0, 0, 0, 0), own)
+        largest = torch.tensor(own << _RANK_BITS | self.mesh.rank, dtype=torch.int64, device=self.mesh.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        peak, rank = divmod(int(largest.item()), 1 << _RANK_BITS)
+        values = torch.tensor(list(parts.values()), dtype=torch.int64, device=self.mesh.device)
+        dist.broadcast(values, src=rank)
+        names = [f"memory/{name.removeprefix('the ').replace(' ', '_')}_bytes" for name in parts]
+        return {"memory/peak_bytes": peak, "memory/peak_rank": rank, **dict(zip(names, values.tolist(), strict=True))}
 
     def _write(self, step: int, held: HeldBytes) -> None:
         peak = peak_memory_bytes(self.mesh.device)

@@ -125,7 +125,7 @@ def _train(
         save = SaveCheckpoints(tracker, meter, manager, facts, compare, every, last)
         save.saved_step = trainer.state.step if reader is not None else -1
         meter.start(trainer.state.step)
-        log = LogMetrics(tracker, meter, config.log.every)
+        log = LogMetrics(tracker, meter, memory, config.log.every)
         recovery = GoBack(tracker, meter, manager, save, partial(_resume, facts=facts))
         stragglers = NameStragglers(tracker, config.run.compare_speed_every, mesh, run)
         memory.begin(engine, tracker)

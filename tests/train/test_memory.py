@@ -134,6 +134,36 @@ def test_ranks_that_are_asked_write_what_they_hold(pool: WorkerPool, tmp_path: P
     pool.run(check_requests, tmp_path, layout=RankLayout(data=2))
 
 
+def check_record(mesh: ParallelMesh, run: Path) -> None:
+    """The rank that has most is told of, with what it holds there; all ranks say the same."""
+    trainer = trainer_of(mesh, 3, precision="bf16", **{"zero.stage": 0, "model.hidden": 64, "model.heads": 2})
+    watch, _ = memory_of(mesh, trainer, run)
+    trainer.fit([watch])
+    held = trainer.engine.held_bytes()
+    watch._program = 1000
+    peaks = [2**33, 2**33 + 5, 2**33 + 5, 7]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "peak_memory_bytes", lambda device: peaks[mesh.rank])
+        record = watch.record()
+    gradients = held.master_weights
+    parts = (held.weights, held.master_weights, gradients, held.optimizer)
+    assert record == {
+        "memory/peak_bytes": peaks[1],
+        "memory/peak_rank": 2,
+        "memory/weights_bytes": held.weights,
+        "memory/master_weights_bytes": held.master_weights,
+        "memory/gradients_bytes": gradients,
+        "memory/optimizer_bytes": held.optimizer,
+        "memory/activations_bytes": peaks[1] - 1000 - sum(parts),
+        "memory/program_bytes": 1000,
+    }
+    assert held.optimizer == 2 * held.master_weights == 4 * held.weights > 0 == held.gradients
+
+
+def test_a_line_of_metrics_says_which_rank_needs_most_and_for_what(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(check_record, tmp_path, layout=RankLayout(data=4))
+
+
 def check_any_time(mesh: ParallelMesh) -> None:
     for zero in ({"zero.stage": 0}, {"zero.stage": 1}, {"zero.stage": 2}, {"zero.stage": 3},
                  {"zero.stage": 2, "zero.config": "zero2-offload"}):  # fmt: skip
