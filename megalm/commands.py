@@ -150,9 +150,9 @@ def inspect(args: Namespace) -> int:
 
 def generate(args: Namespace) -> int:
     """`megalm generate`: let the model of a run continue a text."""
-    from megalm.config.trained import trained_config
+    from megalm.config.trained import FOR_GENERATION, trained_config
 
-    config = trained_config(Path(args.run), args.overrides)
+    config = trained_config(Path(args.run), (*args.overrides, *FOR_GENERATION))
     world, starts_workers = _world(config, args.nproc)
     check_world(config, world)
     check_device(config)

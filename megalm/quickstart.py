@@ -106,7 +106,7 @@ def _fitting_this_machine(overrides: Sequence[str]) -> tuple[str, ...]:
 
 
 def _processes(config: RunConfig) -> int:
-    return config.parallel.ranks
+    return config.parallel.least_ranks
 
 
 def _prepared(data: Path) -> PreparedData:

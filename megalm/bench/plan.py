@@ -142,10 +142,10 @@ def make_plan(
 def layout_of(config: RunConfig) -> str:
     """Return in a few words how the model is split and computed."""
     parallel = config.parallel
-    context = f", context {parallel.context}" if parallel.context > 1 else ""
-    return (
-        f"tensor {parallel.tensor}, pipeline {parallel.pipeline}{context}, ZeRO {config.zero.stage}, {config.precision}"
+    more = "".join(
+        f", {axis} {getattr(parallel, axis)}" for axis in ("context", "expert") if getattr(parallel, axis) > 1
     )
+    return f"tensor {parallel.tensor}, pipeline {parallel.pipeline}{more}, ZeRO {config.zero.stage}, {config.precision}"
 
 
 def own_code() -> dict[str, Any]:

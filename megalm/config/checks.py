@@ -106,6 +106,8 @@ def _tensor_divides_kv_heads(config: RunConfig) -> Iterator[str]:
 @rule("model.ffn", "model.hidden", "model.activation", "parallel.tensor")
 def _tensor_divides_feed_forward(config: RunConfig) -> Iterator[str]:
     width = config.model.feed_forward
+    if not config.model.has_dense_mlps:
+        return
     if width % config.parallel.tensor:
         yield not_divisible(_feed_forward_name(config), width, "parallel.tensor", config.parallel.tensor)
 
@@ -271,10 +273,12 @@ def check_world(config: RunConfig, world_size: int) -> int:
         if whole % each and not config.train.pad_batch:
             lower, upper = whole // each * each, (whole // each + 1) * each
             batches = f"{lower} or {upper}" if lower else f"{upper}"
-            worlds = list_values([ranks * size for size in divisors(math.gcd(*_batches(config).values()) // part)])
+            sizes = divisors(math.gcd(*_batches(config).values()) // part)
+            fitting = [ranks * size for size in sizes if size * parallel.context % parallel.expert == 0]
+            worlds = f"or {list_values(fitting)} ranks, " if fitting else ""
             raise ConfigError(
                 f"{key}={whole} is not divisible by train.micro_batch={part} x {copies} "
-                f"data-parallel ranks ({world_size} ranks / {ranks}); use {batches} for {key}, or {worlds} ranks, or "
+                f"data-parallel ranks ({world_size} ranks / {ranks}); use {batches} for {key}, {worlds}or "
                 "train.pad_batch=true, which leaves some rows without work"
             )
     absent = [rank for rank in config.profile.ranks or () if rank >= world_size]

@@ -311,10 +311,11 @@ def _check_plus_plus(given: _Json, zero: dict[str, Any], config: RunConfig, data
         if value != off and config.zero.stage < 3:
             remedy = "set zero.stage=3; other stages have whole weights, here it would have no effect"
             given.contradiction(f"zero_optimization.{key}", value, f"zero.stage={config.zero.stage}", remedy)
-    if data_size is not None and isinstance(size, int | float) and size >= 1 and data_size % size:
+    replicas = None if data_size is None else data_size * config.parallel.context
+    if replicas is not None and isinstance(size, int | float) and size >= 1 and replicas % size:
         given.problems.append(
-            f"{given.name}:zero_optimization.zero_hpz_partition_size={size} does not divide the {data_size} "
-            f"data-parallel ranks; use {list_values(divisors(data_size))}"
+            f"{given.name}:zero_optimization.zero_hpz_partition_size={size} does not divide the {replicas} ranks that "
+            f"hold the same layers; use {list_values(divisors(replicas))}"
         )
     if quantized is True and config.run.device == "cpu":
         remedy = "take it out; its kernel runs on CUDA"

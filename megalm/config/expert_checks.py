@@ -67,7 +67,7 @@ def _experts_are_not_compiled(config: RunConfig) -> Iterator[str]:
 def _zero_3_divides_over_all_data_ranks(config: RunConfig) -> Iterator[str]:
     if config.parallel.expert > 1 and config.zero.stage == 3:
         yield (
-            f"zero.stage=3 divides all weights over all data ranks, and parallel.expert={config.parallel.expert} gives "
+            f"zero.stage=3 divides all weights over all replicas, and parallel.expert={config.parallel.expert} gives "
             "these different experts; use zero.stage=0, 1 or 2, or parallel.expert=1"
         )
 
@@ -76,6 +76,6 @@ def _zero_3_divides_over_all_data_ranks(config: RunConfig) -> Iterator[str]:
 def _states_by_parameter_need_all_ranks(config: RunConfig) -> Iterator[str]:
     if config.parallel.expert > 1 and config.optim.kind in ("adafactor", "adamw8bit"):
         yield (
-            f"optim.kind={config.optim.kind} takes all data ranks to hold the same matrices, which those of "
+            f"optim.kind={config.optim.kind} takes all replicas to hold the same matrices, which those of "
             f"parallel.expert={config.parallel.expert} do not; use another kind, or parallel.expert=1"
         )

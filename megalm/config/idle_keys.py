@@ -36,6 +36,7 @@ USES: dict[str, Use] = {
     "model.rope_head_dim": _LATENT,
     "model.nope_head_dim": _LATENT,
     "model.value_head_dim": _LATENT,
+    "model.ffn": Use("a layer without experts, or model.expert_ffn=null", lambda config: config.model.has_dense_mlps),
     "model.rotary_share": _when("model", "position", "rotary"),
     "model.rotary_scaling": _when("model", "position", "rotary"),
     "model.rotary_factor": _SCALED,

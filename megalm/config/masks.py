@@ -13,7 +13,7 @@ ALL, SOME, NONE, MEAN = "#", "+", ".", "~"
 def draw_masks(model: ModelSection) -> str:
     """Return a drawing for each kind of layer, with the layers that are of it: queries down, keys to the right."""
     kinds: dict[int | None, list[int]] = {}
-    for layer in range(model.layers):
+    for layer in range(model.blocks):
         kinds.setdefault(model.window_of(layer), []).append(layer)
     drawings = [f"{_heading(model, window, layers)}\n{_drawing(model, window)}" for window, layers in kinds.items()]
     step = -(-model.sequence // CELLS)

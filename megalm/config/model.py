@@ -192,6 +192,11 @@ class ModelSection(Section):
         """Features inside the MLP that stands for all shared experts."""
         return self.shared_experts * self.expert_features
 
+    @property
+    def has_dense_mlps(self) -> bool:
+        """Whether anything has the width `feed_forward`: a layer's MLP, or experts without a width of their own."""
+        return self.experts is None or self.expert_ffn is None or self.dense_layers > 0
+
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer's MLP is a mixture of experts."""
         return self.experts is not None and layer >= self.dense_layers

@@ -49,7 +49,7 @@ class RunSection(Section):
 
     A rank that does not go on for `hang_timeout_s` (0: none watches) ends the run, which names it and shows its stacks;
     `collective_timeout_s` bounds the wait for it where nobody watches. One that dies is noticed at once. Each
-    `compare_replicas_every` steps and before each checkpoint (0: never) what data ranks hold alike is compared bit for
+    `compare_replicas_every` steps and before each checkpoint (0: never) what replicas hold alike is compared bit for
     bit, and each `compare_speed_every` steps (0: never) the times that ranks took for four times as many: who is a
     tenth slower is named. `preflight` looks at versions, disk, clocks and memory of all nodes before the first step.
     """
@@ -71,8 +71,8 @@ class ParallelSection(Section):
     all tokens of some heads (ulysses).
 
     `virtual_stages` is the number of chunks of layers on each stage where the schedule leaves it open. `partition` is
-    the number of layers of each stage, or of each chunk in the order of the model. `expert` neighbours among the data
-    ranks divide the experts between them and send each other tokens.
+    the number of layers of each stage, or of each chunk in the order of the model. `expert` neighbours among the
+    replicas, data x context, divide the experts between them and send each other tokens.
     """
 
     tensor: Few = 1
@@ -117,7 +117,7 @@ class TrainSection(Section):
     How long the run is, is said by one of `steps`, `tokens`, and `epochs` of the training text; whole steps are made.
 
     Gradients are cut to `clip_grad_value` each, then scaled to a norm, over the whole model, of `clip_grad_norm` at
-    most. Between data ranks they travel in `reduce_dtype`: bf16 halves the traffic and rounds each rank's sum; None: as
+    most. Between replicas they travel in `reduce_dtype`: bf16 halves the traffic and rounds each rank's sum; None: as
     they are summed over microbatches, fp32 for weights of 16 bits.
 
     `recompute` says what the backward pass computes again instead of keeping it: whole blocks (full), or what lies

@@ -17,7 +17,7 @@ class Stored(NamedTuple):
     what: str
     dtype: str
     from_stage: int
-    """The ZeRO stage from which data ranks hold a part each; 4: none divides it."""
+    """The ZeRO stage from which replicas hold a part each; 4: none divides it."""
     group: str
     """The entry of `HeldBytes` that counts it; empty where it is gone when weights are updated."""
 
@@ -76,7 +76,7 @@ def stored(config: RunConfig) -> list[Stored]:
         rows += [Stored("gradients, summed", wide, 2, kept), Stored("gradients, reduced", wide, 1, "gradients")]
     else:
         rows.append(Stored("gradients, summed", wide, 2, "gradients"))
-    rows.append(Stored("gradients between data ranks", config.train.reduce_dtype or wide, 4, ""))
+    rows.append(Stored("gradients between replicas", config.train.reduce_dtype or wide, 4, ""))
     for state, dtype in optimizer_states(config).items():
         what = "average of the weights (ema)" if state == "ema" else f"optimizer: {state}"
         rows.append(Stored(what, dtype, 1, "optimizer"))
@@ -100,7 +100,8 @@ def storage_table(config: RunConfig) -> str:
         f"norms, softmax and loss are computed in {wide}; a checkpoint holds master weights and optimizer as they are",
     ]
     if config.parallel.expert > 1:
-        notes.append(f"experts are divided over {config.parallel.expert} of the data ranks, in each row of the table")
+        ranks = config.parallel.expert
+        notes.append(f"experts are divided over {ranks} of the replicas, data x context, in each row of the table")
     if config.optim.kind == "adafactor":
         notes.append("adafactor keeps a number for each row and column of a matrix and for each element of a vector")
     if config.optim.kind == "muon":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalm.config.load import load_resolved
-from megalm.config.run import RunConfig, key_fields
+from megalm.config.run import ProfileSection, RunConfig, key_fields
 from megalm.errors import ConfigError
 
 # One process that runs forward, whatever trained the model. These come before the user's overrides.
@@ -25,8 +25,16 @@ ONE_PROCESS = (
     "parallel.partition=null",
     "zero.stage=0",
     "zero.config=null",
+    "train.pad_batch=true",  # no batch is made, which the ranks would have to divide
     "train.compile=false",  # of training alone, and it excludes schedules
 )
+FOR_GENERATION = (
+    "parallel.sequence=false",
+    "parallel.context=1",
+    "parallel.context_attention=ring",
+    "parallel.expert=1",
+)
+"""Behind a user's overrides: windows have any length, which no axis need divide."""
 _FREE_SECTIONS = frozenset({"parallel", "evaluate"})
 _FREE_KEYS = frozenset(
     {
@@ -57,4 +65,5 @@ def trained_config(run: Path, overrides: Sequence[str]) -> RunConfig:
                 f"{override} cannot be set for a trained model; what may change of its recipe is parallel.*, "
                 f"evaluate.*, {', '.join(sorted(_FREE_KEYS))}"
             )
-    return load_resolved(run, (*ONE_PROCESS, *overrides))
+    config = load_resolved(run, (*ONE_PROCESS, *overrides))
+    return config.model_copy(update={"profile": ProfileSection()})  # whose ranks may not be there

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from megalm.answers import answer, show
-from megalm.config.run import RunConfig
+from megalm.config.idle_keys import idle_keys
+from megalm.config.run import RunConfig, key_fields
 from megalm.data.datasets import open_prepared
 from megalm.distributed.world import layout_of
 from megalm.dry_run.rank import run_rank
@@ -24,7 +25,7 @@ def dry_run(config: RunConfig, recipe: str, place: Sequence[int], in_json: bool)
     if config.model.experts is not None:
         raise ConfigError(
             f"a dry run has no numbers, and how many tokens each of model.experts={config.model.experts} gets follows "
-            "from them; dry-run the recipe with model.experts=null and an equal model.ffn"
+            f"from them; dry-run the recipe with an equal model.ffn and model.experts=null {_resets(config)}"
         )
     rank, world = place
     layout = layout_of(config, world)
@@ -34,6 +35,14 @@ def dry_run(config: RunConfig, recipe: str, place: Sequence[int], in_json: bool)
         check_rules(config, vocab)
     run = run_rank(config, layout, rank, vocab)
     return answer(as_json(run), as_json=True) if in_json else show(as_text(run, recipe))
+
+
+def _resets(config: RunConfig) -> str:
+    """Return the overrides that take back what has no effect without experts."""
+    plain = config.model_copy(update={"model": config.model.model_copy(update={"experts": None})})
+    keys, fields = [line.partition("=")[0] for line in idle_keys(plain)], key_fields()
+    values = {key: fields[key].get_default() for key in keys}
+    return " ".join(f"{key}={'null' if value is None else value}" for key, value in values.items())
 
 
 def _vocabulary(config: RunConfig) -> int:

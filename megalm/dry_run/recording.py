@@ -133,6 +133,8 @@ class Recorder(TorchDispatchMode):
             return
         sides = [[leaf for leaf in tree_leaves(side) if isinstance(leaf, Tensor)] for side in args[:2]]
         elements = max(sum(tensor.numel() for tensor in side) for side in sides)
+        if name == "alltoall_base_" and sum(map(bool, args[4])) == 1:
+            operation = "pass on"  # all of it to one neighbour, as in a ring of keys
         if elements:
             dtype = next(tensor.dtype for side in sides for tensor in side)
             # Messages of each kind have a group of their own, of all stages.

@@ -104,6 +104,8 @@ def _head(run: DryRun, recipe: str) -> list[str]:
     sizes = " x ".join(f"{axis} {size}" for axis, size in _sizes(run).items())
     at = ", ".join(f"{axis} {index}" for axis, index in _place(run).items())
     ends = [*(["the embedding"] if run.plan.first else []), *(["the head"] if run.plan.last else [])]
+    if run.plan.last and run.config.model.mtp_depth:
+        ends.append(f"{run.config.model.mtp_depth} blocks that predict further tokens")
     layers = [" and ".join(["layers " + _range(chunk) if chunk else "no layer"]) for chunk in run.plan.chunks]
     stage = "; ".join(f"chunk {n}: {text}" for n, text in enumerate(layers)) if len(layers) > 1 else layers[0]
     return [

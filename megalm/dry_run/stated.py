@@ -49,7 +49,7 @@ class Stated:
         self.stage, self.replicas = config.zero.stage, mesh.size("replica")
         self.parameters = list(module.parameters())
         self.tied = tied_weight if tied_weight is not None and tied_weight.requires_grad else None
-        joined = deepspeed_config(config, self.replicas)
+        joined = deepspeed_config(config, mesh.size("data"))
         self.zero: dict[str, Any] = joined["zero_optimization"]
         self.wide = DTYPES[wide_dtype(config)]
         self.travelling = DTYPES[

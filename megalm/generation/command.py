@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalm.config.trained import trained_config
+from megalm.config.trained import FOR_GENERATION, trained_config
 from megalm.data.tokenizer import Tokenizer
 from megalm.distributed.world import joined_mesh
 from megalm.errors import DataError, LaunchError
@@ -18,9 +18,6 @@ from megalm.generation.sampling import Sampling
 from megalm.models.trained import load_trained, require_checkpoint
 
 logger = logging.getLogger(__name__)
-
-# Windows have any length, which the tensor and context axes need not divide.
-_WITHOUT_SEQUENCE_PARALLELISM = ("parallel.sequence=false", "parallel.context=1", "parallel.context_attention=ring")
 
 
 def generate(
@@ -48,7 +45,7 @@ def generate(
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what the shell gave was not UTF-8
         raise DataError(f"the prompt {prompt[:40]!r} holds bytes that are no UTF-8; give it in UTF-8")
     sampling = Sampling(temperature, top_k, 1.0 if top_p is None else top_p, seed)
-    config = trained_config(directory, (*overrides, *_WITHOUT_SEQUENCE_PARALLELISM))
+    config = trained_config(directory, (*overrides, *FOR_GENERATION))
     tokenizer = Tokenizer.load(directory)
     require_checkpoint(directory)
     start = tokenizer.encode(prompt) or [tokenizer.end_of_text]

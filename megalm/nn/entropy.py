@@ -39,7 +39,7 @@ def head_entropy(
     tokens, heads, size = q_BTHE.shape[1:]
     wide = torch.promote_types(q_BTHE.dtype, torch.float32)
     places_T = torch.arange(tokens, device=q_BTHE.device)
-    seen = tokens if queries is None else queries
+    seen = tokens if queries is None else max(queries, 1)
     places_Q = places_T[torch.linspace(0, seen - 1, min(seen, QUERIES), device=q_BTHE.device).round().long()]
     keys_BSGE = k_BTGE[:1] if pattern is None else with_summaries(k_BTGE[:1], pattern)
     places_S = torch.arange(tokens - keys_BSGE.shape[1], tokens, device=q_BTHE.device)

@@ -57,6 +57,7 @@ class Router(nn.Module):
         assert config.experts is not None
         self.experts, self.chosen = config.experts, config.experts_per_token
         self.capacity_factor, self.sigmoid = config.capacity_factor, config.router_score == "sigmoid"
+        self.row_tokens = config.sequence
         self.group, self.sequence, self.context = group, sequence, context
         self.weight = init.table(ShardSpec.whole(f"{name}.weight", (self.experts, config.hidden)), config.init_std)
         bias = None
@@ -94,7 +95,9 @@ class Router(nn.Module):
         fits = whole_fits = None
         if self.capacity_factor is not None:
             whole_rows = chosen_BTk if self.context is None else self.context.whole_rows(chosen_BTk)
-            whole_fits = within_capacity(whole_rows, self.experts, self.capacity_factor)
+            # Without a loss mask a row may be the begin of one, as in generation: whole rows have the capacity.
+            tokens = context.tokens if context.loss_mask_BT is not None else self.row_tokens
+            whole_fits = within_capacity(whole_rows, self.experts, self.capacity_factor, tokens)
             places = whole(context.tokens) if self.context is None else self.context.places(context.tokens)
             fits = select(whole_fits, places)
         if self._factors is not None and torch.is_grad_enabled():
@@ -146,14 +149,14 @@ class _Attach(torch.autograd.Function):
         return gradient, torch.ones((), dtype=ctx.dtype, device=gradient.device), None, None
 
 
-def within_capacity(chosen_BTk: Tensor, experts: int, factor: float) -> Tensor:
-    """Return which choices fit, bool [B, T, k]: the first ones of a row, ceil(factor T k / experts) for each expert.
+def within_capacity(chosen_BTk: Tensor, experts: int, factor: float, row_tokens: int | None = None) -> Tensor:
+    """Return which choices fit, bool [B, T, k]: the first ones of a row, ceil(factor n k / experts) for each expert.
 
-    Whether a token's do does not depend on those behind it.
+    n is the number of tokens in a row, `row_tokens`, or T. Whether a token's do does not depend on those behind it.
     """
     rows, tokens, each = chosen_BTk.shape
     choices = tokens * each
-    capacity = math.ceil(factor * choices / experts)
+    capacity = math.ceil(factor * (row_tokens or tokens) * each / experts)
     ordered_BN, order_BN = chosen_BTk.flatten(1).sort(dim=1, stable=True)
     counts_BE = torch.zeros(rows, experts, dtype=torch.int64, device=chosen_BTk.device)
     counts_BE.scatter_add_(1, ordered_BN, torch.ones_like(ordered_BN))

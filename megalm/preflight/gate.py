@@ -82,8 +82,8 @@ def preflight(config: RunConfig, mesh: ParallelMesh, parameters: int, probes: Pr
 def _report(config: RunConfig, mesh: ParallelMesh, parameters: int, probes: Probes) -> dict[str, Any]:
     """Return what this rank knows of itself, and the first on its node of the run's directory."""
     experts = sum(count for name, count in config.model.hidden_matrices.items() if ".experts." in name)
-    parameters -= experts - experts // mesh.layout.expert
-    weights = parameters * (8 if config.precision == "fp64" else 4 if config.precision == "fp32" else 2)
+    held = parameters - (experts - experts // mesh.layout.expert)
+    weights = held * (8 if config.precision == "fp64" else 4 if config.precision == "fp32" else 2)
     report: dict[str, Any] = {
         "node": probes.node(),
         "versions": dict(probes.versions()),

@@ -169,7 +169,7 @@ class Memory:
         )
 
 
-_SPLIT = "split the model over more ranks (parallel.tensor, parallel.pipeline)"
+_SPLIT = "split the model over more ranks (parallel.tensor, parallel.pipeline, parallel.context, or parallel.expert)"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -192,7 +192,7 @@ def remedies(config: RunConfig, data_size: int, held: HeldBytes, activations: in
     if config.train.recompute != "full":
         found.append((activations / 2, "train.recompute=full"))
     divided = (held.optimizer + held.master_weights, held.gradients, held.weights)
-    if data_size > 1 and stage < (3 if config.parallel.pipeline == 1 else 2):
+    if data_size > 1 and stage < (3 if config.parallel.pipeline == config.parallel.expert == 1 else 2):
         freed = divided[stage] * (1 - 1 / data_size)
         found.append((freed, f"zero.stage={stage + 1}"))
     elif stage >= 2 and config.zero.config is None:

@@ -213,6 +213,7 @@ def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]
     kinds = [kind for kind in reader.kinds() if kind != "weight"]
     trainer.state = TrainState(**reader.state["progress"])
     trainer.engine.load(reader.read_flat, kinds, trainer.state.updates)
+    trainer.engine.module.further_sums.zero_()  # type: ignore[operator]
 
 
 def _describe(config: RunConfig, mesh: ParallelMesh) -> dict[str, Any]:
@@ -223,6 +224,7 @@ def _describe(config: RunConfig, mesh: ParallelMesh) -> dict[str, Any]:
         "pipeline": layout.pipeline,
         "data": layout.data,
         "context": layout.context,
+        "expert": layout.expert,
         "zero_stage": config.zero.stage,
         "precision": config.precision,
     }

@@ -34,9 +34,10 @@ def run_facts(
 
 
 def _layout(layout: RankLayout) -> str:
-    """Return the size of each axis; context only where it is one."""
+    """Return the size of each axis; context only where it is one, and over how many ranks experts are divided."""
     axes = ("tensor", "pipeline", "context", "data")
-    return " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes if axis != "context" or layout.context > 1)
+    sizes = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes if axis != "context" or layout.context > 1)
+    return sizes if layout.expert == 1 else f"{sizes}, experts over {layout.expert}"
 
 
 def _muons(config: RunConfig, parameters: int) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ def partitioner(config: RunConfig, mesh: ParallelMesh) -> Callable[[nn.Module], 
     _tell_deepspeed_the_device(mesh)
     from megalm.zero.deepspeed_engine import partition_weights
 
-    joined = deepspeed_config(config, mesh.size("replica"))
+    joined = deepspeed_config(config, mesh.size("data"))
     if joined["zero_optimization"].get("zero_quantized_weights") and mesh.device.type != "cuda":
         raise ConfigError(
             f"zero.config={config.zero.config}: zero_quantized_weights=true needs DeepSpeed's CUDA kernel and this run "
@@ -68,7 +68,7 @@ def build_engine(
         make_optimizer,
         tied_weight=tied_weight,
         stage=config.zero.stage,
-        deepspeed_config=deepspeed_config(config, mesh.size("replica")),
+        deepspeed_config=deepspeed_config(config, mesh.size("data")),
         grad_norm=select_operations(config.model.kernels, mesh.device).grad_norm,
     )
 

@@ -320,7 +320,11 @@ def test_what_cannot_work_is_refused_with_the_reason(tmp_path: Path, content: di
             ["zero.stage=2"],
             "zero_hpz_partition_size=2 contradicts the recipe's zero.st",
         ),
-        ({"zero_hpz_partition_size": 4}, ["zero.stage=3"], "=4 does not divide the 6 data-parallel ranks; use 1, 2, 3"),
+        (
+            {"zero_hpz_partition_size": 4},
+            ["zero.stage=3"],
+            "=4 does not divide the 6 ranks that hold the same layers; use",
+        ),
         ({"zero_hpz_partition_size": 0}, ["zero.stage=3"], "zero_hpz_partition_size=0 is no size"),
         ({"zero_quantized_weights": True}, ["zero.stage=1"], "set zero.stage=3; other stages have whole weights"),
         ({"zero_quantized_weights": 1}, ["zero.stage=3"], "zero_quantized_weights=1 is no flag"),

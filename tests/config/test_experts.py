@@ -68,6 +68,18 @@ def test_the_data_ranks_are_a_multiple_of_those_that_divide_the_experts() -> Non
         check_world(config(**DIVIDED), 1)
 
 
+def test_worlds_that_are_recommended_divide_the_experts() -> None:
+    recipe = config(**DIVIDED, **{"train.global_batch": 8, "train.micro_batch": 2})
+    with pytest.raises(ConfigError, match=r"use 12 for train\.global_batch, or 2 or 4 ranks, or train\.pad"):
+        check_world(recipe, 6)
+
+
+def test_a_width_that_nothing_has_is_idle() -> None:
+    with pytest.raises(ConfigError, match=r"model\.ffn=999 has no effect without a layer without experts"):
+        config(**EXPERTS, **{"model.expert_ffn": 16, "model.ffn": 999})
+    assert config(**EXPERTS, **{"model.expert_ffn": 16, "model.ffn": 999, "model.dense_layers": 1}).model.ffn == 999
+
+
 def test_layers_and_widths_that_follow_from_the_recipe() -> None:
     model = config(**EXPERTS, **{"model.dense_layers": 1, "model.shared_experts": 2, "model.ffn": 12}).model
     assert [model.has_experts(layer) for layer in range(4)] == [False, True, True, True]

@@ -117,8 +117,9 @@ def test_a_run_goes_on_with_its_rows_divided(place: Path) -> None:
         for how in ((), ("parallel.context=2", "parallel.context_attention=ulysses"))
     ]
     assert answers[0]["loss"] == pytest.approx(answers[1]["loss"], rel=1e-6)
-    text = succeed(place, "generate", "divided", f"--prompt={PROMPT}", "--temperature=0", "--tokens=8")
-    assert text.startswith(PROMPT)
+    command = ("generate", "divided", f"--prompt={PROMPT}", "--temperature=0", "--tokens=8")
+    text = succeed(place, *command)
+    assert text.startswith(PROMPT) and succeed(place, *command, "parallel.context=2") == text
 
 
 def test_a_folded_run_that_goes_on_interleaved_learns_what_one_process_does(place: Path) -> None:

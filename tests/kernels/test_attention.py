@@ -15,6 +15,7 @@ from megalm.distributed.random import keep_slice
 from megalm.kernels import attention as file
 from megalm.kernels import launch, reference
 from megalm.kernels.attention import flash_attention, flash_attention_gradients
+from megalm.kernels.attention_arguments import kernel_arguments
 from tests.kernels.checks import DEVICE, DTYPES, assert_as_good_as_plain, normal, poisoned
 from tests.shards import assert_close
 
@@ -496,7 +497,7 @@ def test_the_specialized_kernel_gives_the_same(
 
 
 def test_the_specialized_kernel_serves_whole_tiles_of_its_settings() -> None:
-    arguments = file._arguments(
+    arguments = kernel_arguments(
         *qkv(T=192, S=192, H=1, E=64, dtype=torch.float16),
         *[None] * 5,
         True,

@@ -58,6 +58,10 @@ def test_the_entropy_is_that_of_the_probabilities(name: str) -> None:
         assert found.item() == pytest.approx(written_out(q, k, head, **how), rel=1e-12)
 
 
+def test_a_row_of_padding_has_a_number() -> None:
+    assert head_entropy(*inputs(), 0, queries=0).item() == head_entropy(*inputs(), 0, queries=1).item() == 0.0
+
+
 def test_of_a_long_row_some_queries_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     q, k = (torch.randn(1, 3000, 2, 8, generator=generator) for _ in range(2))

@@ -107,6 +107,21 @@ def test_losses_of_a_router_are_those_of_its_formulas(pool: WorkerPool, tensor: 
     pool.run(check_losses, layout=RankLayout(tensor=tensor))
 
 
+def test_a_begin_of_a_row_drops_what_the_row_drops() -> None:
+    """As in generation, where the rest of the row is still to come: no loss mask, and a whole row's capacity."""
+    mesh = ParallelMesh.on_meta(RankLayout(), 0)
+    config = model_section(**next(values for values in MIXTURES if "capacity_factor" in values))
+    layer = MixtureOfExperts("m", config, group=mesh.group("tensor"), init=INIT, sequence=False)
+    fill(layer, scale=0.5)
+    x = random_whole("x", (ROWS, config.sequence, config.hidden))
+    with torch.no_grad():
+        whole_row = layer(x, Context(config.sequence))
+        for tokens in (1, 3, 5):
+            assert_close(layer(x[:, :tokens], Context(tokens)), whole_row[:, :tokens], f"{tokens} tokens")
+    choices = torch.zeros(1, 6, 1, dtype=torch.int64)
+    assert within_capacity(choices, 2, 1.0).sum() == 3 and within_capacity(choices, 2, 1.0, 12).sum() == 6
+
+
 def check_cut_rows(mesh: ParallelMesh, values: dict[str, Any]) -> None:
     """Ranks with tokens of the same rows: their losses' gradients add up to those of whole rows."""
     config = model_section(**values)

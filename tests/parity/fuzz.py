@@ -70,7 +70,7 @@ def draw(number: int) -> Case:
 def refusal(case: Case) -> Verdict | None:
     """Return why a recipe cannot be; None where it can."""
     try:
-        check_world(case.config(), case.pipeline * case.data * case.tensor)
+        check_world(case.config(), case.layout.world_size)
     except ConfigError as error:
         lines = str(error).splitlines()
         unclear = [line for line in lines[len(lines) > 1 :] if ";" not in line and ":" not in line]

@@ -68,7 +68,7 @@ def test_the_table_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
     rows = {line[:28].strip(): line[28:].split(maxsplit=2) for line in capfd.readouterr().out.splitlines()}
     assert rows["weights"] == ["bf16", "2", "tensor"]
     assert rows["gradients, summed"] == rows["optimizer: exp_avg"] == ["fp32", "4", "tensor, data"]
-    assert rows["gradients between data ranks"] == ["bf16", "2", "tensor"]
+    assert rows["gradients between replicas"] == ["bf16", "2", "tensor"]
     assert "optimizer: exp_avg_sq" not in rows
 
 
