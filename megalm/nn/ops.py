@@ -283,12 +283,11 @@ def _fused_attention(flash_attention: Callable[..., Any]) -> Callable[..., Any]:
             return flash_attention(q_BTHE, k_BSGE, v_BSGE, **options)
         assert documents.starts is not None, "the kernels need the starts of documents"
         assert drop is None, "rows laid end to end have no dropout mask of their own"
-        q_1NHE, k_1NGE, v_1NGE = (x.flatten(0, 1)[None] for x in (q_BTHE, k_BSGE, v_BSGE))
-        result = flash_attention(q_1NHE, k_1NGE, v_1NGE, cu_seqlens=documents.starts, **options)
+        one_row = [_as_one_row(x) for x in (q_BTHE, k_BSGE, v_BSGE)]
+        result = flash_attention(*one_row, cu_seqlens=documents.starts, **options)
         if not options.get("return_lse"):
-            return result.view_as(q_BTHE)
-        out_1NHE, lse_1HN = result
-        return out_1NHE.view_as(q_BTHE), lse_1HN[0].unflatten(1, q_BTHE.shape[:2]).transpose(0, 1)
+            return _as_rows(result, len(q_BTHE))
+        return tuple(_as_rows(x, len(q_BTHE)) for x in result)
 
     return attend
 
