@@ -30,7 +30,7 @@ def _latents_exclude_other_heads(config: RunConfig) -> Iterator[str]:
         ("rotary_share", model.rotary_share != 1.0, "of whose heads rope_head_dim features turn; leave it out"),
         ("qk_norm", model.qk_norm, "whose norms are those of the latents; use model.qk_norm=false"),
         ("attention_gate", model.attention_gate, "whose projections have no gates; use model.attention_gate=false"),
-        ("qkv_bias", bool(model.qkv_bias), "whose projections have no biases; leave it out"),
+        ("qkv_bias", model.qkv_bias is not None, "whose projections have no biases; leave it out"),
     ):
         if excluded:
             value = str(getattr(model, key)).lower()

@@ -52,7 +52,8 @@ class ModelSection(Section):
 
     With `mup_base`, the width at which a rate was found good, it is good at any `hidden` (muP, Yang et al. 2022): the
     blocks' matrices start smaller by the root of hidden / mup_base and learn slower by it, logits are divided by it,
-    and scores by the root of a head's size over `mup_base_head_dim`, where heads grow too.
+    and scores by the root of a head's size over `mup_base_head_dim`, where heads grow too. What else is given in
+    features (`ffn`, the ranks of latent attention) must grow with `hidden`.
 
     `kernels` says what computes it: fused Triton kernels or plain torch (auto: fused on CUDA); `flash_attention` false
     stores the whole matrix of attention scores. The model is the same.

@@ -27,6 +27,7 @@ from megalm.nn.entropy import head_entropy
 from megalm.train.layer_report import INSPECT_FILE, layer_names
 from megalm.train.tracking import MetricsFile
 from megalm.train.trainer import StepResult, Trainer
+from megalm.zero.engine import kept_buffers, shard_of
 
 DEAD = 0.01
 """A feed-forward unit is dead at a step where it stays below this share of its layer's root mean square."""
@@ -191,7 +192,9 @@ class LayerStatistics:
 
 
 def _weights(trainer: Trainer) -> Iterator[Fragment]:
-    return (fragment for fragment in trainer.engine.state() if fragment.kind == "weight")
+    """Yield this rank's share of what is trained or frozen: routers' biases, which count tokens, are neither."""
+    kept = {shard_of(buffer).name for buffer in kept_buffers(trainer.engine.module)}
+    return (f for f in trainer.engine.state() if f.kind == "weight" and f.shard.name not in kept)
 
 
 def _square(x: Tensor) -> Tensor:

@@ -151,6 +151,7 @@ def test_building_a_config_in_code_checks_the_rules_too() -> None:
         (["model.qk_norm=true"], "whose norms are those of the latents; use model.qk_norm=false"),
         (["model.attention_gate=true"], "whose projections have no gates; use model.attention_gate=false"),
         (["model.qkv_bias=true"], "whose projections have no biases; leave it out"),
+        (["model.qkv_bias=false"], "model.qkv_bias=false does not go with latent attention"),
         (["model.position=rotary", "model.rope_head_dim=5"], "model.rope_head_dim=5 is odd, and model.position=rot"),
         (["model.nope_head_dim=8", "model.value_head_dim=13"], "model.value_head_dim=13 is more than the 12 features"),
     ],

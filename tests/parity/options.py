@@ -142,6 +142,7 @@ FACTORS: dict[str, list[Any]] = {
         {"loss.fused_head": True, "loss.z_loss": 0.02},
         {"loss.label_smoothing": 0.1, "loss.z_loss": 0.01},
     ],
+    "padding": [NONE, {"train.pad_batch": True, "train.global_batch": 7}],
     "growth": [
         NONE,
         {"batch_ramp.start": 4, "batch_ramp.every": 1},

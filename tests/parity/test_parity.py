@@ -11,6 +11,7 @@ from megalm.config.choices import CHOICES
 from megalm.config.run import RunConfig
 from megalm.distributed.layout import RankLayout
 from tests.parity import options
+from tests.parity.__main__ import markdown
 from tests.parity.cases import (
     CASES,
     DROPOUT,
@@ -24,11 +25,11 @@ from tests.parity.cases import (
     UNFUSED_ATTENTION,
     misses,
 )
-from tests.parity.harness import LLAMA, Case, run_case, train_rank
+from tests.parity.harness import LLAMA, Case, Difference, run_case, train_rank
 from tests.worker_pool import WorkerPool
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in REPRESENTATIVE], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", REPRESENTATIVE, ids=lambda case: case.name)
 @pytest.mark.parametrize(("precision", "optimizer"), [("fp64", "adamw"), ("fp32", "sgd")])
 def test_layout_equals_one_process(pool: WorkerPool, case: Case, precision: str, optimizer: str) -> None:
     difference, _ = run_case(pool, case, STEPS, precision=precision, **OPTIMIZERS[optimizer])
@@ -120,3 +121,11 @@ def test_a_rank_holds_what_zero_promises(pool: WorkerPool, stage: int) -> None:
             share = data if stage >= from_stage else 1
             limit = 1.05 * whole[name] / share
             assert held[name] <= limit, f"stage {stage}: {name} {held[name]} of {whole[name]} bytes, at most {limit}"
+
+
+def test_the_page_of_a_run_has_the_largest_differences_of_each_recipe() -> None:
+    small, large = Difference(1e-15, "w", 2e-16, 1e-15), Difference(3e-15, "w", 1e-16, 2e-15)
+    page = markdown({"t1": [("fp64", small), ("fp64", large), ("fp32", small)], "t2": [("fp64", None)]}, "a total")
+    assert "| t1 | 3e-15 | 1e-15 | 2e-16 | 2e-16 | 1e-15 |" in page
+    assert "| t2 | failed |  | failed |  |  |" in page
+    assert "**a total**" in page

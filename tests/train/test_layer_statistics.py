@@ -20,6 +20,7 @@ from megalm.train.layer_report import FIGURES, INSPECT_FILE, layer_names
 from megalm.train.layer_statistics import LayerStatistics
 from megalm.train.tracking import read_metrics
 from megalm.train.trainer import Trainer
+from megalm.zero.engine import kept_buffers
 from tests.parity.harness import VOCAB, Case, build_trainer
 from tests.worker_pool import WorkerPool
 
@@ -242,3 +243,18 @@ def test_sampling_changes_nothing_and_no_step_stands_twice(pool: WorkerPool, tmp
 
 def test_layers_are_told_apart() -> None:
     assert layer_names(2) == ["embedding", "blocks.0", "blocks.1", "head"]
+
+
+def check_weights_with_biases(mesh: ParallelMesh, run: Path) -> None:
+    balance = {"model.experts": 4, "model.router_bias_rate": 5.0, "model.router_score": "sigmoid", "inspect.every": 1}
+    trainer, layers = trainer_of(mesh, run, **balance)
+    sampled(trainer, layers, 3)
+    *_, record = read_metrics(run / INSPECT_FILE)
+    module = trainer.engine.module
+    assert all(bool(bias.any()) for bias in kept_buffers(module)), "the biases have moved"
+    weights = [p.detach() for name, p in module.named_parameters() if name.startswith("blocks.1.")]
+    assert record["blocks.1/weight_norm"] == pytest.approx(norm(weights), rel=1e-9)
+
+
+def test_biases_of_routers_are_no_weights(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(check_weights_with_biases, tmp_path / "run", layout=RankLayout())
