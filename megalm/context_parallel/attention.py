@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalm.context_parallel.ring import ring_attention
 from megalm.context_parallel.ulysses import all_to_all_attention
-from megalm.distributed.places import Places, whole, zigzag
+from megalm.distributed.places import Places, from_zigzag, whole, zigzag
 from megalm.nn.ops import Operations
 
 
@@ -39,8 +39,7 @@ class ContextParallel:
             return x_BTX
         parts = [torch.empty_like(x_BTX, memory_format=torch.contiguous_format) for _ in range(ranks)]
         dist.all_gather(parts, x_BTX.detach().contiguous(), group=self.group)
-        early, late = torch.stack(parts, dim=1).unflatten(2, (2, -1)).unbind(2)  # each [B, ranks, piece, ...]
-        return torch.cat((early, late.flip(1)), dim=1).flatten(1, 2)
+        return from_zigzag(torch.stack(parts))
 
     def around(self, attend: Callable[..., Any], operations: Operations) -> Callable[..., Any]:
         """Return attention of this rank's tokens, of which `attend` does whole rows."""

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megalm.distributed.collectives import exchange_blocks
+from megalm.distributed.places import from_zigzag, to_zigzag
 from megalm.nn.masks import Drop
 
 
@@ -60,12 +60,9 @@ def all_to_all_attention(
 def to_heads(x_BTHX: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return all tokens, in their order, of this rank's share of the heads (dim 2), from some tokens of all heads."""
     blocks = x_BTHX.unflatten(2, (group.size(), -1)).movedim(2, 0)
-    early, late = exchange_blocks(blocks, group).chunk(2, dim=2)  # each [ranks, B, piece, heads, ...]
-    return torch.cat((early, late.flip(0)), dim=0).transpose(0, 1).flatten(1, 2)
+    return from_zigzag(exchange_blocks(blocks, group))
 
 
 def to_tokens(x_BTHX: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return this rank's tokens of all heads from all tokens of its share of the heads; undoes `to_heads`."""
-    early, late = x_BTHX.unflatten(1, (2, group.size(), -1)).unbind(1)  # each [B, ranks, piece, heads, ...]
-    blocks = torch.cat((early, late.flip(1)), dim=2).transpose(0, 1)
-    return exchange_blocks(blocks, group).movedim(0, 2).flatten(2, 3)
+    return exchange_blocks(to_zigzag(x_BTHX, group.size()), group).movedim(0, 2).flatten(2, 3)

@@ -38,6 +38,18 @@ def zigzag(tokens: int, index: int, count: int) -> Places:
     return Run(index * piece, piece), Run((2 * count - 1 - index) * piece, piece)
 
 
+def from_zigzag(parts_RBTX: Tensor) -> Tensor:
+    """Return whole rows, BTX, from the tokens of all ranks R in their order: `zigzag`'s of rows that they divide."""
+    early, late = parts_RBTX.unflatten(2, (2, -1)).unbind(2)  # each [R, B, piece, ...]
+    return torch.cat((early, late.flip(0))).transpose(0, 1).flatten(1, 2)
+
+
+def to_zigzag(rows_BTX: Tensor, ranks: int) -> Tensor:
+    """Return each rank's tokens, RBTX, of whole rows; undoes `from_zigzag`."""
+    early, late = rows_BTX.unflatten(1, (2, ranks, -1)).unbind(1)  # each [B, R, piece, ...]
+    return torch.cat((early, late.flip(1)), dim=2).transpose(0, 1)
+
+
 def part(places: Places, start: int, length: int) -> Places:
     """Return the places of elements start ... start + length - 1 of a tensor that holds `places`."""
     found, passed = [], 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.distributed.places import Run, part, pieces, select, whole, zigzag
+from megalm.distributed.places import Run, from_zigzag, part, pieces, select, to_zigzag, whole, zigzag
 
 
 def test_a_zigzag_pairs_early_and_late_pieces() -> None:
@@ -33,3 +34,12 @@ def test_a_part_of_places_is_what_a_slice_of_the_tensor_holds(lengths: list[int]
 def test_one_run_is_a_view() -> None:
     row = torch.arange(10)
     assert select(row, (Run(3, 4),), dim=0).data_ptr() == row[3:].data_ptr()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_rows_are_put_together_of_the_ranks_tokens(ranks: int) -> None:
+    rows_BTX = torch.arange(2 * 24 * 3).view(2, 24, 3)
+    parts = to_zigzag(rows_BTX, ranks)
+    for rank in range(ranks):
+        assert torch.equal(parts[rank], select(rows_BTX, zigzag(24, rank, ranks)))
+    assert torch.equal(from_zigzag(parts), rows_BTX)
