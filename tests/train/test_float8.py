@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -21,6 +22,9 @@ from megalm.errors import ConfigError
 from megalm.models.build import build_executor, build_stage
 from megalm.tensor_parallel.float8 import Float8Products
 from megalm.tensor_parallel.linear import Linear
+from megalm.train.run_directory import check_run, open_run
+from megalm.train.tracking import read_metrics
+from tests.end_to_end.workplace import make_workplace, megalm
 from tests.parity.harness import LLAMA, Case, RandomText, RankReport, assemble, reference_run, train_rank
 from tests.worker_pool import WorkerPool
 
@@ -251,3 +255,38 @@ def test_a_gpu_without_fp8_is_refused(
     with pytest.raises(ConfigError) as caught:
         check_device(config)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_run_goes_on_with_the_products_it_began_with(tmp_path: Path) -> None:
+    begun = [f"run.dir={tmp_path}", "precision=bf16"]
+    open_run(load_recipe("gpt-tiny", [*begun, "train.fp8=rowwise"]), "data", "tokenizer", 1, 1).claim()
+    check_run(load_recipe("gpt-tiny", [*begun, "train.fp8=rowwise", "train.compile=true"]), "data", "tokenizer")
+    with pytest.raises(ConfigError, match=r'train\.fp8="rowwise" there, "none" here'):
+        check_run(load_recipe("gpt-tiny", begun), "data", "tokenizer")
+
+
+def train_by_command(place: Path, run: str, *chosen: str) -> list[float]:
+    """Return the losses of 40 steps of a small model, as `megalm train` has them on this machine's device."""
+    model = (
+        "model.hidden=256",
+        "model.heads=4",
+        "model.dropout=0",
+        "model.sequence=64",
+        "precision=bf16",
+        "optim.lr=5e-4",
+    )
+    done = megalm(place, "train", "recipe.yaml", f"run.dir={run}", "checkpoint.every=0", *model, *chosen)
+    assert done.returncode == 0, done.stderr
+    return [line["train/loss"] for line in read_metrics(place / run / "metrics.jsonl") if "train/loss" in line]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("program", ["train.compile=false", "train.compile=true"])
+def test_a_gpu_trains_near_bf16(tmp_path: Path, program: str) -> None:
+    place = make_workplace(tmp_path / "place")
+    sixteen = train_by_command(place, "bf16")
+    assert len(sixteen) == 40 and sixteen[-1] < 0.7 * sixteen[0]
+    for recipe in RECIPES:
+        found = train_by_command(place, recipe, f"train.fp8={recipe}", program)
+        assert found != sixteen and apart(found, sixteen) < 0.02
