@@ -180,8 +180,12 @@ def synchronize(device: torch.device) -> None:
 
 def measure_layout(config: RunConfig, tokens: TokenFile, steps: int) -> dict[str, Any]:
     """Return the wall time of each of `steps` steps of this rank's trainer, after some to warm up."""
+    from megalm.train.compilation import compile_blocks
+
     with joined_mesh(config) as mesh:
         trainer = build_trainer(config, tokens, mesh)
+        if config.train.compile:
+            compile_blocks(config, trainer.engine.module, mesh.device)  # type: ignore[arg-type]
         loss = trainer.train_step().loss
         for _ in range(WARM_STEPS):
             trainer.train_step()

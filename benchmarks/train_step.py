@@ -11,11 +11,15 @@ Layouts: as many local processes as each needs train the first shape, one layout
 
     python benchmarks/train_step.py --device cuda --precision bf16 --model gpt-1b --sequences 2048 4096
 
+    python benchmarks/train_step.py --device cuda --precision bf16 --model llama-8b --sequences 4096 --micro-batch 1 \
+        --layers 4 --fp8 tensorwise rowwise rowwise_with_gw_hp
+
     python benchmarks/train_step.py --compile                             # train.compile against eager, as above
 
 A model: the recipe of that name on one device, with the fused kernels and without, at each length of sequence: tokens
 a second, peak memory, and MFU, the model FLOPs of `megalm.train.monitor.flops_per_token` (6 a weight and token, causal
-attention counted as full squares, nothing that is recomputed) over the device's dense peak.
+attention counted as full squares, nothing that is recomputed) over the device's dense peak of the precision. With
+`--fp8` its blocks are compiled, and each recipe of `train.fp8` has a row beside bf16; over the peak of bf16 too.
 
 `step_process.py` is what runs in each of the processes, `plain.py` the plain loop.
 """
@@ -23,6 +27,7 @@ attention counted as full squares, nothing that is recomputed) over the device's
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -42,6 +47,7 @@ import numpy as np
 import torch
 from step_process import CHECKED_STEPS, LOSS_TOLERANCE, WARM_STEPS, result_of
 
+from megalm.config.choices import CHOICES
 from megalm.config.load import load_recipe
 from megalm.config.run import RunConfig
 from megalm.data.token_file import TokenFileWriter
@@ -209,17 +215,25 @@ def measure_layout_rate(layout: Layout, options: argparse.Namespace) -> dict[str
 def measure_model(options: argparse.Namespace, results: dict[str, Any], out: Path) -> None:
     """Measure a recipe with and without fused kernels at each length; print the rows, fill and write the results."""
     print(f"\n{options.model}, one device, micro-batch of {options.micro_batch} sequences")
-    print("sequence  kernels       step ms      tokens/s   TFLOP/s     MFU   peak GiB  loss of step 1")
+    print(
+        "sequence  kernels    fp8                    step ms      tokens/s   TFLOP/s     MFU   peak GiB  loss of step 1"
+    )
+    choices = ["fused"] * (options.device == "cuda") + ["reference"] * (not options.fp8)
     for sequence in options.sequences:
-        for kernels in ("fused", "reference") if options.device == "cuda" else ("reference",):
+        for kernels, fp8 in itertools.product(choices, ("none", *options.fp8)):
             overrides = {
                 "precision": options.precision,
                 "model.sequence": sequence,
                 "model.kernels": kernels,
+                "train.compile": bool(options.fp8),
+                "train.fp8": fp8,
                 "zero.stage": 0,
                 "train.micro_batch": options.micro_batch,
                 "train.global_batch": 2 * options.micro_batch,
                 "lr_schedule.warmup_steps": 0,
+                **({} if options.layers is None else {"model.layers": options.layers}),
+                "parallel.tensor": 1,
+                "parallel.sequence": False,
             }
             config = load_recipe(options.model, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
             raw = measured("layout", config, 1, options.layout_steps, options)
@@ -227,9 +241,10 @@ def measure_model(options: argparse.Namespace, results: dict[str, Any], out: Pat
             rate = raw["tokens_per_step"] / step_s
             flops = rate * raw["flops_per_token"]
             row = {**raw, "step_s": step_s, "tokens_per_s": rate, "flops": flops, "mfu": flops / raw["peak_flops"]}
-            results.setdefault("model", {"name": options.model})[f"sequence {sequence}, {kernels}"] = row
+            name = f"sequence {sequence}, {kernels}" + (f", {fp8}" if options.fp8 else "")
+            results.setdefault("model", {"name": options.model})[name] = row
             print(
-                f"{sequence:8}  {kernels:<9} {1e3 * step_s:11.1f}  {rate:12.0f}  {flops / 1e12:8.1f}  "
+                f"{sequence:8}  {kernels:<9}  {fp8:<18} {1e3 * step_s:11.1f}  {rate:12.0f}  {flops / 1e12:8.1f}  "
                 f"{row['mfu']:6.1%}  {raw['peak_bytes'] / 2**30:9.1f}  {raw['first_loss']:.6f}",
                 flush=True,
             )
@@ -277,6 +292,10 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="our compiled step against our eager one")
     parser.add_argument("--model", help="measure this recipe on one device instead; it must name its vocabulary")
     parser.add_argument("--sequences", type=int, nargs="+", default=[2048, 4096], help="lengths for --model")
+    parser.add_argument(
+        "--fp8", nargs="+", choices=CHOICES["fp8"][1:], default=[], help="measure these compiled, beside bf16"
+    )
+    parser.add_argument("--layers", type=int, help="layers of --model, so that it fits on one device")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a microbatch for --model")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads in each process")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/train_step_DEVICE.json")
@@ -289,12 +308,16 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no GPU; use --device cpu", file=sys.stderr)
         return 2
+    if options.fp8 and (options.device == "cpu" or options.model is None):
+        print("--fp8: a GPU's blocks are compared; add --device cuda --model NAME", file=sys.stderr)
+        return 2
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the processes take a GPU where they see one
     if options.layouts is None:
         all_layouts = options.device == "cpu" and not options.compile
         options.layouts = [Layout.read(name) for name in LAYOUTS.split()] if all_layouts else []
-    name = "_".join(filter(None, ("train_step", "compiled" if options.compile else options.model, options.device)))
+    kind = "compiled" if options.compile else options.model
+    name = "_".join(filter(None, ("train_step", kind, "fp8" if options.fp8 else None, options.device)))
     out = options.out or Path(__file__).parent / "results" / f"{name}.json"
     results: dict[str, Any] = {"machine": machine(options)}
     print(*(f"{key} {value}" for key, value in results["machine"].items()), sep=", ")

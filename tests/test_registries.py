@@ -34,6 +34,7 @@ WITHOUT_A_REGISTRY = {
     "context_attention",
     "cooldown_shape",
     "device",
+    "fp8",
     "init",
     "kernels",
     "norm_place",

@@ -9,6 +9,7 @@ from __future__ import annotations
 CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", "fp16", "fp64"),
+    "fp8": ("none", "tensorwise", "rowwise", "rowwise_with_gw_hp"),
     "reduce_dtype": ("fp32", "bf16"),
     "kernels": ("auto", "fused", "reference"),
     "norm": ("layernorm", "rmsnorm"),

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from megalm.config import checks, ramps
 from megalm.config import context_checks as context_checks  # its rules add themselves
 from megalm.config import expert_checks as expert_checks
+from megalm.config import float8_checks as float8_checks
 from megalm.config import latent_checks as latent_checks
 from megalm.config import loop_checks as loop_checks
 from megalm.config import optim_checks as optim_checks
@@ -123,6 +124,9 @@ class TrainSection(Section):
     `recompute` says what the backward pass computes again instead of keeping it: whole blocks (full), or what lies
     between the projections of their attention (selective); in each `recompute_every`-th block. `compile` has
     torch.compile make one program of each block.
+
+    `fp8` rounds the operands of the products of the blocks' linear layers to 8 bits, by a recipe of torchao's: with one
+    scale a matrix (tensorwise), or one a row (rowwise), of which the last leaves weights' gradients in bf16.
     """
 
     steps: Positive | None = None
@@ -138,6 +142,7 @@ class TrainSection(Section):
     recompute: Annotated[str, one_of("recompute")] = "none"
     recompute_every: Few = 1
     compile: bool = False
+    fp8: Annotated[str, one_of("fp8")] = "none"
 
 
 class BatchRampSection(Section):

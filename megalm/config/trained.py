@@ -27,6 +27,7 @@ ONE_PROCESS = (
     "zero.config=null",
     "train.pad_batch=true",  # no batch is made, which the ranks would have to divide
     "train.compile=false",  # of training alone, and it excludes schedules
+    "train.fp8=none",  # "
 )
 FOR_GENERATION = (
     "parallel.sequence=false",

@@ -18,8 +18,10 @@ from megalm.errors import ConfigError
 
 
 def check_device(config: RunConfig) -> None:
-    """Raise ConfigError for a device that this machine lacks, or for kernels that need one."""
+    """Raise ConfigError for a device that this machine lacks, or for kernels and products that need one."""
     if torch.cuda.is_available() and config.run.device != "cpu":
+        if config.train.fp8 != "none":
+            _check_fp8(config.train.fp8)
         return
     if config.run.device == "cuda":
         raise ConfigError("run.device=cuda, but torch sees no GPU here; megalm doctor says why; run.device=cpu works")
@@ -27,6 +29,26 @@ def check_device(config: RunConfig) -> None:
         raise ConfigError("model.kernels=fused needs a CUDA device and this run computes on cpu; use auto")
     if config.optim.kind == "apex_adamw":
         raise ConfigError("optim.kind=apex_adamw needs a GPU and this run computes on cpu; use adamw")
+    if config.train.fp8 != "none":
+        raise ConfigError(
+            f"train.fp8={config.train.fp8} needs a GPU with products in fp8 and this run computes on cpu; use "
+            "train.fp8=none"
+        )
+
+
+def _check_fp8(recipe: str) -> None:
+    """Raise ConfigError where a GPU that this process sees has no products in fp8."""
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        if torch.version.hip is not None:  # whose capabilities do not rise with it: gfx90a, without, has 9.0
+            kind, has_fp8 = gpu.gcnArchName.split(":")[0], gpu.gcnArchName.startswith(("gfx94", "gfx95"))
+        else:
+            kind, has_fp8 = f"compute capability {gpu.major}.{gpu.minor}", (gpu.major, gpu.minor) >= (8, 9)
+        if not has_fp8:
+            raise ConfigError(
+                f"train.fp8={recipe} needs products in fp8, which NVIDIA's GPUs have from compute capability 8.9 on, "
+                f"AMD's from MI300 on, and GPU {index} here, {gpu.name}, is of {kind}; use train.fp8=none"
+            )
 
 
 def layout_of(config: RunConfig, world_size: int) -> RankLayout:

@@ -30,8 +30,8 @@ def check_world(config: RunConfig, world: int) -> int:
 
 
 def check_device(config: RunConfig) -> None:
-    """Raise ConfigError for a device that this machine lacks, or kernels that need one. torch is asked only then."""
-    if config.run.device == "cuda" or config.model.kernels == "fused":
+    """Raise ConfigError for a device that this machine lacks, or what needs one. torch is asked only then."""
+    if config.run.device == "cuda" or config.model.kernels == "fused" or config.train.fp8 != "none":
         from megalm.distributed import world
 
         world.check_device(config)

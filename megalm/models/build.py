@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from megalm.pipeline_parallel.executor import PipelineExecutor
 from megalm.pipeline_parallel.partition import partition_layers
 from megalm.pipeline_parallel.schedules import SCHEDULES, placement_of
 from megalm.pipeline_parallel.weight_gradients import WeightGradients
+from megalm.tensor_parallel.float8 import Float8Products
 from megalm.tensor_parallel.initialize import Initializer
 from megalm.tensor_parallel.linear import Linear
 
@@ -44,9 +45,13 @@ def build_stage(
     """Return this rank's part of the model with its initial weights, in the recipe's precision on the mesh's device.
 
     `vocab` is the tokenizer's size, unpadded, and `document_start` the token that begins a document. `on_built` is
-    called with each part once it is there; without it no collective runs.
+    called with each part once it is there; without it no collective runs. Raises ConfigError where the device, or this
+    Python, cannot compute what `train.fp8` asks for.
     """
-    return Transformer(
+    products = _float8_products(config)
+    if products is not None:
+        products.check(mesh.device)
+    model = Transformer(
         config.model,
         vocab=vocab,
         plan=stage_plan(config, mesh.coordinates.pipeline),
@@ -64,22 +69,37 @@ def build_stage(
         on_built=on_built,
         context=ContextParallel(mesh.group("context"), config.parallel.context_attention),
     )
+    if products is not None:
+        for layer in _linear_layers(model.blocks):
+            layer.linear = products.linear
+    return model
+
+
+def _float8_products(config: RunConfig) -> Float8Products | None:
+    return None if config.train.fp8 == "none" else Float8Products(config.train.fp8)
+
+
+def _linear_layers(module: nn.Module) -> Iterator[Linear]:
+    return (layer for layer in module.modules() if isinstance(layer, Linear))
 
 
 def build_executor(config: RunConfig, module: nn.Module, mesh: ParallelMesh) -> PipelineExecutor:
     """Return the executor of this rank's stage for the recipe's schedule.
 
     Under a schedule that splits the backward pass the linear layers of the blocks are told to put off the gradients of
-    their weights. Those of the head come at once: what they need is as large as the logits.
+    their weights, in fp8 or not. Those of the head come at once: what they need is as large as the logits.
     """
     ranks = mesh.size("context") * (mesh.size("tensor") if config.parallel.sequence else 1)
     kind = SCHEDULES.get(config.parallel.schedule)
     schedule = partial(kind, chunks=kind.fixed_chunks or config.parallel.virtual_stages)
     weight_gradients = WeightGradients()
     if kind.splits_backward:
-        for layer in module.modules():
-            if isinstance(layer, Linear):
-                layer.linear = weight_gradients.linear
+        for layer in _linear_layers(module):
+            layer.linear = weight_gradients.linear
+        products = _float8_products(config)
+        if products is not None:
+            for layer in _linear_layers(module.get_submodule("blocks")):
+                layer.linear = partial(weight_gradients.linear, products=products)
 
     def hidden_shape(rows: int, tokens: int) -> tuple[int, int, int]:
         return rows, tokens // ranks, config.model.hidden

@@ -9,7 +9,7 @@ the first half.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,45 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
+class Products(Protocol):
+    """A linear layer and the two products of its backward pass: x [..., D], weight [F, D], gradient (of y) [..., F]."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return y = x W^T + b, with gradients."""
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of x, in its shape."""
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient of the weight."""
+
+
+class TorchProducts:
+    """The products as torch has them, in the dtype of their operands."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return y = x W^T + b, with gradients."""
+        return F.linear(x, weight, bias)
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of x, in its shape."""
+        return gradient @ weight
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient of the weight."""
+        return gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
 @dataclass(frozen=True)
 class Owed:
     """The gradients that one linear layer owes its weight [F, D] and bias [F] for one microbatch.
 
-    Either may have no edge: it is frozen, or there is none.
+    Either may have no edge: it is frozen, or there is none. `products` makes the weight's.
     """
 
     x: Tensor
     gradient: Tensor
+    products: Products
     weight: GradientEdge | None
     bias: GradientEdge | None
 
@@ -36,12 +66,14 @@ class Owed:
         They end in the parameters' `.grad`, as those of `torch.autograd.backward` do, and set off the same hooks.
         """
         with torch.no_grad():
-            gradient_NF = self.gradient.flatten(0, -2)
-            weight = None if self.weight is None else gradient_NF.t() @ self.x.flatten(0, -2)
-            bias = None if self.bias is None else gradient_NF.sum(0)
+            weight = None if self.weight is None else self.products.weight_gradient(self.gradient, self.x)
+            bias = None if self.bias is None else self.gradient.flatten(0, -2).sum(0)
         for edge, value in ((self.weight, weight), (self.bias, bias)):
             if edge is not None:
                 torch.autograd.backward(edge, value)
+
+
+_TORCH = TorchProducts()
 
 
 class WeightGradients:
@@ -50,16 +82,18 @@ class WeightGradients:
     def __init__(self) -> None:
         self._owed: list[Owed] = []
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return x W^T + b, as `F.linear` does; its backward pass owes the gradients of W and b.
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, products: Products = _TORCH) -> Tensor:
+        """Return x W^T + b by `products`; its backward pass owes the gradients of W and b.
 
         Where x needs no gradient there is nothing to do first, and the gradients come at once.
         """
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         if not (torch.is_grad_enabled() and x.requires_grad and trained):
-            return F.linear(x, weight, bias)
+            return products.linear(x, weight, bias)
         edges = [_edge(weight), _edge(bias)]
-        y: Tensor = _LaterWeights.apply(x, weight.detach(), None if bias is None else bias.detach(), edges, self._owed)
+        y: Tensor = _LaterWeights.apply(
+            x, weight.detach(), None if bias is None else bias.detach(), edges, self._owed, products
+        )
         return y
 
     def take(self) -> list[Owed]:
@@ -89,14 +123,15 @@ class _LaterWeights(torch.autograd.Function):
         bias: Tensor | None,
         edges: list[GradientEdge | None],
         owed: list[Owed],
+        products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.edges, ctx.owed = edges, owed
-        return F.linear(x, weight, bias)
+        ctx.edges, ctx.owed, ctx.products = edges, owed, products
+        return products.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        ctx.owed.append(Owed(x.detach(), gradient, *ctx.edges))
-        return gradient @ weight, None, None, None, None
+        ctx.owed.append(Owed(x.detach(), gradient, ctx.products, *ctx.edges))
+        return ctx.products.input_gradient(gradient, weight), None, None, None, None, None

@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A layer with products by weights, all taken by `linear`, which a schedule may set to its own."""
+    """A layer with products by weights, all taken by `linear`, which a schedule or fp8 may set to their own."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import ConfigError
+from megalm.tensor_parallel.float8 import quiet_torchao
 from megalm.zero.parts import Part, PlacedOptimizer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,22 +65,14 @@ class EightBitAdamW(PlacedOptimizer):
 
 
 def _torchaos_adamw(groups: list[dict[str, Any]], **options: Any) -> Any:
-    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # kernels for other things
-    # Its version warns of those kernels all the same, and of the types that it registers.
-    noisy = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in noisy]
-    for logger in noisy:
-        logger.setLevel(logging.ERROR)
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise ConfigError(
-            f"optim.kind=adamw8bit is torchao's, which cannot be imported here ({error}); pip install torchao, or "
-            "use adamw"
-        ) from error
-    finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
+    with quiet_torchao():
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise ConfigError(
+                f"optim.kind=adamw8bit is torchao's, which cannot be imported here ({error}); pip install torchao, or "
+                "use adamw"
+            ) from error
     return AdamW8bit(groups, **options)
 
 

@@ -29,7 +29,7 @@ def run_facts(
         *_ramps(config),
         *_filling(config, layout.data),
         ("layout", f"{_layout(layout)}, {mesh.device.type}"),
-        ("MFU", f"of {peak.flops / 1e12:.3g} TFLOP/s a rank ({peak.source})"),
+        ("MFU", f"of {peak.flops / 1e12:.3g} TFLOP/s a rank ({peak.source}{_fp8(config)})"),
     ]
 
 
@@ -38,6 +38,10 @@ def _layout(layout: RankLayout) -> str:
     axes = ("tensor", "pipeline", "context", "data")
     sizes = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes if axis != "context" or layout.context > 1)
     return sizes if layout.expert == 1 else f"{sizes}, experts over {layout.expert}"
+
+
+def _fp8(config: RunConfig) -> str:
+    return "" if config.train.fp8 == "none" else "; products in fp8 are counted against it too"
 
 
 def _muons(config: RunConfig, parameters: int) -> list[tuple[str, str]]:

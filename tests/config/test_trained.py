@@ -42,6 +42,15 @@ def test_a_model_that_was_trained_compiled_takes_any_schedule(run: Path) -> None
     assert (config.parallel.schedule, config.train.compile) == ("zb-v", False)
 
 
+def test_a_model_that_was_trained_in_fp8_is_computed_in_bf16_wherever_it_is(run: Path) -> None:
+    recipe = run / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("fp8: none", "fp8: rowwise").replace("fp32", "bf16"))
+    config = trained_config(run, ["run.device=cpu"])
+    assert (config.train.fp8, config.precision) == ("none", "bf16")
+    with pytest.raises(ConfigError, match=r"train\.fp8=rowwise cannot be set for a trained model"):
+        trained_config(run, ["train.fp8=rowwise"])
+
+
 @pytest.mark.parametrize("override", ["model.layers=2", "seed=3", "optim.lr=1", "train.steps=3", "zero.stage=3"])
 def test_what_training_has_fixed_may_not(run: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=f"{override} cannot be set for a trained model; what may change"):

@@ -71,6 +71,7 @@ def test_recompilation_is_left_out_and_kernels_are_those_of_a_gpu(capfd: pytest.
         ("model.position=t5", "model.kernels=reference", "model.dropout=0.1"),
         ("parallel.pipeline=2", "parallel.schedule=zb-v", "zero.stage=2", "train.recompute=selective"),
         ("zero.stage=3", "zero.config=zero3-offload", "loss.fused_head=true"),
+        ("train.fp8=tensorwise", "parallel.pipeline=2", "parallel.schedule=zb-h1", "parallel.tensor=2"),
     ],
     ids=str,
 )

@@ -144,6 +144,8 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["model.vocab=100"], "smaller than the 280 tokens of the tokenizer in data; use 280 or more"),
         (["model.sequence=100000"], "use a smaller model.sequence or more text"),
         (["run.device=cuda"], "run.device=cuda, but torch sees no GPU here; megalm doctor says why"),
+        (["train.fp8=rowwise", "precision=bf16"], "fp8=rowwise needs a GPU with products in fp8 and this run comp"),
+        (["train.fp8=rowise"], "train.fp8=rowise: unknown fp8; did you mean rowwise?"),
         (["model.layers=1000000"], "model.layers=1000000"),
         (["log.sinks=[tensorbord]"], "log.sinks=[tensorbord]: unknown sink; did you mean tensorboard?"),
         (["profile.start=39"], "profile.start=39 with profile.steps=3 reaches to step 41, but the run ends at"),
