@@ -68,6 +68,17 @@ def test_remedies_fit_the_recipe_and_the_best_comes_first(
     assert remedies(small_recipe(**sections), data, HeldBytes(*held), activations) == expected
 
 
+def test_on_a_gpu_activations_may_leave_once_all_is_recomputed() -> None:
+    held, on_gpu = HeldBytes(1, 2, 1, 2), {"data_size": 1, "activations": 9, "on_gpu": True}
+    for train, expected in (
+        ({"recompute": "none"}, "train.recompute=full"),
+        ({"recompute": "full"}, "train.offload_activations=true"),
+        ({"recompute": "full", "offload_activations": True}, None),
+    ):
+        config = small_recipe(train={**train, "micro_batch": 1})
+        assert remedies(config, held=held, **on_gpu) == [expected] * (expected is not None)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_a_rank_without_memory_says_what_holds_it_and_all_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
