@@ -177,6 +177,20 @@ def test_a_line_of_metrics_says_which_rank_needs_most_and_for_what(pool: WorkerP
     pool.run(check_record, tmp_path, layout=RankLayout(data=4))
 
 
+def check_offloaded(mesh: ParallelMesh, run: Path) -> None:
+    trainer = trainer_of(mesh, 2, **{"train.offload_activations": True})
+    watch, _ = memory_of(mesh, trainer, run)
+    trainer.fit([watch])
+    module: Any = trainer.engine.module
+    assert (
+        watch.record()["memory/offloaded_bytes"] == module.offload.host_bytes.peak > 0 == module.offload.host_bytes.now
+    )
+
+
+def test_so_does_what_lies_in_the_host_s_memory(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(check_offloaded, tmp_path, layout=RankLayout())
+
+
 def check_any_time(mesh: ParallelMesh) -> None:
     for zero in ({"zero.stage": 0}, {"zero.stage": 1}, {"zero.stage": 2}, {"zero.stage": 3},
                  {"zero.stage": 2, "zero.config": "zero2-offload"}):  # fmt: skip
