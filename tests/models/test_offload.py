@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -133,6 +134,63 @@ def test_a_pass_behind_another_frees_what_the_first_kept(recompute: str) -> None
     for _ in range(3):
         plain(*batch()).backward()
     assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(plain), strict=True))
+
+
+class Late(ArrayMover):
+    """Copies as late as a stream may, when it is waited for; nobody may have freed what is copied until then."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[weakref.ref[Any], torch.dtype, Any, list[Any]]] = []
+        self.numbers = itertools.count()
+
+    def to_host(self, flats: Sequence[Tensor]) -> tuple[list[Any], Any]:
+        copies = [[flat.dtype] for flat in flats]
+        return copies, self._later("out", flats, copies)
+
+    def to_device(self, copies: Sequence[Any]) -> tuple[list[Tensor], Any]:
+        assert all(len(copy) == 2 for copy in copies), "what has not left yet is brought"
+        flats = [torch.full((copy[1].size // copy[0].itemsize,), torch.nan).to(copy[0]) for copy in copies]
+        return flats, self._later("back", flats, copies)
+
+    def _later(self, way: str, flats: Sequence[Tensor], copies: Sequence[Any]) -> tuple[str, int]:
+        event = way, next(self.numbers)
+        storages = [weakref.ref(flat.untyped_storage()) for flat in flats]
+        self.open += [(ref, flat.dtype, event, copy) for ref, flat, copy in zip(storages, flats, copies, strict=True)]
+        return event
+
+    def wait(self, event: Any) -> None:
+        for one in [one for one in self.open if one[2] == event]:
+            reference, dtype, (way, _), copy = one
+            storage = reference()
+            assert storage is not None, f"freed on its way {way}"
+            array = torch.empty(0, dtype=dtype).set_(storage).view(torch.uint8).numpy()  # type: ignore[call-overload]
+            if way == "out":
+                copy.append(array.copy())
+            else:
+                array[:] = copy[1]
+        self.open = [one for one in self.open if one[2] != event]
+
+    def release(self, flats: Sequence[Tensor]) -> None:
+        keys = {flat.untyped_storage()._cdata for flat in flats}
+        there = [(one, one[0]()) for one in self.open]
+        self.open = [one for one, storage in there if storage is not None and storage._cdata not in keys]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_copies_may_be_as_late_as_they_are_waited_for(recompute: str) -> None:
+    """In a step of 1f1b: two forwards ahead, then a forward and a backward in turn, then what is left."""
+    mover, found = Late(), []
+    for moves in (mover, None):
+        model = model_of(recipe(**DROPOUT, **{"train.recompute": recompute}), moves)
+        losses = [model(*batch()) for _ in range(2)]
+        for _ in range(3):
+            losses.append(model(*batch()))
+            losses.pop(0).backward()
+        while losses:
+            losses.pop().backward()
+        found.append(gradients(model))
+    assert not mover.open
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_with_blocks_that_are_recomputed_their_inputs_leave_alone() -> None:
