@@ -71,6 +71,7 @@ USES: dict[str, Use] = {
     "parallel.context_attention": Use("parallel.context above 1", lambda config: config.parallel.context > 1),
     "parallel.virtual_stages": _when("parallel", "schedule", "interleaved", "breadth-first"),
     "train.recompute_every": _when("train", "recompute", "selective", "full"),
+    "train.offload_activations": _when("run", "device", "cuda", "auto"),  # a CPU's are in the host's memory
     "optim.momentum": _when("optim", "kind", "sgd", "rmsprop"),
     "optim.nesterov": Use(
         "optim.kind=sgd and optim.momentum", lambda config: config.optim.kind == "sgd" and config.optim.momentum > 0

@@ -122,7 +122,8 @@ class TrainSection(Section):
     they are summed over microbatches, fp32 for weights of 16 bits.
 
     `recompute` says what the backward pass computes again instead of keeping it: whole blocks (full), or what lies
-    between the projections of their attention (selective); in each `recompute_every`-th block. `compile` has
+    between the projections of their attention (selective); in each `recompute_every`-th block. With
+    `offload_activations` what is kept of the blocks waits in the host's memory for its backward pass. `compile` has
     torch.compile make one program of each block.
 
     `fp8` rounds the operands of the products of the blocks' linear layers to 8 bits, by a recipe of torchao's: with one
@@ -141,6 +142,7 @@ class TrainSection(Section):
     reduce_dtype: Annotated[str, one_of("reduce_dtype")] | None = None
     recompute: Annotated[str, one_of("recompute")] = "none"
     recompute_every: Few = 1
+    offload_activations: bool = False
     compile: bool = False
     fp8: Annotated[str, one_of("fp8")] = "none"
 

@@ -26,6 +26,7 @@ ONE_PROCESS = (
     "zero.stage=0",
     "zero.config=null",
     "train.pad_batch=true",  # no batch is made, which the ranks would have to divide
+    "train.offload_activations=false",  # of training alone, and evaluation may be on a CPU
     "train.compile=false",  # of training alone, and it excludes schedules
     "train.fp8=none",  # "
 )

@@ -73,6 +73,8 @@ class DryRun:
     activations: int
     """The largest sum of bytes that were there beside `held` and `buffers` during forwards and backwards."""
     peak_at: str
+    offloaded: int
+    """The largest sum of bytes that waited in the host's memory for their backward pass, beside `activations`."""
     most_live: int
     """The most microbatches, each chunk counted, that were between forward and backward."""
     message: Call | None
@@ -121,6 +123,7 @@ def run_rank(config: RunConfig, layout: RankLayout, rank: int, vocab: int, every
             buffers=stated.buffers(),
             activations=watch.recorder.peak,
             peak_at=watch.recorder.peak_where,
+            offloaded=0 if model.offload is None else model.offload.host_bytes.peak,
             most_live=most_live(schedule, stage),
             message=watch.message,
             actions=[_acted(schedule, mesh, action) for action in schedule.actions(stage)],

@@ -44,6 +44,7 @@ def as_json(run: DryRun) -> dict[str, Any]:
         "microbatches": run.microbatches,
         "executed_microbatches": run.executed,
         "bytes": {**run.held, "buckets": run.buffers, "activations": run.activations},
+        "offloaded_bytes": run.offloaded,
         "in_host_memory": run.in_host,
         "peak_during": run.peak_at,
         "most_live_microbatches": run.most_live,
@@ -153,6 +154,8 @@ def _memory(run: DryRun) -> list[str]:
     if len(run.plan.chunks) > 1:
         live = f"{run.most_live} pieces (microbatch x chunk)"
     rows.append(("activations", _gib(run.activations), f"at most, in {run.peak_at}; {live} live at most"))
+    if run.config.train.offload_activations:
+        rows.append(("offloaded", _gib(run.offloaded), "activations in the host's memory, at most"))
     here = sum(size for name, size in run.held.items() if name not in run.in_host) + run.buffers + run.activations
     rows.append(("together", _gib(here), "and what CUDA, NCCL, kernels and the allocator take for themselves"))
     return _table(rows, "lrl")

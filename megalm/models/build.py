@@ -11,6 +11,7 @@ from torch import nn
 from megalm.config.run import RunConfig
 from megalm.context_parallel.attention import ContextParallel
 from megalm.distributed.mesh import ParallelMesh
+from megalm.models import offload
 from megalm.models.transformer import StagePlan, Transformer
 from megalm.pipeline_parallel.executor import PipelineExecutor
 from megalm.pipeline_parallel.partition import partition_layers
@@ -68,6 +69,7 @@ def build_stage(
         expert_group=mesh.group("expert") if config.parallel.expert > 1 else None,
         on_built=on_built,
         context=ContextParallel(mesh.group("context"), config.parallel.context_attention),
+        offload=offload.mover_of(mesh.device) if config.train.offload_activations else None,
     )
     if products is not None:
         for layer in _linear_layers(model.blocks):

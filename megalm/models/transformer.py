@@ -16,6 +16,7 @@ from megalm.config.model import ModelSection
 from megalm.context_parallel.attention import ContextParallel
 from megalm.distributed.places import Places, part, select, whole
 from megalm.models.losses import token_loss_sum, valid_sum
+from megalm.models.offload import Mover, Offload
 from megalm.nn.block import TransformerBlock
 from megalm.nn.context import Context
 from megalm.nn.dropout import Dropout
@@ -64,7 +65,8 @@ class Transformer(nn.Module):
     ranks that divide whole rows by tokens. Where embeddings are tied, or further tokens are predicted, and the first
     stage is not the last, both hold a copy of `embedding.weight`, `tied_weight`, and their gradients must be summed
     before the update. `mtp_weight` is that of the losses of further tokens, of all depths together. `document_start` is
-    the token that begins a document, which `model.document_mask` needs. `on_built` is called with each part as soon as
+    the token that begins a document, which `model.document_mask` needs. `offload` moves what the blocks keep for their
+    backward pass to the host's memory and back. `on_built` is called with each part as soon as
     it is there, so that a model larger than one device can be divided while it is built.
     """
 
@@ -87,6 +89,7 @@ class Transformer(nn.Module):
         expert_group: dist.ProcessGroup | None = None,
         on_built: Callable[[nn.Module], None] | None = None,
         context: ContextParallel | None = None,
+        offload: Mover | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
@@ -105,6 +108,8 @@ class Transformer(nn.Module):
         self.operations = select_operations(config.kernels, init.device)
         token_group = group if sequence else None
         self.position = POSITIONS.get(config.position)(config, embeds=plan.first, group=token_group, init=init)
+        lasting = [value for value in vars(self.position).values() if isinstance(value, Tensor)]
+        self.offload = None if offload is None else Offload(offload, lasting)
         self.ahead = range(config.layers, config.blocks) if plan.last else range(0)
         self.has_embedding = plan.first or len(self.ahead) > 0
         self.further_sums = torch.zeros(2, dtype=torch.float64, device=init.device)
@@ -179,6 +184,8 @@ class Transformer(nn.Module):
         The last of the model returns the loss summed over this rank's valid tokens, or, without labels, this tensor
         rank's logits_BTVt (padding columns included); earlier ones the hidden state.
         """
+        if self.offload is not None:
+            self.offload.begin()
         embeds = self.plan.embeds(chunk)
         tokens_BT = x if embeds else tokens_BT
         own, context = self._context(x, dropout, tokens_BT, embeds, loss_mask_BT)
@@ -201,10 +208,12 @@ class Transformer(nn.Module):
 
     def _block(self, index: int, x: Tensor, context: Context) -> Tensor:
         block = self.blocks[str(index)]
-        again = self.recompute == "full" and index % self.recompute_every == 0
-        if again and torch.is_grad_enabled():
-            return checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
-        return block(x, context)
+        if not torch.is_grad_enabled():
+            return block(x, context)
+        compute = partial(block, x, context)
+        if self.recompute == "full" and index % self.recompute_every == 0:
+            compute = partial(checkpoint, block, x, context, use_reentrant=False, preserve_rng_state=False)
+        return compute() if self.offload is None else self.offload.run(compute, block, x)
 
     def _loss_sum_ahead(
         self, x: Tensor, own: Places, context: Context, tokens_BT: Tensor, labels_BT: Tensor, loss_mask_BT: Tensor

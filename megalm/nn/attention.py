@@ -122,6 +122,9 @@ class Attention(nn.Module):
             q_BTHE = q_BTHE * self.query_factor
         if self.rotates:
             q_BTHE, k_BTGE = context.rotate(q_BTHE), context.rotate(k_BTGE)
+        if self.q_norm is None and q_BTHE.is_contiguous():
+            # As views keys and values would keep all of the projection, which the queries do not need any more.
+            k_BTGE, v_BTGE = k_BTGE.contiguous(), v_BTGE.contiguous()
         attend = self.attend
         if self.recompute and torch.is_grad_enabled():
             attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)

@@ -153,33 +153,34 @@ class PipelineExecutor:
     def _train_forward(
         self, action: Action, microbatches: Sequence[Microbatch], hidden: Tensor | None, total: Tensor
     ) -> tuple[Tensor | None, GradientEdge | None]:
-        """Run a forward; return what its backward needs: the received leaf, the output's place in the graph.
+        """Run a forward; return what its backward needs: the places of the received and of the output in the graph.
 
         A model's begin whose weights are all frozen has no graph, and nothing to do in its backward.
 
-        The output itself is not kept: backward does not need its value, so on a sending stage its memory is
-        free as soon as the message is through.
+        Neither tensor is kept here: what the backward needs of the received one is autograd's, and of the output it
+        needs nothing, so on a sending stage its memory is free as soon as the message is through.
         """
-        microbatch = microbatches[action.microbatch]
+        microbatch, place = microbatches[action.microbatch], None
         if hidden is not None:
-            hidden.requires_grad_()
+            place = hidden.new_empty(()).expand(hidden.shape).requires_grad_()
+            hidden = _Received.apply(place, hidden)
         output = self._call_module(action, microbatch, hidden)
         if self._makes_loss(action):
             total += output.detach()
         else:
             self._pass_on(action, output, microbatch)
-        return hidden, get_gradient_edge(output) if output.requires_grad else None
+        return place, get_gradient_edge(output) if output.requires_grad else None
 
     def _train_backward(
-        self, action: Action, hidden: Tensor | None, output: GradientEdge | None, gradient: Tensor
+        self, action: Action, place: Tensor | None, output: GradientEdge | None, gradient: Tensor
     ) -> None:
         if output is None:
             return
         with self._naming_failure(action):
             torch.autograd.backward(output, gradient)
-        if hidden is not None:
-            assert hidden.grad is not None, f"stage {self._stage} does not use the hidden state it is given"
-            self._pass_on(action, hidden.grad)
+        if place is not None:
+            assert place.grad is not None, f"stage {self._stage} does not use the hidden state it is given"
+            self._pass_on(action, place.grad)
 
     def _pay(self, action: Action, owed: list[Owed]) -> bool:
         """Make the weight gradients that a backward has put off; return whether there were any."""
@@ -281,6 +282,18 @@ class PipelineExecutor:
                 f"pipeline stage {self._stage} lost a neighbouring stage at {where}; "
                 f"the first error of the other ranks says why: {error}"
             ) from error
+
+
+class _Received(torch.autograd.Function):
+    """A received hidden state in the graph that begins at `place`, a tensor without memory, which gets its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Tensor, hidden: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def _routes(placement: Placement) -> list[Route]:

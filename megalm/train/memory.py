@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,10 +113,13 @@ class Memory:
     def record(self) -> dict[str, int]:
         """Return the memory entries of a line of metrics: the peak of the rank that has the largest, and its parts.
 
-        Every rank of the world must call.
+        What of its activations lay in the host's memory at most stands beside them. Every rank of the world must call.
         """
         own = peak_memory_bytes(self.mesh.device)
         parts = self._parts(self._usual or HeldBytes(0, 0, 0, 0), own)
+        if self.config.train.offload_activations:
+            module: Any = None if self._engine is None else self._engine.module
+            parts["offloaded"] = 0 if module is None else module.offload.host_bytes.peak
         largest = torch.tensor(own << _RANK_BITS | self.mesh.rank, dtype=torch.int64, device=self.mesh.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         peak, rank = divmod(int(largest.item()), 1 << _RANK_BITS)
@@ -162,7 +166,8 @@ class Memory:
         with suppress(OSError):  # a full disk must not hide what is said here
             self._dump_snapshot(f"out-of-memory.rank-{self.mesh.rank}")
         peak = format_bytes(peak_memory_bytes(device))
-        helps = remedies(self.config, self.mesh.size("replica"), held, parts["activations"])
+        on_gpu = device.type == "cuda"
+        helps = remedies(self.config, self.mesh.size("replica"), held, parts["activations"], on_gpu)
         return (
             f"{where} at step {progress.step}, {PHASES[progress.phase]}; it holds {_in_words(parts)} (peak {peak}); "
             f"use {' or '.join(helps)}, or {_SPLIT}"
@@ -182,7 +187,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def remedies(config: RunConfig, data_size: int, held: HeldBytes, activations: int) -> list[str]:
+def remedies(config: RunConfig, data_size: int, held: HeldBytes, activations: int, on_gpu: bool = False) -> list[str]:
     """Return the settings that would free most, the best first: of activations, or of what ZeRO divides."""
     found: list[tuple[float, str]] = []
     micro_batch, stage = config.train.micro_batch, config.zero.stage
@@ -191,6 +196,8 @@ def remedies(config: RunConfig, data_size: int, held: HeldBytes, activations: in
         found.append((activations * (1 - smaller / micro_batch), f"train.micro_batch={smaller}"))
     if config.train.recompute != "full":
         found.append((activations / 2, "train.recompute=full"))
+    elif on_gpu and not config.train.offload_activations:
+        found.append((activations / 2, "train.offload_activations=true"))
     divided = (held.optimizer + held.master_weights, held.gradients, held.weights)
     if data_size > 1 and stage < (3 if config.parallel.pipeline == config.parallel.expert == 1 else 2):
         freed = divided[stage] * (1 - 1 / data_size)

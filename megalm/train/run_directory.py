@@ -49,6 +49,7 @@ FREE_KEYS = frozenset(
         "train.pad_batch",
         "train.recompute",
         "train.recompute_every",
+        "train.offload_activations",
         "train.compile",
         "data.path",
         "model.kernels",

@@ -13,6 +13,7 @@ from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
 from megalm.dry_run.rank import DryRun
 from megalm.dry_run.recording import MESSAGES, Call, Names, Recorder
+from megalm.models.offload import Offload
 from megalm.train.trainer import Trainer
 from tests.parity.harness import build_trainer
 
@@ -24,6 +25,7 @@ class Seen:
     calls: list[Call]
     held: dict[str, int]
     activations: int
+    offloaded: int = 0
 
 
 def observe(mesh: ParallelMesh, config: RunConfig) -> Seen:
@@ -59,7 +61,9 @@ def _observe_step(trainer: Trainer, names: Names) -> Seen:
             trainer.train_step()
     finally:
         trainer.executor.run = run  # type: ignore[method-assign]
-    return Seen(around.calls, held, inside.peak)
+    offload = trainer.engine.module.offload
+    offloaded = offload.host_bytes.peak if isinstance(offload, Offload) else 0
+    return Seen(around.calls, held, inside.peak, offloaded)
 
 
 def _make_gradients(trainer: Trainer) -> list[Tensor]:

@@ -64,6 +64,18 @@ def test_recompilation_is_left_out_and_kernels_are_those_of_a_gpu(capfd: pytest.
     assert plain - fused > 16 * 12 * 1024**2 * 2
 
 
+def test_what_is_offloaded_leaves_the_count_and_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    place = ("train", "llama-8b", "--dry-run", "3/8", "model.layers=16", "train.recompute=full")
+    switch = "train.offload_activations=true"
+    plain, ours = (json.loads(answered(capfd, *place, *more, "--json")) for more in ((), (switch,)))
+    freed = plain["bytes"]["activations"] - ours["bytes"]["activations"]
+    assert plain["offloaded_bytes"] == 0
+    assert 0.7 * ours["offloaded_bytes"] < freed < ours["offloaded_bytes"]
+    text = answered(capfd, *place, switch)
+    assert "activations in the host's memory, at most" in text
+    assert "offloaded" not in answered(capfd, *place)
+
+
 @pytest.mark.parametrize(
     "chosen",
     [

@@ -6,10 +6,12 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from megalm.dry_run.rank import DryRun, run_rank
+from megalm.models import offload
 from megalm.pipeline_parallel.schedules import SCHEDULES
 from tests.dry_run.real import Seen, by_axis, expected_calls, expected_messages, observe
 from tests.parity.harness import LLAMA, VOCAB, Case
@@ -19,6 +21,7 @@ SHAPE: dict[str, Any] = {"model.hidden": 64, "model.layers": 4, "model.sequence"
 SEQUENCE = {**SHAPE, **LLAMA, "parallel.sequence": True, "precision": "bf16"}
 CHUNKS = {**SHAPE, "parallel.schedule": "interleaved", "parallel.virtual_stages": 2}
 FROZEN = {"optim.rules": [{"match": "blocks.0.attention.*", "freeze": True}, {"match": "*.mlp.*", "lr": 0.5}]}
+OFFLOAD = {"train.offload_activations": True}
 DIVIDED = {"zero.stage": 2, "precision": "bf16"}
 CASES = [
     Case(2, 1, 2, {**SHAPE, "precision": "fp32"}),
@@ -32,12 +35,16 @@ CASES = [
     Case(
         2, 2, 1, {**SHAPE, "zero.stage": 1, "precision": "fp64", "parallel.schedule": "zb-v", "optim.centralize": True}
     ),
+    Case(2, 1, 2, {**SEQUENCE, "model.layers": 8, **OFFLOAD}),
+    Case(2, 1, 1, {**SHAPE, **OFFLOAD, "model.layers": 8, "train.recompute": "full", "parallel.schedule": "zb-h1"}),
+    Case(1, 1, 2, {**SHAPE, **OFFLOAD, "train.recompute": "selective", "model.dropout": 0.1, "model.mtp_depth": 1}),
 ]
 SMALL_BUCKETS = {"zero_optimization": {"stage": 2, "reduce_scatter": True, "reduce_bucket_size": 5000}}
 
 
 def dry(case: Case, rank: int, every: bool = False) -> DryRun:
-    return run_rank(case.config(), case.layout, rank, VOCAB, every)
+    with mock.patch.object(offload, "SMALL", 0):  # as in the runs that it is held to
+        return run_rank(case.config(), case.layout, rank, VOCAB, every)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -74,6 +81,12 @@ def test_the_peak_of_activations_is_that_of_a_real_step(both: list[tuple[DryRun,
     for run, seen in both:
         beside = run.buffers + (run.held["gradients"] if run.config.zero.stage == 2 else 0)
         assert seen.activations == pytest.approx(run.activations + beside, rel=0.05), run.peak_at
+
+
+def test_as_much_waits_in_the_host_as_in_a_real_step(both: list[tuple[DryRun, Seen]]) -> None:
+    for run, seen in both:
+        assert run.offloaded == seen.offloaded
+        assert (run.offloaded > 0) == run.config.train.offload_activations
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -28,6 +28,7 @@ from megalm.train.compilation import compile_blocks
 from megalm.train.optimizers import build_optimizer, freeze
 from megalm.train.trainer import Trainer, TrainState
 from megalm.zero.build import build_engine, partitioner
+from tests.offloading import offloading_on_a_cpu
 from tests.parity.reference import Reference
 from tests.parity.reference_masks import DOCUMENT_START
 from tests.worker_pool import WorkerPool, at_world_end
@@ -170,7 +171,8 @@ def train_rank(
 def build_trainer(mesh: ParallelMesh, config: RunConfig) -> Trainer:
     """Return a trainer over random text, built from the parts that `megalm train` uses."""
     torch.use_deterministic_algorithms(True)
-    model = build_stage(config, VOCAB, mesh, partitioner(config, mesh), DOCUMENT_START)
+    with offloading_on_a_cpu():
+        model = build_stage(config, VOCAB, mesh, partitioner(config, mesh), DOCUMENT_START)
     freeze(config.optim, model.parameters())
     make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor, seed=config.seed)
     if config.train.compile:

@@ -14,6 +14,7 @@ from tests.parity import (
     faults,
     latent_faults,
     mtp_faults,
+    offload_faults,
     option_faults,
     schedule_faults,
 )
@@ -32,6 +33,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *latent_faults.MUTANTS,
     *mtp_faults.MUTANTS,
     *expert_faults.MUTANTS,
+    *offload_faults.MUTANTS,
 )
 
 _IN_EVERY_TEST_RUN = (

@@ -176,6 +176,7 @@ FACTORS: dict[str, list[Any]] = {
         {"train.clip_grad_value": 0.002},
         {"optim.centralize": True, "train.clip_grad_value": 0.001, "train.clip_grad_norm": None},
     ],
+    "offload": one("train.offload_activations", True),
 }
 
 

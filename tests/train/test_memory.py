@@ -68,6 +68,17 @@ def test_remedies_fit_the_recipe_and_the_best_comes_first(
     assert remedies(small_recipe(**sections), data, HeldBytes(*held), activations) == expected
 
 
+def test_on_a_gpu_activations_may_leave_once_all_is_recomputed() -> None:
+    held, on_gpu = HeldBytes(1, 2, 1, 2), {"data_size": 1, "activations": 9, "on_gpu": True}
+    for train, expected in (
+        ({"recompute": "none"}, "train.recompute=full"),
+        ({"recompute": "full"}, "train.offload_activations=true"),
+        ({"recompute": "full", "offload_activations": True}, None),
+    ):
+        config = small_recipe(train={**train, "micro_batch": 1})
+        assert remedies(config, held=held, **on_gpu) == [expected] * (expected is not None)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_a_rank_without_memory_says_what_holds_it_and_all_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -164,6 +175,20 @@ def check_record(mesh: ParallelMesh, run: Path) -> None:
 
 def test_a_line_of_metrics_says_which_rank_needs_most_and_for_what(pool: WorkerPool, tmp_path: Path) -> None:
     pool.run(check_record, tmp_path, layout=RankLayout(data=4))
+
+
+def check_offloaded(mesh: ParallelMesh, run: Path) -> None:
+    trainer = trainer_of(mesh, 2, **{"train.offload_activations": True})
+    watch, _ = memory_of(mesh, trainer, run)
+    trainer.fit([watch])
+    module: Any = trainer.engine.module
+    assert (
+        watch.record()["memory/offloaded_bytes"] == module.offload.host_bytes.peak > 0 == module.offload.host_bytes.now
+    )
+
+
+def test_so_does_what_lies_in_the_host_s_memory(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(check_offloaded, tmp_path, layout=RankLayout())
 
 
 def check_any_time(mesh: ParallelMesh) -> None:
