@@ -23,6 +23,7 @@ from megalm.models.build import DTYPES
 from megalm.train.adafactor import mean_shards
 from megalm.train.optimizers import Treatment, grouped
 from megalm.zero.engine import shard_of
+from megalm.zero.overlap import overlapped_buckets
 from megalm.zero.replicated import buckets
 
 _ALIGNMENT = 2  # elements, times the ranks: how DeepSpeed 0.19.8 pads a flat group (nccl_start_alignment_factor)
@@ -117,7 +118,12 @@ class Stated:
         return total
 
     def buffers(self) -> int:
-        """Return the bytes of the buckets that DeepSpeed's stages 1 and 2 hold while gradients are made."""
+        """Return the bytes of the buckets that are held, beside gradients, while these are made.
+
+        DeepSpeed's of stages 1 and 2; of stage 0 what travels in another format than gradients are summed in.
+        """
+        if self.stage == 0 and self.config.overlap.gradients and self.travelling is not self.wide:
+            return _elements(self.trained) * self.travelling.itemsize if self.replicas > 1 else 0
         if self.stage not in (1, 2) or not self.groups or not self.zero.get("contiguous_gradients", True):
             return 0
         dtype = self.wide if self.stage == 1 else DTYPES[self.config.precision]
@@ -145,7 +151,8 @@ class Stated:
         calls: list[Call] = []
         if self.stage == 0:
             ordered = [p for p in self.parameters if p.requires_grad]
-            for bucket in buckets(ordered):
+            early = self.config.overlap.gradients
+            for bucket in overlapped_buckets(ordered, lambda p: "replica") if early else buckets(ordered):
                 calls += self._sum("replica", _elements(bucket), self.travelling)
         elif self.stage == 1:
             calls += self._buckets(self.trained)

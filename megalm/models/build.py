@@ -46,7 +46,7 @@ def build_stage(
     `vocab` is the tokenizer's size, unpadded, and `document_start` the token that begins a document. `on_built` is
     called with each part once it is there; without it no collective runs.
     """
-    return Transformer(
+    model = Transformer(
         config.model,
         vocab=vocab,
         plan=stage_plan(config, mesh.coordinates.pipeline),
@@ -64,6 +64,10 @@ def build_stage(
         on_built=on_built,
         context=ContextParallel(mesh.group("context"), config.parallel.context_attention),
     )
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.chunks = config.overlap.tensor_chunks
+    return model
 
 
 def build_executor(config: RunConfig, module: nn.Module, mesh: ParallelMesh) -> PipelineExecutor:
@@ -84,4 +88,5 @@ def build_executor(config: RunConfig, module: nn.Module, mesh: ParallelMesh) -> 
     def hidden_shape(rows: int, tokens: int) -> tuple[int, int, int]:
         return rows, tokens // ranks, config.model.hidden
 
-    return PipelineExecutor(module, schedule, mesh, hidden_shape, DTYPES[config.precision], weight_gradients)
+    dtype, ahead = DTYPES[config.precision], config.overlap.messages
+    return PipelineExecutor(module, schedule, mesh, hidden_shape, dtype, weight_gradients, ahead)

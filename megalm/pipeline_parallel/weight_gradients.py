@@ -8,7 +8,7 @@ the first half.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,19 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 class Owed:
     """The gradients that one linear layer owes its weight [F, D] and bias [F] for one microbatch.
 
-    Either may have no edge: it is frozen, or there is none.
+    Either may have no edge: it is frozen, or there is none. A layer whose tokens go through in chunks owes their sum:
+    `more` are the inputs and gradients of the other chunks.
     """
 
     x: Tensor
     gradient: Tensor
     weight: GradientEdge | None
     bias: GradientEdge | None
+    more: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def is_to(self, weight: GradientEdge | None, bias: GradientEdge | None) -> bool:
+        """Return whether these are the parameters that it is owed to."""
+        return _same(self.weight, weight) and _same(self.bias, bias)
 
     def pay(self) -> None:
         """Make the gradients and pass them on, through views and collectives, to what the layer was given.
@@ -39,6 +45,11 @@ class Owed:
             gradient_NF = self.gradient.flatten(0, -2)
             weight = None if self.weight is None else gradient_NF.t() @ self.x.flatten(0, -2)
             bias = None if self.bias is None else gradient_NF.sum(0)
+            for x_ND, gradient_NF in self.more:
+                if weight is not None:
+                    weight.addmm_(gradient_NF.t(), x_ND)
+                if bias is not None:
+                    bias += gradient_NF.sum(0)
         for edge, value in ((self.weight, weight), (self.bias, bias)):
             if edge is not None:
                 torch.autograd.backward(edge, value)
@@ -80,6 +91,12 @@ def _edge(parameter: Tensor | None) -> GradientEdge | None:
     return get_gradient_edge(parameter) if parameter is not None and parameter.requires_grad else None
 
 
+def _same(one: GradientEdge | None, other: GradientEdge | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.node is other.node and one.output_nr == other.output_nr
+
+
 class _LaterWeights(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -98,5 +115,12 @@ class _LaterWeights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.owed.append(Owed(x.detach(), gradient, *ctx.edges))
+        owed: list[Owed] = ctx.owed
+        for place in reversed(range(len(owed))):
+            if owed[place].is_to(*ctx.edges):
+                piece = (x.detach().flatten(0, -2), gradient.flatten(0, -2))
+                owed[place] = replace(owed[place], more=(*owed[place].more, piece))
+                break
+        else:
+            owed.append(Owed(x.detach(), gradient, *ctx.edges))
         return gradient @ weight, None, None, None, None
