@@ -148,9 +148,7 @@ def _memory(run: DryRun) -> list[str]:
     for name, size in held.items():
         rows.append((name, _gib(size), "in the host's memory" if name.replace(" ", "_") in run.in_host else ""))
     if run.buffers:
-        rows.append(
-            ("reduction buckets", _gib(run.buffers), "DeepSpeed's" if run.config.zero.stage else "overlap.gradients")
-        )
+        rows.append(("reduction buckets", _gib(run.buffers), "DeepSpeed's"))
     live = f"{run.most_live} microbatch{'es' if run.most_live > 1 else ''}"
     if len(run.plan.chunks) > 1:
         live = f"{run.most_live} pieces (microbatch x chunk)"

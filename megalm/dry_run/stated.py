@@ -118,12 +118,7 @@ class Stated:
         return total
 
     def buffers(self) -> int:
-        """Return the bytes of the buckets that are held, beside gradients, while these are made.
-
-        DeepSpeed's of stages 1 and 2; of stage 0 what travels in another format than gradients are summed in.
-        """
-        if self.stage == 0 and self.config.overlap.gradients and self.travelling is not self.wide:
-            return _elements(self.trained) * self.travelling.itemsize if self.replicas > 1 else 0
+        """Return the bytes of the buckets that DeepSpeed's stages 1 and 2 hold while gradients are made."""
         if self.stage not in (1, 2) or not self.groups or not self.zero.get("contiguous_gradients", True):
             return 0
         dtype = self.wide if self.stage == 1 else DTYPES[self.config.precision]
@@ -142,6 +137,12 @@ class Stated:
         """Return what is sent before the first forward: how many tokens count."""
         return self._one("all-reduce", "data", torch.float64)
 
+    def early_buckets(self) -> list[list[Tensor]]:
+        """Return the buckets whose sums stage 0 begins while the last gradients are made; none where it does not."""
+        if self.stage > 0 or self.replicas == 1 or not self.config.overlap.gradients:
+            return []
+        return list(overlapped_buckets([p for p in self.parameters if p.requires_grad], lambda p: "replica"))
+
     def microbatch(self, arrived: Sequence[Tensor]) -> list[Call]:
         """Return what is sent after a microbatch's backward, whose gradients came in this order: under stage 2."""
         return self._buckets(arrived) if self.stage == 2 else []
@@ -151,8 +152,7 @@ class Stated:
         calls: list[Call] = []
         if self.stage == 0:
             ordered = [p for p in self.parameters if p.requires_grad]
-            early = self.config.overlap.gradients
-            for bucket in overlapped_buckets(ordered, lambda p: "replica") if early else buckets(ordered):
+            for bucket in self.early_buckets() or buckets(ordered):
                 calls += self._sum("replica", _elements(bucket), self.travelling)
         elif self.stage == 1:
             calls += self._buckets(self.trained)

@@ -45,6 +45,11 @@ OFFLOAD2: dict[str, Any] = {"zero.stage": 2, "zero.config": "zero2-offload"}
 OFFLOAD3: dict[str, Any] = {"zero.stage": 3, "zero.config": "zero3-offload"}
 
 
+OVERLAP: dict[str, Any] = {"overlap.gradients": True}
+SMALLER: dict[str, Any] = {"overlap.tensor_chunks": 3}
+UNHURRIED: dict[str, Any] = {"overlap.messages": False}
+
+
 def zero(stage: int) -> dict[str, Any]:
     """Return the overrides of a ZeRO stage."""
     return {"zero.stage": stage}
@@ -162,10 +167,16 @@ CASES: tuple[Case, ...] = (
     Case(1, 2, 2, {**BALANCED, **RING, **expert(2), **SEQUENCE, **zero(2)}),
     Case(1, 2, 1, {**EXPERTS, **ULYSSES, **expert(4), **zero(1)}),
     Case(2, 1, 2, {**EXPERTS, **AHEAD, **RING, **expert(2), **schedule("zb-v")}),
+    Case(2, 2, 2, {**OVERLAP, **SMALLER, **schedule("zb-v"), **SEQUENCE, **DROPOUT, **RECOMPUTE}),
+    Case(2, 2, 2, {**OVERLAP, **SMALLER, **UNHURRIED, **schedule("interleaved", 2), "model.kv_heads": 1}),
+    Case(1, 4, 1, {**OVERLAP, **FULL, **expert(2), **LLAMA, **batch(16, 1)}),
+    Case(1, 2, 2, {**OVERLAP, **SMALLER, **SEQUENCE, **zero(3)}),
+    Case(1, 2, 2, {**OVERLAP, **SMALLER, **LLAMA, **zero(2), **SELECTIVE}),
+    Case(4, 2, 1, {**OVERLAP, **UNHURRIED, **schedule("zb-h1"), **UNTIED, **batch(12, 2)}),
 )
 
 _BEFORE_CONTEXT = (0, 5, 11, 14, 17, 25, 30, 32, 34, 35, 37, 41, 44, 52, 54)
-REPRESENTATIVE: tuple[int, ...] = (*_BEFORE_CONTEXT, 58, 61, 68, 70, 73, 80, 81, 85)
+REPRESENTATIVE: tuple[int, ...] = (*_BEFORE_CONTEXT, 58, 61, 68, 70, 73, 80, 81, 85, 89, 93)
 """The cases, by their place, that every test run checks: each feature at least once."""
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}
