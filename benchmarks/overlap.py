@@ -13,6 +13,10 @@ are the same but for rounding, which is looked at.
 Overlap needs something that sends while the processor computes, as a GPU's network card does. Gloo's threads compute:
 where each rank has one core they take it from the products, and no gain is to be expected.
 
+With --slept neither needs a core: products sleep for their time besides, and collectives are through no sooner than a
+link of fixed speed has sent them. That measures what is begun when and waited for where, as a GPU with its network has
+it, and no arithmetic. Messages of a pipeline are left out there.
+
 Writes NAME.json, where --out is the name.
 """
 
@@ -73,7 +77,9 @@ def settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return what the processes of a case measured, in one row."""
     _, on, _ = CASES[name]
+    links = {"flops_per_s": 1e9 * options.gflops, "bytes_per_s": 1e6 * options.megabytes} if options.slept else None
     job = {
+        "links": links,
         "settings": settings(name, options),
         "on": on,
         "off": {key: value for key, value in OFF.items() if key in on},
@@ -125,9 +131,14 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--pairs", type=int, default=15, metavar="N", help="steps of each side")
     parser.add_argument("--warm", type=int, default=2, metavar="N", help="steps of each side before these")
+    parser.add_argument("--slept", action="store_true", help="products and links that are slept for")
+    parser.add_argument("--gflops", type=float, default=4.0, metavar="N", help="of a rank with --slept, a second")
+    parser.add_argument("--megabytes", type=float, default=12.0, metavar="N", help="of a link with --slept, a second")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps: does it run?")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "overlap", metavar="NAME")
     options = parser.parse_args()
+    if options.slept:
+        options.cases = [name for name in options.cases if CASES[name][0] != "pipeline"]
     if options.quick:
         vars(options).update(QUICK)
     return options
@@ -147,6 +158,7 @@ def main() -> int:
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "pairs": options.pairs,
         "ranks": options.ranks,
+        "slept": {"gflop_s": options.gflops, "mb_s": options.megabytes} if options.slept else None,
     }
     measured = {name: measure(name, options) for name in options.cases}
     print(table(measured, options.ranks))

@@ -43,6 +43,22 @@ def test_a_run_gives_figures_and_a_table(
     assert overlap.table(result["measured"], 2) in printed and "| messages | 2 pipeline |" in printed
 
 
+def test_products_and_links_may_be_slept_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link of 1 MB/s takes 0.1 s for the gradients, of which the rank that sums them at the end waits for all."""
+    out = tmp_path / "slept"
+    speeds = ["--slept", "--megabytes=1", "--gflops=1"]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["overlap.py", "--quick", "--device=cpu", "--cases", "gradients", "messages", *speeds, f"--out={out}"],
+    )
+    assert overlap.main() == 0
+    result = json.loads(out.with_suffix(".json").read_text())
+    assert result["slept"] == {"gflop_s": 1.0, "mb_s": 1.0} and list(result["measured"]) == ["gradients"]
+    one = result["measured"]["gradients"]
+    assert one["off_waiting"] * one["off_step_s"] > 0.1 and one["on_step_s"] > 0.1
+
+
 def test_the_ratio_is_that_of_pairs() -> None:
     raw = {"on": [[1.0, 0.1], [4.0, 0.2], [3.0, 0.3]], "off": [[2.0, 0.5], [2.0, 0.5], [3.0, 0.4]]}
     found = overlap.row({**raw, "loss_difference": 0.0})

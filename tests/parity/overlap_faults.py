@@ -42,16 +42,15 @@ def tied_weight_summed_after_its_first_use() -> Patches:
     yield mock.patch.object(overlap, "chunks_of", lambda parameter: 1)
 
 
-def last_gradient_of_16_bits_not_added() -> Patches:
-    """In fp64 there are no masters: the last microbatch's gradient is lost from the bucket."""
+def last_gradient_halved_before_its_sum() -> Patches:
     original = OverlappedSums._came
 
-    def lost(self: Any, weight: Any) -> None:
+    def halved(self: Any, weight: Any) -> None:
         if self._left.get(weight) == 1:
             weight.grad.mul_(0.5)
         original(self, weight)
 
-    yield mock.patch.object(OverlappedSums, "_came", lost)
+    yield mock.patch.object(OverlappedSums, "_came", halved)
 
 
 def sums_not_waited_for() -> Patches:
@@ -131,7 +130,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(sums_begin_one_microbatch_early, Case(1, 2, 1, GRADIENTS)),
     Mutant(sums_of_an_early_bucket_are_taken_once_more, Case(2, 2, 1, {**GRADIENTS, **schedule("zb-h1")})),
     Mutant(tied_weight_summed_after_its_first_use, Case(1, 2, 1, {**GRADIENTS, **INTERLEAVED})),
-    Mutant(last_gradient_of_16_bits_not_added, Case(1, 2, 1, GRADIENTS)),
+    Mutant(last_gradient_halved_before_its_sum, Case(1, 2, 1, GRADIENTS)),
     Mutant(sums_not_waited_for, Case(1, 2, 2, GRADIENTS)),
     Mutant(buckets_of_a_rank_in_another_order, Case(1, 2, 1, GRADIENTS)),
     Mutant(
