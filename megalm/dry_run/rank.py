@@ -189,7 +189,7 @@ class _Gradients:
 
     def __init__(self, trained: Sequence[nn.Parameter], stated: Stated, microbatches: int) -> None:
         self.stated = stated
-        self._early = stated.early_buckets() if stated.travelling is not stated.wide else []
+        self._early = stated.early_buckets()
         self._left: dict[Tensor, int] = {parameter: microbatches * chunks_of(parameter) for parameter in trained}
         self._travelling: list[Tensor] = []
         self._trained = trained
@@ -220,11 +220,17 @@ class _Gradients:
             parameter.grad = None
 
     def _count(self, parameter: Tensor) -> None:
-        """Make the copies in the format that travels of the buckets that are full, which the end of the step drops."""
+        """Drop a final gradient of 16 bits; copy a bucket whose are all final to the format that travels, if another.
+
+        The end of the step drops the copies.
+        """
         self._left[parameter] -= 1
+        if self._waits and self._left[parameter] == 0:
+            parameter.grad = None
         while self._early and not any(self._left[one] for one in self._early[0]):
             size = sum(one.numel() for one in self._early.pop(0))
-            self._travelling.append(torch.empty(size, dtype=self.stated.travelling, device="meta"))
+            if self.stated.travelling is not self.stated.wide:
+                self._travelling.append(torch.empty(size, dtype=self.stated.travelling, device="meta"))
 
     def _take(self, parameter: Tensor) -> None:
         """Add a gradient to its sum, which takes a wide copy of it, or under stage 2 to the bucket."""
