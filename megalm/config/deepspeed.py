@@ -100,7 +100,11 @@ def deepspeed_config(config: RunConfig, data_size: int | None = None) -> dict[st
     joined: dict[str, Any] = {"steps_per_print": NEVER, "wall_clock_breakdown": False}
     joined |= {key: value for key, value in given.values.items() if key in PASSED_ON and not _is_off(value)}
     joined |= {
-        "zero_optimization": {**given.section("zero_optimization"), "stage": config.zero.stage},
+        "zero_optimization": {
+            **given.section("zero_optimization"),
+            "stage": config.zero.stage,
+            "overlap_comm": config.overlap.gradients,
+        },
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.clip_grad_norm or 0.0,
@@ -234,13 +238,8 @@ def _check_zero(given: _Json, config: RunConfig, data_size: int | None) -> None:
     if given_stage not in (None, AUTO) and not _equal(given_stage, stage):
         remedy = f"set zero.stage={json.dumps(given_stage)}, or choose another zero.config"
         given.contradiction("zero_optimization.stage", given_stage, f"zero.stage={stage}", remedy)
-    if zero.get("overlap_comm") is True and stage == 1:
-        remedy = "set overlap_comm to false; stage 1 reduces its gradients once, after the last microbatch"
-        given.contradiction("zero_optimization.overlap_comm", True, f"zero.stage={stage}", remedy)
-    elif zero.get("overlap_comm") is True and config.parallel.pipeline > 1:
-        recipe = f"parallel.pipeline={config.parallel.pipeline}"
-        remedy = "set overlap_comm to false; a pipeline reduces its gradients after its last microbatch"
-        given.contradiction("zero_optimization.overlap_comm", True, recipe, remedy)
+    overlap = config.overlap.gradients
+    given.compare("zero_optimization.overlap_comm", zero.get("overlap_comm"), "overlap.gradients", overlap)
     for key in sorted(REFUSED.keys() & zero.keys()):
         if zero[key] not in (None, False, AUTO, {"device": "none"}):
             is_nvme = key == "offload_param" and _device(zero[key]) == "nvme"

@@ -62,19 +62,23 @@ def _features_are_whole_loads(config: RunConfig) -> Iterator[str]:
 
 @rule(
     *("train.fp8", "train.micro_batch", "model.sequence", "model.kv_rank"),
-    *("parallel.context", "parallel.tensor", "parallel.sequence"),
+    *("parallel.context", "parallel.tensor", "parallel.sequence", "overlap.tensor_chunks"),
 )
 def _tokens_are_whole_loads(config: RunConfig) -> Iterator[str]:
     if config.train.fp8 in ("none", "rowwise_with_gw_hp"):
         return
     parallel = config.parallel
     tokens = config.train.micro_batch * config.model.sequence // parallel.context
-    if config.model.is_latent and parallel.sequence:
-        tokens //= parallel.tensor  # the projections down take a rank's own
-    if tokens % MULTIPLE:
+    ranks = parallel.tensor if parallel.sequence else 1
+    chunks = config.overlap.tensor_chunks if parallel.tensor > 1 else 1
+    uneven = tokens % (ranks * chunks) > 0  # each rank cuts its own tokens into chunks
+    if config.model.is_latent and ranks > 1:
+        tokens //= ranks  # which the projections down take
+    if uneven or tokens // chunks % MULTIPLE:
+        cut = f", in {chunks} chunks (overlap.tensor_chunks)," if chunks > 1 else ","
         yield (
             f"train.fp8={config.train.fp8} multiplies matrices whose dims are multiples of {MULTIPLE}, and a rank's "
-            f"{tokens} tokens of a microbatch, over which weights' gradients are summed, are not; use another "
+            f"{tokens} tokens of a microbatch{cut} over which weights' gradients are summed, are not; use another "
             "train.micro_batch or model.sequence, or train.fp8=rowwise_with_gw_hp"
         )
 

@@ -69,6 +69,8 @@ USES: dict[str, Use] = {
     "batch_ramp.every": Use("batch_ramp.start", lambda config: config.batch_ramp.start is not None),
     "sequence_warmup.every": Use("sequence_warmup.start", lambda config: config.sequence_warmup.start is not None),
     "parallel.context_attention": Use("parallel.context above 1", lambda config: config.parallel.context > 1),
+    "overlap.tensor_chunks": Use("parallel.tensor above 1", lambda config: config.parallel.tensor > 1),
+    "overlap.messages": Use("parallel.pipeline above 1", lambda config: config.parallel.pipeline > 1),
     "parallel.virtual_stages": _when("parallel", "schedule", "interleaved", "breadth-first"),
     "train.recompute_every": _when("train", "recompute", "selective", "full"),
     "train.offload_activations": _when("run", "device", "cuda", "auto"),  # a CPU's are in the host's memory
@@ -107,5 +109,6 @@ def idle_keys(config: RunConfig) -> Iterator[str]:
         section = getattr(config, section_name)
         value = getattr(section, key)
         if value != type(section).model_fields[key].get_default() and not use.holds(config):
-            shown = list(value) if isinstance(value, tuple) else str(value).lower() if value is True else value
+            shown = str(value).lower() if isinstance(value, bool) else value
+            shown = list(value) if isinstance(value, tuple) else shown
             yield f"{path}={shown} has no effect without {use.condition}; leave it out"

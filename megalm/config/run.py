@@ -21,6 +21,7 @@ from megalm.config import float8_checks as float8_checks
 from megalm.config import latent_checks as latent_checks
 from megalm.config import loop_checks as loop_checks
 from megalm.config import optim_checks as optim_checks
+from megalm.config import overlap_checks as overlap_checks
 from megalm.config import pattern_checks as pattern_checks
 from megalm.config import pipeline_checks as pipeline_checks
 from megalm.config.checks import check_world as check_world
@@ -107,6 +108,20 @@ class ZeroSection(Section):
 
     stage: Annotated[int, Field(ge=0, le=3)] = 0
     config: Text | None = None
+
+
+class OverlapSection(Section):
+    """What is sent while something else is computed. It changes the rounding of what is computed, and nothing else.
+
+    With `gradients` those that are final are summed over the replicas while the last backward pass makes the others.
+    The tokens of a tensor-parallel layer go through in `tensor_chunks` pieces: while one is multiplied, another is
+    summed or gathered over the tensor ranks. With `messages` the receive of a pipeline stage's next action is posted
+    before the action at hand; without, when the next action begins.
+    """
+
+    gradients: bool = False
+    tensor_chunks: Few = 1
+    messages: bool = True
 
 
 class TrainSection(Section):
@@ -290,6 +305,7 @@ class RunConfig(Section):
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
     zero: ZeroSection = ZeroSection()
+    overlap: OverlapSection = OverlapSection()
     train: TrainSection
     batch_ramp: BatchRampSection = BatchRampSection()
     sequence_warmup: SequenceWarmupSection = SequenceWarmupSection()

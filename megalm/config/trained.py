@@ -25,6 +25,9 @@ ONE_PROCESS = (
     "parallel.partition=null",
     "zero.stage=0",
     "zero.config=null",
+    "overlap.gradients=false",
+    "overlap.tensor_chunks=1",
+    "overlap.messages=true",
     "train.pad_batch=true",  # no batch is made, which the ranks would have to divide
     "train.offload_activations=false",  # of training alone, and evaluation may be on a CPU
     "train.compile=false",  # of training alone, and it excludes schedules
@@ -37,7 +40,7 @@ FOR_GENERATION = (
     "parallel.expert=1",
 )
 """Behind a user's overrides: windows have any length, which no axis need divide."""
-_FREE_SECTIONS = frozenset({"parallel", "evaluate"})
+_FREE_SECTIONS = frozenset({"parallel", "overlap", "evaluate"})
 _FREE_KEYS = frozenset(
     {
         "precision",
@@ -65,7 +68,7 @@ def trained_config(run: Path, overrides: Sequence[str]) -> RunConfig:
         if key in known and key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS:
             raise ConfigError(
                 f"{override} cannot be set for a trained model; what may change of its recipe is parallel.*, "
-                f"evaluate.*, {', '.join(sorted(_FREE_KEYS))}"
+                f"overlap.*, evaluate.*, {', '.join(sorted(_FREE_KEYS))}"
             )
     config = load_resolved(run, (*ONE_PROCESS, *overrides))
     return config.model_copy(update={"profile": ProfileSection()})  # whose ranks may not be there

@@ -25,6 +25,7 @@ from megalm.pipeline_parallel.actions import Action, ActionKind, Schedule
 from megalm.pipeline_parallel.executor import Microbatch
 from megalm.pipeline_parallel.schedules import SCHEDULES
 from megalm.train.optimizers import freeze
+from megalm.zero.engine import chunks_of
 
 _PASSES = {
     ActionKind.FORWARD: ("forward",),
@@ -171,7 +172,7 @@ def _step(config: RunConfig, model: Transformer, mesh: ParallelMesh, stated: Sta
     tokens_BT = torch.empty(rows, tokens, dtype=torch.int64, device=mesh.device)
     mask_BT = torch.empty(rows, tokens, dtype=torch.bool, device=mesh.device)
     dropout = DropoutKeys(config.seed, 0, 0) if config.model.draws_masks else None
-    gradients = _Gradients(trained, stated)
+    gradients = _Gradients(trained, stated, microbatches)
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)]
     watch = _Watch(Recorder(Names(mesh), [*known, tokens_BT, mask_BT]), gradients)
     executor = build_executor(config, model, mesh)
@@ -189,8 +190,11 @@ def _step(config: RunConfig, model: Transformer, mesh: ParallelMesh, stated: Sta
 class _Gradients:
     """Does with gradients as they come what the engine of the recipe's ZeRO stage does, as far as it takes memory."""
 
-    def __init__(self, trained: Sequence[nn.Parameter], stated: Stated) -> None:
+    def __init__(self, trained: Sequence[nn.Parameter], stated: Stated, microbatches: int) -> None:
         self.stated = stated
+        self._early = stated.early_buckets()
+        self._left: dict[Tensor, int] = {parameter: microbatches * chunks_of(parameter) for parameter in trained}
+        self._travelling: list[Tensor] = []
         self._trained = trained
         self._arrived: list[Tensor] = []
         self._filled = 0
@@ -203,6 +207,8 @@ class _Gradients:
                 parameter.register_post_accumulate_grad_hook(self._take)
             if stage == 2:
                 parameter.register_post_accumulate_grad_hook(self._arrived.append)
+            if self._early:
+                parameter.register_post_accumulate_grad_hook(self._count)
 
     def take_calls(self) -> list[Call]:
         """Return what is sent for the gradients that came since the last call of this."""
@@ -215,6 +221,19 @@ class _Gradients:
         self._flush()
         for parameter in self._trained if self._waits else ():
             parameter.grad = None
+
+    def _count(self, parameter: Tensor) -> None:
+        """Drop a final gradient of 16 bits; copy a bucket whose are all final to the format that travels, if another.
+
+        The end of the step drops the copies.
+        """
+        self._left[parameter] -= 1
+        if self._waits and self._left[parameter] == 0:
+            parameter.grad = None
+        while self._early and not any(self._left[one] for one in self._early[0]):
+            size = sum(one.numel() for one in self._early.pop(0))
+            if self.stated.travelling is not self.stated.wide:
+                self._travelling.append(torch.empty(size, dtype=self.stated.travelling, device="meta"))
 
     def _take(self, parameter: Tensor) -> None:
         """Add a gradient to its sum, which takes a wide copy of it, or under stage 2 to the bucket."""

@@ -168,7 +168,9 @@ def _collectives(run: DryRun) -> list[str]:
     for (work, chunk), calls in run.work.items():
         where = f" of chunk {chunk}" if len(run.plan.chunks) > 1 else ""
         lines += _listed(f"{work}{where} of each microbatch, {counts[work, chunk]:,} times", calls)
-    lines += _listed("gradients, once a step", run.reduce)
+    early = run.config.overlap.gradients and run.config.zero.stage == 0
+    when = ", begun as soon as each is final" if early else ""
+    lines += _listed(f"gradients, once a step{when}", run.reduce)
     lines += _listed("loss, norm and update, once a step", run.update)
     lines += _listed("after the step", run.after)
     return [*lines, *run.unstated]

@@ -23,6 +23,7 @@ from megalm.models.build import DTYPES
 from megalm.train.adafactor import mean_shards
 from megalm.train.optimizers import Treatment, grouped
 from megalm.zero.engine import shard_of
+from megalm.zero.overlap import overlapped_buckets
 from megalm.zero.replicated import buckets
 
 _ALIGNMENT = 2  # elements, times the ranks: how DeepSpeed 0.19.8 pads a flat group (nccl_start_alignment_factor)
@@ -136,6 +137,12 @@ class Stated:
         """Return what is sent before the first forward: how many tokens count."""
         return self._one("all-reduce", "data", torch.float64)
 
+    def early_buckets(self) -> list[list[Tensor]]:
+        """Return the buckets whose sums stage 0 begins while the last gradients are made; none where it does not."""
+        if self.stage > 0 or self.replicas == 1 or not self.config.overlap.gradients:
+            return []
+        return list(overlapped_buckets([p for p in self.parameters if p.requires_grad], lambda p: "replica"))
+
     def microbatch(self, arrived: Sequence[Tensor]) -> list[Call]:
         """Return what is sent after a microbatch's backward, whose gradients came in this order: under stage 2."""
         return self._buckets(arrived) if self.stage == 2 else []
@@ -145,7 +152,7 @@ class Stated:
         calls: list[Call] = []
         if self.stage == 0:
             ordered = [p for p in self.parameters if p.requires_grad]
-            for bucket in buckets(ordered):
+            for bucket in self.early_buckets() or buckets(ordered):
                 calls += self._sum("replica", _elements(bucket), self.travelling)
         elif self.stage == 1:
             calls += self._buckets(self.trained)

@@ -71,6 +71,8 @@ def build_stage(
         context=ContextParallel(mesh.group("context"), config.parallel.context_attention),
         offload=offload.mover_of(mesh.device) if config.train.offload_activations else None,
     )
+    for layer in _linear_layers(model):
+        layer.chunks = config.overlap.tensor_chunks
     if products is not None:
         for layer in _linear_layers(model.blocks):
             layer.linear = products.linear
@@ -106,4 +108,5 @@ def build_executor(config: RunConfig, module: nn.Module, mesh: ParallelMesh) -> 
     def hidden_shape(rows: int, tokens: int) -> tuple[int, int, int]:
         return rows, tokens // ranks, config.model.hidden
 
-    return PipelineExecutor(module, schedule, mesh, hidden_shape, DTYPES[config.precision], weight_gradients)
+    dtype, ahead = DTYPES[config.precision], config.overlap.messages
+    return PipelineExecutor(module, schedule, mesh, hidden_shape, dtype, weight_gradients, ahead)

@@ -144,6 +144,8 @@ class Transformer(nn.Module):
             # With the norms behind the sums the last block ends in one.
             self.final_norm = norm("final_norm") if config.norm_place != "post" else nn.Identity()
             self.head = VocabParallelHead(self._head_weight(config, init), group=group, sequence=sequence)
+        if plan.first and plan.last and len(plan.chunks) > 1 and self.shares_embedding:
+            self.embedding.weight.chunks = 2  # type: ignore[attr-defined]  # the first and the last
         if on_built is not None:
             on_built(self)
 

@@ -24,6 +24,7 @@ from megalm.nn.norms import RMSNorm
 from megalm.nn.ops import select_operations
 from megalm.nn.pattern_attention import pattern_attention
 from megalm.nn.positions import POSITIONS
+from megalm.tensor_parallel.chunks import entered, entering
 from megalm.tensor_parallel.initialize import Initializer
 from megalm.tensor_parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 
@@ -221,11 +222,16 @@ class MultiQuery(Linear):
 
     def forward(self, x: Tensor) -> Projected:
         """Project a hidden state."""
-        x = gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
         q_bias = None if self.q_bias is None else self.q_bias.flatten()
         kv_bias = None if self.kv_bias is None else sum_gradient(self.kv_bias, self.group)
-        own = self.linear(x, self.q_weight.flatten(0, -2), q_bias)
-        shared = self.linear(x, sum_gradient(self.kv_weight, self.group), kv_bias)
+        q_weight, kv_weight = self.q_weight.flatten(0, -2), sum_gradient(self.kv_weight, self.group)
+        if self.chunks > 1 and self.group.size() > 1:
+            parts = entering(x, self.group, self.sequence, self.chunks)
+            pairs = [(self.linear(p, q_weight, q_bias), self.linear(p, kv_weight, kv_bias)) for p in parts]
+            own, shared = (entered(products, x, self.group, self.sequence) for products in zip(*pairs, strict=True))
+        else:
+            x = gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
+            own, shared = self.linear(x, q_weight, q_bias), self.linear(x, kv_weight, kv_bias)
         q, *gate = (part.unflatten(-1, (-1, self.head_size)) for part in own.chunk(2 if self.gated else 1, dim=-1))
         k, v = (part.unsqueeze(2) for part in shared.chunk(2, dim=-1))
         return q, gate[0] if gate else None, k, v

@@ -52,9 +52,9 @@ class PipelineExecutor:
     everywhere; it returns the loss sum (or logits, without labels) where the model ends, else the hidden state. The
     hidden state of a microbatch has the shape `activation_shape(rows, tokens)` and the dtype `dtype`.
     `schedule(stages, microbatches)` is called anew where a step has another number of microbatches. `weight_gradients`
-    collects what the module's layers put off until the weight gradients' own actions. After `run`, `peak_live` is the
-    largest number of microbatches, each chunk counted, whose activations, or what their weight gradients need, were
-    held at once.
+    collects what the module's layers put off until the weight gradients' own actions. Receives are posted one action
+    ahead, or, without `ahead`, when their action begins. After `run`, `peak_live` is the largest number of
+    microbatches, each chunk counted, whose activations, or what their weight gradients need, were held at once.
     """
 
     def __init__(
@@ -65,8 +65,10 @@ class PipelineExecutor:
         activation_shape: Callable[[int, int], tuple[int, ...]],
         dtype: torch.dtype,
         weight_gradients: WeightGradients | None = None,
+        ahead: bool = True,
     ) -> None:
         self.peak_live = 0
+        self._ahead = ahead
         self._module = module
         self._make_schedule, self._stages = schedule, mesh.layout.pipeline
         self._stage = mesh.coordinates.pipeline
@@ -209,10 +211,17 @@ class PipelineExecutor:
     def _receive(
         self, actions: Sequence[Action], microbatches: Sequence[Microbatch]
     ) -> Iterator[tuple[Action, Tensor | None]]:
-        """Yield each action with its message (or None), the receive of the next action already posted."""
-        posted = self._post(actions[0], microbatches) if actions else None
+        """Yield each action with its message (or None), with `ahead` the next action's receive already posted.
+
+        A neighbour may be so many messages ahead of what is asked for that neither way can deadlock.
+        """
+        posted = self._post(actions[0], microbatches) if actions and self._ahead else None
         for action, following in zip_longest(actions, actions[1:]):
-            ahead = self._post(following, microbatches) if following is not None else None
+            ahead = None
+            if not self._ahead:
+                posted = self._post(action, microbatches)
+            elif following is not None:
+                ahead = self._post(following, microbatches)
             if posted is None:
                 yield action, self._handed_to(action)
             else:

@@ -8,7 +8,7 @@ the first half.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -51,14 +51,18 @@ class TorchProducts:
 class Owed:
     """The gradients that one linear layer owes its weight [F, D] and bias [F] for one microbatch.
 
-    Either may have no edge: it is frozen, or there is none. `products` makes the weight's.
+    Either may have no edge: it is frozen, or there is none. `pieces` are the input and the gradient of its output, of
+    each chunk where a layer's tokens go through in chunks, and `products` makes the weight's of them.
     """
 
-    x: Tensor
-    gradient: Tensor
+    pieces: tuple[tuple[Tensor, Tensor], ...]
     products: Products
     weight: GradientEdge | None
     bias: GradientEdge | None
+
+    def is_to(self, weight: GradientEdge | None, bias: GradientEdge | None) -> bool:
+        """Return whether these are the parameters that it is owed to."""
+        return _same(self.weight, weight) and _same(self.bias, bias)
 
     def pay(self) -> None:
         """Make the gradients and pass them on, through views and collectives, to what the layer was given.
@@ -66,8 +70,14 @@ class Owed:
         They end in the parameters' `.grad`, as those of `torch.autograd.backward` do, and set off the same hooks.
         """
         with torch.no_grad():
-            weight = None if self.weight is None else self.products.weight_gradient(self.gradient, self.x)
-            bias = None if self.bias is None else self.gradient.flatten(0, -2).sum(0)
+            weight = bias = None
+            for x, gradient in self.pieces:
+                if self.weight is not None:
+                    product = self.products.weight_gradient(gradient, x)
+                    weight = product if weight is None else weight.add_(product)
+                if self.bias is not None:
+                    total = gradient.flatten(0, -2).sum(0)
+                    bias = total if bias is None else bias.add_(total)
         for edge, value in ((self.weight, weight), (self.bias, bias)):
             if edge is not None:
                 torch.autograd.backward(edge, value)
@@ -114,6 +124,12 @@ def _edge(parameter: Tensor | None) -> GradientEdge | None:
     return get_gradient_edge(parameter) if parameter is not None and parameter.requires_grad else None
 
 
+def _same(one: GradientEdge | None, other: GradientEdge | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.node is other.node and one.output_nr == other.output_nr
+
+
 class _LaterWeights(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -133,5 +149,10 @@ class _LaterWeights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        ctx.owed.append(Owed(x.detach(), gradient, ctx.products, *ctx.edges))
+        piece, owed = (x.detach(), gradient), ctx.owed
+        place = next((i for i in reversed(range(len(owed))) if owed[i].is_to(*ctx.edges)), None)
+        if place is None:
+            owed.append(Owed((piece,), ctx.products, *ctx.edges))
+        else:
+            owed[place] = replace(owed[place], pieces=(*owed[place].pieces, piece))
         return ctx.products.input_gradient(gradient, weight), None, None, None, None, None

@@ -23,6 +23,7 @@ from megalm.distributed.collectives import (
     sum_gradient,
 )
 from megalm.distributed.sharding import ShardSpec
+from megalm.tensor_parallel.chunks import entered, entering, leaving
 from megalm.tensor_parallel.initialize import Initializer
 
 
@@ -32,11 +33,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A layer with products by weights, all taken by `linear`, which a schedule or fp8 may set to their own."""
+    """A layer with products by weights, all taken by `linear`, which a schedule or fp8 may set to their own.
+
+    With `chunks` above 1 one that is split over tensor ranks takes its tokens in so many pieces, see `chunks`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.linear: Callable[..., Tensor] = linear
+        self.chunks = 1
 
 
 class ColumnParallelLinear(Linear):
@@ -79,9 +84,12 @@ class ColumnParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return this rank's output features."""
+        weight, bias = self.weight.flatten(0, -2), None if self.bias is None else self.bias.flatten()
+        if self.chunks > 1 and self.group.size() > 1:
+            parts = entering(x, self.group, self.sequence, self.chunks)
+            return entered([self.linear(part, weight, bias) for part in parts], x, self.group, self.sequence)
         x = gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
-        bias = None if self.bias is None else self.bias.flatten()
-        return self.linear(x, self.weight.flatten(0, -2), bias)
+        return self.linear(x, weight, bias)
 
 
 class RowParallelLinear(Linear):
@@ -118,9 +126,12 @@ class RowParallelLinear(Linear):
         """Return the whole output features, of all tokens or (with `sequence`) of this rank's tokens."""
         if self.group.size() == 1:
             return self.linear(x, self.weight, self.bias)
-        partial = self.linear(x, self.weight)
-        if not self.sequence:
-            y = reduce_from_group(partial, self.group)
-            return y if self.bias is None else y + self.bias
-        y = reduce_scatter_sequence(partial, self.group)
-        return y if self.bias is None else y + sum_gradient(self.bias, self.group)
+        if self.chunks > 1:
+            y = leaving(x, self.group, self.sequence, self.chunks, lambda part: self.linear(part, self.weight))
+        elif self.sequence:
+            y = reduce_scatter_sequence(self.linear(x, self.weight), self.group)
+        else:
+            y = reduce_from_group(self.linear(x, self.weight), self.group)
+        if self.bias is None:
+            return y
+        return y + (sum_gradient(self.bias, self.group) if self.sequence else self.bias)

@@ -40,7 +40,10 @@ _OWNED_DIRECTORIES = ("checkpoints", "profile", "tensorboard", "wandb")
 # What may differ from one start of a run to the next: where and how it is computed, never what. The data's
 # path is free because its fingerprint is held instead, so prepared data may be moved.
 FREE_SECTIONS = frozenset(
-    {"run", "parallel", "zero", "log", "checkpoint", "evaluate", "stability", "profile", "inspect", "early_stop"}
+    {
+        *("run", "parallel", "zero", "overlap", "log", "checkpoint", "evaluate", "stability", "profile", "inspect"),
+        "early_stop",
+    }
 )
 FREE_KEYS = frozenset(
     {

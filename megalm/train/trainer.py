@@ -208,6 +208,7 @@ class Trainer:
         progress.enter(step, "forward and backward")
         scale, rest = self.loss_factors()
         self.experts.begin(scale / valid_tokens)
+        self.engine.begin(len(microbatches))
         loss_sum = self.executor.run(microbatches, scale / valid_tokens, self.engine.microbatch_done)
         self.experts.end()
         progress.enter(step, "gradient reduction")

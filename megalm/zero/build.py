@@ -58,6 +58,7 @@ def build_engine(
             clip_norm=config.train.clip_grad_norm,
             reduce_dtype={None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.train.reduce_dtype],
             grad_norm=select_operations(config.model.kernels, mesh.device).grad_norm,
+            overlap=config.overlap.gradients,
         )
     _tell_deepspeed_the_device(mesh)
     from megalm.zero.sharded import ShardedEngine

@@ -1,6 +1,7 @@
 """The optimizer as the trainer sees it: gradients in, reduced and clipped update out, whatever the ZeRO stage.
 
-A step is: backward passes, `microbatch_done()` after each; then `reduce()`; then `update(lr)` or `discard()`.
+A step is: `begin(microbatches)`; backward passes, `microbatch_done()` after each; then `reduce()`; then `update(lr)` or
+`discard()`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ class ZeroEngine(ABC):
 
     loss_factor: float
     """Multiply the loss by this before the backward pass: it undoes the mean over data ranks, where one is taken."""
+
+    def begin(self, microbatches: int) -> None:  # noqa: B027  # most engines need not know
+        """Be told that a step of so many microbatches begins, before its first forward."""
 
     @abstractmethod
     def microbatch_done(self) -> None:
@@ -141,6 +145,11 @@ def shard_of(parameter: Tensor) -> ShardSpec:
     """Return the part of a logical tensor that a parameter is."""
     spec: ShardSpec = parameter.shard  # type: ignore[attr-defined]
     return spec
+
+
+def chunks_of(parameter: Tensor) -> int:
+    """Return in how many chunks of its stage a parameter is used: one, if nothing else was said of it."""
+    return int(getattr(parameter, "chunks", 1))
 
 
 def kept_buffers(module: nn.Module) -> list[Tensor]:

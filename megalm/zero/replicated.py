@@ -29,6 +29,7 @@ from megalm.zero.engine import (
     tensor_states,
 )
 from megalm.zero.frozen import FrozenWeights
+from megalm.zero.overlap import OverlappedSums
 from megalm.zero.parts import Part, elementwise, own_fragments, own_states, place
 
 BUCKET_ELEMENTS = 2**25
@@ -53,6 +54,7 @@ class ReplicatedEngine(ZeroEngine):
         clip_norm: float | None,
         reduce_dtype: torch.dtype | None = None,
         grad_norm: Callable[..., Tensor],
+        overlap: bool = False,
     ) -> None:
         self.module = module
         self.mesh = mesh
@@ -71,6 +73,14 @@ class ReplicatedEngine(ZeroEngine):
         whole = zip(self.weights, self.masters, self.counted, strict=True)
         parts = {m: [Part(shard_of(w), 0, 0, m.numel(), counted)] for w, m, counted in whole}
         place(self.optimizer, parts, mesh, divided=False)
+        sums = OverlappedSums(self.weights, self.masters, mesh, reduce_dtype=reduce_dtype) if overlap else None
+        self.overlapped = sums
+        """None: gradients are summed when all are there."""
+
+    def begin(self, microbatches: int) -> None:
+        """Lay out the gradients of a step that are to be summed while others are made."""
+        if self.overlapped is not None:
+            self.overlapped.begin(microbatches)
 
     def microbatch_done(self) -> None:
         """Add gradients of 16 bits to the fp32 ones; other dtypes accumulate by themselves."""
@@ -96,13 +106,19 @@ class ReplicatedEngine(ZeroEngine):
         for master in self.masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
+        if self.overlapped is not None:
+            self.overlapped.finish()
+        else:
+            self._sum_over_replicas()
+        if self.tied_master is not None:
+            dist.all_reduce(self.tied_master.grad, group=self.mesh.group("embedding"))
+
+    def _sum_over_replicas(self) -> None:
         for axis, masters in self._by_replicas().items():
             for bucket in buckets([m.grad for m in masters if m.grad is not None]):
                 flat = _flatten_dense_tensors(bucket).to(self.reduce_dtype or self.dtype)
                 dist.all_reduce(flat, group=self.mesh.group(axis))
                 torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
-        if self.tied_master is not None:
-            dist.all_reduce(self.tied_master.grad, group=self.mesh.group("embedding"))
 
     def _by_replicas(self) -> dict[Axis, list[Tensor]]:
         """Return the master weights by the axis of the ranks that hold them too, where there are any others."""
@@ -133,6 +149,8 @@ class ReplicatedEngine(ZeroEngine):
         """Drop the gradients."""
         for master in self.masters:
             master.grad = None
+        if self.overlapped is not None:
+            self.overlapped.forget()
 
     def _norm(self) -> float:
         counted = [

@@ -52,7 +52,7 @@ def joined_of(folder: Path, name: str, stage: int) -> dict[str, Any]:
 def test_shipped_files_join_with_a_recipe_of_their_stage(tmp_path: Path, name: str, stage: int) -> None:
     zero = joined_of(tmp_path, name, stage)["zero_optimization"]
     assert zero["stage"] == stage and (not name.startswith("zero") or int(name[4]) == stage)
-    assert zero.get("overlap_comm", False) is False
+    assert zero["overlap_comm"] is False  # said in any case: DeepSpeed's stage 3 would overlap by default
     assert ("offload_optimizer" in zero) == name.endswith("offload")
 
 
@@ -126,7 +126,7 @@ def test_values_equal_to_the_recipe_and_auto_are_accepted(tmp_path: Path) -> Non
     joined = deepspeed_config(
         config_with(tmp_path, content, "precision=bf16", "zero.stage=1", "log.every=5"), data_size=2
     )
-    assert joined["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7}
+    assert joined["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7, "overlap_comm": False}
     assert joined["steps_per_print"] == 10**9 and joined["wall_clock_breakdown"] is False
     assert joined["gradient_accumulation_steps"] == joined["train_micro_batch_size_per_gpu"] == 1
     assert not {"optimizer", "scheduler", "fp16", "train_batch_size", "flops_profiler", "comms_logger"} & joined.keys()
@@ -186,11 +186,15 @@ def test_accumulation_is_compared_exactly_once_the_data_ranks_are_known(tmp_path
     assert "over 3 data-parallel ranks" in error_of(config, data_size=3)
 
 
-def test_overlapped_communication_is_refused_under_a_pipeline(tmp_path: Path) -> None:
-    content = {"zero_optimization": {"overlap_comm": True}}
-    assert deepspeed_config(config_with(tmp_path, content, "zero.stage=2"))
-    error = error_of(config_with(tmp_path, content, "zero.stage=2", "parallel.pipeline=2"))
-    assert "overlap_comm=true contradicts the recipe's parallel.pipeline=2" in error
+@pytest.mark.parametrize("stage", [2, 3])
+def test_overlapped_communication_is_the_recipe_s(tmp_path: Path, stage: int) -> None:
+    overlap = (f"zero.stage={stage}", "overlap.gradients=true")
+    for content in ({}, {"zero_optimization": {"overlap_comm": True}}):
+        assert deepspeed_config(config_with(tmp_path, content, *overlap))["zero_optimization"]["overlap_comm"] is True
+    error = error_of(config_with(tmp_path, {"zero_optimization": {"overlap_comm": False}}, *overlap))
+    assert "overlap_comm=false contradicts the recipe's overlap.gradients=true" in error
+    error = error_of(config_with(tmp_path, {"zero_optimization": {"overlap_comm": True}}, overlap[0]))
+    assert "overlap_comm=true contradicts the recipe's overlap.gradients=false" in error
 
 
 @pytest.mark.parametrize(

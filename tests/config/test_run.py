@@ -101,6 +101,19 @@ def test_derived_values_of_the_model() -> None:
             ["parallel.context_attention=ulysses"],
             "parallel.context_attention=ulysses has no effect without parallel.context above 1; leave it out",
         ),
+        (
+            ["overlap.gradients=true", "zero.stage=1"],
+            "overlap.gradients=true does not work with zero.stage=1: DeepSpeed's stage 1 reduces gradients once, after "
+            "the last microbatch, when nothing is computed any more; use zero.stage 0, 2 or 3, or overlap",
+        ),
+        (
+            ["overlap.gradients=true", "zero.stage=2", "parallel.pipeline=2"],
+            "message too, and would hang; use zero.stage=0, parallel.pipeline=1 or overlap.gradients=false",
+        ),
+        (
+            ["overlap.tensor_chunks=2", "parallel.tensor=2", "train.compile=true"],
+            "overlap.tensor_chunks=2 excludes train.compile=true: a compiled block waits for each collective where",
+        ),
         (["zero.stage=3", "parallel.pipeline=2"], "use zero.stage 0, 1 or 2, or parallel.pipeline=1"),
         (["lr_schedule.warmup_steps=11"], "lr_schedule.warmup_steps=11 is more than train.steps=10; use at most 10"),
         (["train.stop_at=11"], "train.stop_at=11 is more than train.steps=10; use at most 10"),
@@ -222,6 +235,7 @@ def test_every_key_has_a_declaration() -> None:
         *("optim.muon_momentum=0.9", "optim.muon_nesterov=false", "optim.muon_ns_steps=6", "optim.adamw_lr=0.1"),
         *("optim.muon_adjust_lr_fn=original", "optim.alpha=0.9", "optim.nesterov=true", "lr_schedule.factor=0.5"),
         *("profile.steps=5", "profile.ranks=[1]", "profile.memory=true"),
+        *("overlap.tensor_chunks=2", "overlap.messages=false"),
         *("lr_schedule.cooldown_shape=sqrt", "train.recompute_every=2"),
         *("loss.mtp=0.1", "model.q_rank=8", "model.rope_head_dim=8", "model.nope_head_dim=8", "model.value_head_dim=8"),
     ],

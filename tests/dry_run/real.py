@@ -76,7 +76,7 @@ def _make_gradients(trainer: Trainer) -> list[Tensor]:
     if stage == 0 or (stage == 1 and not narrow):
         kept = engine.masters if stage == 0 else trained
         for tensor in kept:
-            tensor.grad = torch.zeros_like(tensor)
+            tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         sums = [*kept, *(tensor.grad for tensor in kept)]
     elif stage == 1:
         for weight in trained:

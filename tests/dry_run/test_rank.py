@@ -22,6 +22,7 @@ SEQUENCE = {**SHAPE, **LLAMA, "parallel.sequence": True, "precision": "bf16"}
 CHUNKS = {**SHAPE, "parallel.schedule": "interleaved", "parallel.virtual_stages": 2}
 FROZEN = {"optim.rules": [{"match": "blocks.0.attention.*", "freeze": True}, {"match": "*.mlp.*", "lr": 0.5}]}
 OFFLOAD = {"train.offload_activations": True}
+OVERLAP = {"overlap.gradients": True, "overlap.tensor_chunks": 3}
 DIVIDED = {"zero.stage": 2, "precision": "bf16"}
 CASES = [
     Case(2, 1, 2, {**SHAPE, "precision": "fp32"}),
@@ -31,6 +32,9 @@ CASES = [
     Case(1, 2, 2, {**SHAPE, **FROZEN, "zero.stage": 1, "precision": "fp32", "optim.kind": "lion"}),
     Case(1, 2, 2, {**SEQUENCE, **DIVIDED, "optim.kind": "muon"}),
     Case(2, 2, 1, {**SHAPE, **DIVIDED, "parallel.schedule": "zb-h1", "model.dropout": 0.1}),
+    Case(1, 2, 2, {**SHAPE, **OVERLAP, "precision": "bf16", "train.recompute": "full"}),
+    Case(1, 2, 1, {**SHAPE, "overlap.gradients": True, "precision": "bf16", "train.reduce_dtype": "bf16"}),
+    Case(2, 1, 2, {**SEQUENCE, "overlap.tensor_chunks": 2, "overlap.messages": False, "parallel.schedule": "zb-h1"}),
     Case(1, 4, 1, {**SHAPE, "precision": "bf16", "optim.kind": "adafactor", "optim.ema_decay": 0.9}),
     Case(
         2, 2, 1, {**SHAPE, "zero.stage": 1, "precision": "fp64", "parallel.schedule": "zb-v", "optim.centralize": True}

@@ -45,6 +45,11 @@ OFFLOAD2: dict[str, Any] = {"zero.stage": 2, "zero.config": "zero2-offload"}
 OFFLOAD3: dict[str, Any] = {"zero.stage": 3, "zero.config": "zero3-offload"}
 
 
+OVERLAP: dict[str, Any] = {"overlap.gradients": True}
+SMALLER: dict[str, Any] = {"overlap.tensor_chunks": 3}
+UNHURRIED: dict[str, Any] = {"overlap.messages": False}
+
+
 def zero(stage: int) -> dict[str, Any]:
     """Return the overrides of a ZeRO stage."""
     return {"zero.stage": stage}
@@ -96,6 +101,8 @@ REPRESENTATIVE: tuple[Case, ...] = (
     Case(1, 4, 1, {**FULL, **LLAMA, **expert(2), **zero(1), **batch(8, 1)}),
     Case(1, 2, 2, {**BALANCED, **expert(2), **SEQUENCE, **DROPOUT}),
     Case(1, 1, 2, {**FULL, **RING, **expert(2), **SEQUENCE, **DROPOUT}),
+    Case(2, 2, 2, {**OVERLAP, **SMALLER, **schedule("zb-v"), **SEQUENCE, **DROPOUT, **RECOMPUTE}),
+    Case(1, 2, 2, {**OVERLAP, **SMALLER, **LLAMA, **zero(2), **SELECTIVE}),
 )
 """Those that every test run checks: each feature at least once."""
 
@@ -167,6 +174,10 @@ CASES: tuple[Case, ...] = (
     Case(1, 2, 2, {**BALANCED, **RING, **expert(2), **SEQUENCE, **zero(2)}),
     Case(1, 2, 1, {**EXPERTS, **ULYSSES, **expert(4), **zero(1)}),
     Case(2, 1, 2, {**EXPERTS, **AHEAD, **RING, **expert(2), **schedule("zb-v")}),
+    Case(2, 2, 2, {**OVERLAP, **SMALLER, **UNHURRIED, **schedule("interleaved", 2), "model.kv_heads": 1}),
+    Case(1, 4, 1, {**OVERLAP, **FULL, **expert(2), **LLAMA, **batch(16, 1)}),
+    Case(1, 2, 2, {**OVERLAP, **SMALLER, **SEQUENCE, **zero(3)}),
+    Case(4, 2, 1, {**OVERLAP, **UNHURRIED, **schedule("zb-h1"), **UNTIED, **batch(12, 2)}),
 )
 
 SGD: dict[str, Any] = {"optim.kind": "sgd", "optim.lr": 0.1, "optim.momentum": 0.5}

@@ -131,6 +131,13 @@ FACTORS: dict[str, list[Any]] = {
         {"parallel.schedule": "breadth-first", "parallel.virtual_stages": 2},
     ],
     "zero": one("zero.stage", 1, 2, 3),
+    "overlap": [
+        NONE,
+        {"overlap.gradients": True},
+        {"overlap.tensor_chunks": 2},
+        {"overlap.gradients": True, "overlap.tensor_chunks": 3},
+        {"overlap.messages": False},
+    ],
     "recompute": [
         NONE,
         {"train.recompute": "full"},

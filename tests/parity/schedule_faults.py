@@ -42,13 +42,19 @@ def weight_gradients_dropped_for_a_microbatch() -> Patches:
     yield mock.patch.object(PipelineExecutor, "_pay", dropped)
 
 
+def _with_input(owed: Owed, x: Tensor) -> Owed:
+    ((_, gradient),) = owed.pieces
+    return replace(owed, pieces=((x, gradient),))
+
+
 def weight_gradients_of_another_microbatch_s_inputs() -> Patches:
     original = executor.pay
     before: dict[int, Tensor] = {}
 
     def mixed(owed: list[Owed]) -> None:
-        swapped = [replace(one, x=before.get(place, one.x)) for place, one in enumerate(owed)]
-        before.update({place: one.x for place, one in enumerate(owed)})
+        inputs = {place: one.pieces[0][0] for place, one in enumerate(owed)}
+        swapped = [_with_input(one, before.get(place, inputs[place])) for place, one in enumerate(owed)]
+        before.update(inputs)
         original(swapped)
 
     yield mock.patch.object(executor, "pay", mixed)
@@ -86,8 +92,8 @@ def recomputed_input_of_the_first_layer_for_all() -> Patches:
 
     def first(ctx: Any, gradient: Tensor) -> Any:
         result = original(ctx, gradient)
-        same = [one for one in ctx.owed if one.x.shape == ctx.owed[-1].x.shape]
-        ctx.owed[-1] = replace(ctx.owed[-1], x=same[0].x)
+        inputs = [one.pieces[0][0] for one in ctx.owed]
+        ctx.owed[-1] = _with_input(ctx.owed[-1], next(x for x in inputs if x.shape == inputs[-1].shape))
         return result
 
     yield mock.patch.object(weight_gradients._LaterWeights, "backward", staticmethod(first))

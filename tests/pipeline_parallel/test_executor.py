@@ -8,6 +8,7 @@ import time
 import weakref
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.p2p import Receipt, StageLinks
 from megalm.distributed.progress import progress
 from megalm.pipeline_parallel.actions import Placement, Schedule
 from megalm.pipeline_parallel.executor import Microbatch, PipelineExecutor
@@ -105,7 +107,7 @@ def make_microbatches(count: int, labels: bool = True, tokens: int = TOKENS) -> 
     return made
 
 
-def executor_of(module: Toy, mesh: ParallelMesh, schedule: str) -> PipelineExecutor:
+def executor_of(module: Toy, mesh: ParallelMesh, schedule: str, ahead: bool = True) -> PipelineExecutor:
     weight_gradients = WeightGradients()
     if SCHEDULES.get(schedule).splits_backward:
         module.linear = weight_gradients.linear  # type: ignore[assignment]
@@ -116,13 +118,16 @@ def executor_of(module: Toy, mesh: ParallelMesh, schedule: str) -> PipelineExecu
         activation_shape=lambda rows, tokens: (rows, tokens, HIDDEN),
         dtype=torch.float64,
         weight_gradients=weight_gradients,
+        ahead=ahead,
     )
 
 
-def make_executor(mesh: ParallelMesh, schedule: str, kind: type[Toy] = Toy) -> tuple[Any, PipelineExecutor]:
+def make_executor(
+    mesh: ParallelMesh, schedule: str, kind: type[Toy] = Toy, ahead: bool = True
+) -> tuple[Any, PipelineExecutor]:
     placement = make_schedule(schedule, mesh.size("pipeline"), 1).placement
     module = kind(*chunks_of(placement, mesh.index("pipeline")))
-    return module, executor_of(module, mesh, schedule)
+    return module, executor_of(module, mesh, schedule, ahead)
 
 
 def call(module: Toy, microbatch: Microbatch) -> Tensor:
@@ -156,11 +161,11 @@ def close(actual: Tensor, expected: Tensor) -> bool:
     return bool((actual - expected).norm() <= 1e-12 * expected.norm())
 
 
-def check_step(mesh: ParallelMesh, schedule: str, count: int) -> None:
+def check_step(mesh: ParallelMesh, schedule: str, count: int, ahead: bool = True) -> None:
     """Run two steps, the second with its scale as a tensor, and compare with plain autograd."""
     microbatches = make_microbatches(count)
     loss, gradients = plain_step(microbatches)
-    module, executor = make_executor(mesh, schedule)
+    module, executor = make_executor(mesh, schedule, ahead=ahead)
     calls: list[bool] = []
     for scale in (SCALE, torch.tensor(SCALE, dtype=torch.float64)):
         module.zero_grad()
@@ -195,6 +200,40 @@ def check_steps(mesh: ParallelMesh, schedule: str, counts: list[int]) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES.names())
 def test_gradients_losses_and_peak_are_those_of_plain_autograd(pool: WorkerPool, schedule: str, stages: int) -> None:
     pool.run(check_steps, schedule, [1, 2, 3, 4, 9], layout=RankLayout(pipeline=stages))
+
+
+def most_asked_for(mesh: ParallelMesh, schedule: str) -> list[int]:
+    """Return how many messages are asked for at most while the stage's forwards run, without `ahead` and with it."""
+    found = []
+    for ahead in (False, True):
+        check_step(mesh, schedule, 5, ahead)
+        module, executor = make_executor(mesh, schedule, ahead=ahead)
+        asked, most = [0], [0]
+        receive, wait = StageLinks.receive, Receipt.wait
+
+        def post(self: Any, *arguments: Any, receive: Any = receive, asked: list[int] = asked) -> Any:
+            asked[0] += 1
+            return receive(self, *arguments)
+
+        def take(self: Any, wait: Any = wait, asked: list[int] = asked) -> Any:
+            asked[0] -= 1
+            return wait(self)
+
+        def look(*_: Any, asked: list[int] = asked, most: list[int] = most) -> None:
+            most[0] = max(most[0], asked[0])
+
+        module.register_forward_pre_hook(look)
+        with mock.patch.object(StageLinks, "receive", post), mock.patch.object(Receipt, "wait", take):
+            executor.run(make_microbatches(5), 1.0, lambda: None)
+        assert asked == [0]
+        found += most
+    return found
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.names())
+def test_a_receive_is_posted_ahead_or_when_it_is_needed(pool: WorkerPool, schedule: str) -> None:
+    without, ahead = zip(*pool.run(most_asked_for, schedule, layout=RankLayout(pipeline=3)), strict=True)
+    assert without == (0, 0, 0) and max(ahead) == 1
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])

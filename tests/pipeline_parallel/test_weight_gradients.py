@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalm.pipeline_parallel.weight_gradients import WeightGradients, pay
+from tests.shards import assert_close
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
@@ -44,6 +45,28 @@ def test_gradients_are_the_same_bits_as_those_of_one_backward(dtype: torch.dtype
         found.append([leaf.grad, *(weight.grad for weight in weights)])
     for one, other in zip(*found, strict=True):
         assert one is not None and other is not None and torch.equal(one, other)
+
+
+def test_a_layer_whose_tokens_go_through_in_chunks_pays_once_and_their_sum() -> None:
+    x = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for sizes in ([12], [5, 5, 2]):
+        up, bias, down = parameters()
+        seen: list[str] = []
+        for name, weight in (("up", up), ("bias", bias), ("down", down)):
+            weight.register_post_accumulate_grad_hook(lambda _, name=name, seen=seen: seen.append(name))
+        gradients, flat = WeightGradients(), up.flatten(0, 1)
+        hidden = [torch.tanh(gradients.linear(part, flat, bias)) for part in x.clone().requires_grad_().split(sizes)]
+        y = torch.cat([gradients.linear(part, down) for part in hidden])
+        y.square().sum().backward()
+        owed = gradients.take()
+        assert [len(one.pieces) for one in owed] == [len(sizes)] * 2
+        pay(owed)
+        assert sorted(seen) == ["bias", "down", "up"]
+        found.append([weight.grad for weight in (up, bias, down)])
+    for whole, summed in zip(*found, strict=True):
+        assert whole is not None and summed is not None
+        assert_close(summed, whole)
 
 
 def test_weights_have_no_gradient_before_it_is_paid_and_hooks_see_it_then() -> None:

@@ -31,7 +31,7 @@ def mine(x: Tensor, mesh: ParallelMesh, dim: int) -> Tensor:
     return torch.cat((x, x.new_zeros(shape)), dim).narrow(dim, mesh.index("tensor") * length, length)
 
 
-def check_column(mesh: ParallelMesh, features: int) -> None:
+def check_column(mesh: ParallelMesh, features: int, chunks: int = 1) -> None:
     for parts in (1, 2, 3):
         for bias in (True, False):
             for sequence in (False, True):
@@ -39,6 +39,7 @@ def check_column(mesh: ParallelMesh, features: int) -> None:
                     "l", WIDTH, features, group=mesh.group("tensor"), init=INIT, std=1.0, bias=bias,
                     sequence=sequence, parts=parts,
                 )  # fmt: skip
+                layer.chunks = chunks
                 wholes = fill(layer)
                 x = random_whole("x", (ROWS, TOKENS, WIDTH)).requires_grad_()
                 expected = dense(x, wholes)
@@ -55,12 +56,13 @@ def check_column(mesh: ParallelMesh, features: int) -> None:
                 assert_gradients_close(layer, wholes)
 
 
-def check_row(mesh: ParallelMesh, features: int) -> None:
+def check_row(mesh: ParallelMesh, features: int, chunks: int = 1) -> None:
     for bias in (True, False):
         for sequence in (False, True):
             layer = RowParallelLinear(
                 "l", features, WIDTH, group=mesh.group("tensor"), init=INIT, std=1.0, bias=bias, sequence=sequence
             )
+            layer.chunks = chunks
             wholes = fill(layer)
             x = random_whole("x", (ROWS, TOKENS, features)).requires_grad_()
             expected = dense(x, wholes)
@@ -76,9 +78,9 @@ def check_row(mesh: ParallelMesh, features: int) -> None:
             assert_gradients_close(layer, wholes)
 
 
-def check_both(mesh: ParallelMesh, features: int) -> None:
-    check_column(mesh, features)
-    check_row(mesh, features)
+def check_both(mesh: ParallelMesh, features: int, chunks: int = 1) -> None:
+    check_column(mesh, features, chunks)
+    check_row(mesh, features, chunks)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
@@ -89,6 +91,12 @@ def test_column_and_row_parallel_match_dense_linear(pool: WorkerPool, tensor: in
 
 def test_column_parallel_matches_dense_linear_where_features_do_not_divide(pool: WorkerPool) -> None:
     pool.run(check_column, 11, layout=RankLayout(tensor=2))
+
+
+@pytest.mark.parametrize(("tensor", "chunks"), [(1, 2), (2, 2), (2, 3), (2, 100), (4, 3)])
+def test_tokens_in_chunks_match_dense_linear(pool: WorkerPool, tensor: int, chunks: int) -> None:
+    """16 rows, or 16 / tensor of a rank's own, in as equal chunks as may be, at most as many as there are rows."""
+    pool.run(check_both, 12, chunks, layout=RankLayout(tensor=tensor))
 
 
 def specs(mesh: ParallelMesh) -> list[tuple[str, int | None, int, int]]:
