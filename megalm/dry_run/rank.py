@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from megalm.config.ramps import rows_of_rank
 from megalm.config.run import RunConfig
-from megalm.distributed.layout import RankLayout
+from megalm.distributed.layout import Axis, RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.progress import progress
 from megalm.dry_run.recording import Call, Names, Recorder
@@ -24,7 +25,9 @@ from megalm.nn.masks import DropoutKeys
 from megalm.pipeline_parallel.actions import Action, ActionKind, Schedule
 from megalm.pipeline_parallel.executor import Microbatch
 from megalm.pipeline_parallel.schedules import SCHEDULES
+from megalm.train.experts import ExpertBalance
 from megalm.train.optimizers import freeze
+from megalm.zero.engine import replicas_of, shard_of
 
 _PASSES = {
     ActionKind.FORWARD: ("forward",),
@@ -84,6 +87,7 @@ class DryRun:
     reduce: list[Call] = field(default_factory=list)
     update: list[Call] = field(default_factory=list)
     after: list[Call] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
     unstated: list[str] = field(default_factory=list)
 
     def calls_of(self, action: Action) -> list[Call]:
@@ -129,6 +133,7 @@ def run_rank(config: RunConfig, layout: RankLayout, rank: int, vocab: int, every
             reduce=stated.reduce(),
             update=stated.update(),
             after=stated.after(),
+            assumed=stated.assumed(),
             unstated=stated.unstated(),
         )  # fmt: skip
 
@@ -170,16 +175,20 @@ def _step(config: RunConfig, model: Transformer, mesh: ParallelMesh, stated: Sta
     dropout = DropoutKeys(config.seed, 0, 0) if config.model.draws_masks else None
     gradients = _Gradients(trained, stated)
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)]
+    known += [router.seen for router in model.routers.values()]
     watch = _Watch(Recorder(Names(mesh), [*known, tokens_BT, mask_BT]), gradients)
     executor = build_executor(config, model, mesh)
     batch = Microbatch(tokens_BT, tokens_BT, mask_BT, dropout)
     scale = torch.ones((), dtype=torch.float64, device=mesh.device)
+    experts = ExpertBalance(config, mesh, model)
+    experts.begin(scale)
     before, progress.observer = progress.observer, watch
     try:
         with watch.recorder:
             executor.run([batch] * microbatches, scale, gradients.microbatch_done)
     finally:
         progress.observer = before
+    experts.end()
     return watch
 
 
@@ -190,7 +199,7 @@ class _Gradients:
         self.stated = stated
         self._trained = trained
         self._arrived: list[Tensor] = []
-        self._filled = 0
+        self._filled: Counter[Axis] = Counter()
         stage, narrow = stated.stage, DTYPES[stated.config.precision] is not stated.wide
         self._waits = stage == 0 and narrow
         for parameter in trained:
@@ -218,17 +227,18 @@ class _Gradients:
         assert parameter.grad is not None
         if self.stated.stage != 2:
             parameter.grad.to(self.stated.wide)
-        elif self._filled + parameter.numel() > self.stated.bucket:
-            self._flush()
-        self._filled += parameter.numel() if self.stated.stage == 2 else 0
+        else:
+            if self._filled.total() + parameter.numel() > self.stated.bucket:
+                self._flush()
+            self._filled[replicas_of(shard_of(parameter))] += parameter.numel()
         parameter.grad = None
 
     def _flush(self) -> None:
-        """Reduce the bucket: DeepSpeed makes one tensor of its pieces, and one of those in the format that travels."""
-        if self._filled:
+        """Reduce the bucket: DeepSpeed makes a tensor for each group of ranks, then what travels of it."""
+        for size in self._filled.values():
             dtype = DTYPES[self.stated.config.precision]
-            torch.empty(self._filled, dtype=dtype, device="meta").to(self.stated.travelling)
-        self._filled = 0
+            torch.empty(size, dtype=dtype, device="meta").to(self.stated.travelling)
+        self._filled.clear()
 
 
 class _Watch:

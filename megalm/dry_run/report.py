@@ -60,6 +60,7 @@ def as_json(run: DryRun) -> dict[str, Any]:
             {"axis": axis, "operation": operation, "ranks": ranks, "calls": calls, "sent_bytes": sent}
             for (axis, operation, ranks), (calls, sent) in totals(run).items()
         ],
+        "assumed": run.assumed,
         "not_listed": run.unstated,
         "actions": [
             {
@@ -114,6 +115,7 @@ def _head(run: DryRun, recipe: str) -> list[str]:
         f"a step: {run.microbatches:,} microbatches of {train.micro_batch} x {run.config.model.sequence:,} tokens, "
         f"schedule {parallel.schedule}; ZeRO {run.config.zero.stage}; recomputation {train.recompute}; "
         f"{run.config.model.kernels} kernels",
+        *run.assumed,
     ]
 
 

@@ -20,6 +20,8 @@ SEQUENCE = {**SHAPE, **LLAMA, "parallel.sequence": True, "precision": "bf16"}
 CHUNKS = {**SHAPE, "parallel.schedule": "interleaved", "parallel.virtual_stages": 2}
 FROZEN = {"optim.rules": [{"match": "blocks.0.attention.*", "freeze": True}, {"match": "*.mlp.*", "lr": 0.5}]}
 DIVIDED = {"zero.stage": 2, "precision": "bf16"}
+EXPERTS = {**SHAPE, "model.experts": 4, "model.experts_per_token": 2}
+BALANCED = {"model.shared_experts": 1, "model.router_bias_rate": 0.01, "model.router_score": "sigmoid"}
 CASES = [
     Case(2, 1, 2, {**SHAPE, "precision": "fp32"}),
     Case(2, 1, 2, {**SEQUENCE, "train.recompute": "full"}),
@@ -31,6 +33,14 @@ CASES = [
     Case(
         2, 2, 1, {**SHAPE, "zero.stage": 1, "precision": "fp64", "parallel.schedule": "zb-v", "optim.centralize": True}
     ),
+    Case(2, 2, 1, {**EXPERTS, "parallel.expert": 2, "precision": "fp32"}),
+    Case(1, 2, 2, {**EXPERTS, "precision": "bf16", "model.capacity_factor": 1.5, "train.recompute": "full"}),
+    Case(2, 2, 1, {**EXPERTS, **BALANCED, "parallel.expert": 2, "zero.stage": 1, "precision": "bf16"}),
+    Case(1, 4, 1, {**EXPERTS, **DIVIDED, "parallel.expert": 2, "model.capacity_factor": 0.5, **FROZEN}),
+    Case(1, 4, 1, {**EXPERTS, "parallel.expert": 2, "precision": "bf16", "optim.centralize": True}),
+    Case(1, 2, 2, {**EXPERTS, **BALANCED, "parallel.expert": 2, "zero.stage": 1, "precision": "fp64"}),
+    Case(1, 2, 2, {**SEQUENCE, **EXPERTS, **LLAMA, "parallel.expert": 2, "zero.stage": 1, "optim.centralize": True}),
+    Case(1, 2, 1, {**EXPERTS, **DIVIDED, "parallel.context": 2, "parallel.expert": 2, "model.capacity_factor": 1.0}),
 ]
 SMALL_BUCKETS = {"zero_optimization": {"stage": 2, "reduce_scatter": True, "reduce_bucket_size": 5000}}
 
@@ -75,11 +85,14 @@ def test_the_peak_of_activations_is_that_of_a_real_step(both: list[tuple[DryRun,
         assert seen.activations == pytest.approx(run.activations + beside, rel=0.05), run.peak_at
 
 
+@pytest.mark.parametrize("shape", [SHAPE, {**EXPERTS, "parallel.expert": 2}], ids=["dense", "experts"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_gradients_larger_than_a_bucket_are_reduced_as_is_said(pool: WorkerPool, tmp_path: Path, stage: int) -> None:
+def test_gradients_larger_than_a_bucket_are_reduced_as_is_said(
+    pool: WorkerPool, tmp_path: Path, stage: int, shape: dict[str, Any]
+) -> None:
     file = tmp_path / "small-buckets.json"
     file.write_text(json.dumps(SMALL_BUCKETS).replace('"stage": 2', f'"stage": {stage}'))
-    case = Case(1, 4, 1, {**SHAPE, "precision": "bf16", "zero.stage": stage, "zero.config": str(file)})
+    case = Case(1, 4, 1, {**shape, "precision": "bf16", "zero.stage": stage, "zero.config": str(file)})
     for rank, seen in enumerate(pool.run(observe, case.config(), layout=case.layout)):
         assert by_axis(seen.calls) == by_axis(expected_calls(dry(case, rank)))
 
