@@ -54,6 +54,10 @@ def as_json(run: DryRun) -> dict[str, Any]:
                 {"work": work, "chunk": chunk, "calls": [_call(call) for call in calls]}
                 for (work, chunk), calls in sorted(run.work.items())
             ],
+            "first_microbatch": [
+                {"work": work, "chunk": chunk, "calls": [_call(call) for call in calls]}
+                for (work, chunk), calls in sorted(run.first.items())
+            ],
             **{name: [_call(c) for c in getattr(run, name)] for name in ("reduce", "update", "after")},
         },
         "totals": [
@@ -166,7 +170,10 @@ def _collectives(run: DryRun) -> list[str]:
     counts = Counter((name, acted.action.chunk) for acted in run.actions for name in run.names_of(acted.action))
     for (work, chunk), calls in run.work.items():
         where = f" of chunk {chunk}" if len(run.plan.chunks) > 1 else ""
-        lines += _listed(f"{work}{where} of each microbatch, {counts[work, chunk]:,} times", calls)
+        lines += _listed(f"{work}{where} of the first microbatch", run.first.get((work, chunk), []))
+        differs = (work, chunk) in run.first
+        times = f"{'other ' if differs else ''}microbatch, {counts[work, chunk] - differs:,} times"
+        lines += _listed(f"{work}{where} of each {times}", calls)
     lines += _listed("gradients, once a step", run.reduce)
     lines += _listed("loss, norm and update, once a step", run.update)
     lines += _listed("after the step", run.after)

@@ -63,6 +63,8 @@ class Stated:
             joined.get("communication_data_type") or config.train.reduce_dtype or wide_dtype(config)
         ]
         self.checks_overflow = config.precision == "bf16" and joined["bf16"].get("check_grad_overflow", True)
+        if self.stage == 3:
+            self.checks_overflow = config.precision == "fp16"
         self.groups = list(self._groups())
         self.bucket = min(int(self.zero.get("reduce_bucket_size", _BUCKET)), max(1, _elements(self.parameters)))
 
@@ -113,7 +115,10 @@ class Stated:
             return size * (sum(group.size for group in self.groups) + _elements(frozen))
         smallest = int(self.zero.get("stage3_param_persistence_threshold", _WHOLE_BELOW))
         whole = [p for p in self.parameters if p.numel() <= smallest]
-        return size * (sum(-(-p.numel() // self.replicas) for p in self.parameters) + _elements(whole))
+        parts = sum(-(-p.numel() // self.replicas) for p in self.parameters)
+        block = self.zero.get("zero_hpz_partition_size", 1)
+        copies = parts * self.replicas // block if block > 1 else 0
+        return size * (parts + copies + _elements(whole))
 
     def _states(self) -> int:
         kind, divided = self.config.optim.kind, self.stage > 0
@@ -177,17 +182,17 @@ class Stated:
         calls += self._centralize() if self.config.optim.centralize else []
         if self.stage == 0:
             calls += self._one("all-reduce", "model", self.wide) + self._one("all-reduce", "expert", self.wide)
-            return calls + self._one("broadcast", "replica", self.wide) + self._loads()
+            return calls + self._one("broadcast", "replica", self.wide)
         if self.checks_overflow:
             calls += self._one("all-reduce", "replica", torch.uint8) + self._one("all-reduce", "model", torch.uint8)
         calls += self._one("all-reduce", "world", self.wide)
         if self.stage < 3:
             for group in self.groups:
                 calls += self._call("all-gather", group.axis, group.size, DTYPES[self.config.precision])
-        return calls + self._loads()
+        return calls
 
-    def _loads(self) -> list[Call]:
-        """Return what is sent for the biases that even out the experts' loads."""
+    def loads(self) -> list[Call]:
+        """Return what is sent after an update for the biases that even out the experts' loads."""
         model = self.config.model
         if model.router_bias_rate is None or model.experts is None:
             return []
@@ -204,12 +209,8 @@ class Stated:
     def unstated(self) -> list[str]:
         """Return what is not in the lists, in lines."""
         lines = []
-        if self.stage == 3:
-            lines += [
-                "ZeRO 3 gathers each part's weights over the replicas for its forward, its backward and what is",
-                "computed again, and reduces its gradients after each microbatch: DeepSpeed decides when and in which",
-                "pieces while it runs, so neither is listed, nor are the gathered weights among the activations",
-            ]
+        if self.stage == 3 and self.zero.get("zero_quantized_weights"):
+            lines.append("weights travel in 8 bits and with their scales, but are listed as they are")
         if self.config.optim.kind in ("muon", "adafactor"):
             lines.append(f"what {self.config.optim.kind} sends in its update is not listed")
         if self.in_host():

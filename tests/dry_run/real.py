@@ -16,6 +16,7 @@ from megalm.dry_run.rank import DryRun
 from megalm.dry_run.recording import MESSAGES, Call, Names, Recorder
 from megalm.nn.router import Router
 from megalm.train.trainer import Trainer
+from megalm.zero.deepspeed_shapes import held_by_stage_3
 from tests.parity.harness import build_trainer
 
 
@@ -77,6 +78,8 @@ def _observe_step(trainer: Trainer, names: Names) -> Seen:
 def _make_gradients(trainer: Trainer) -> list[Tensor]:
     """Return the tensors that are held through a step, gradients made beforehand where the engine adds to them."""
     engine: Any = trainer.engine
+    if trainer.config.zero.stage == 3:
+        return held_by_stage_3(engine.optimizer, engine.module)
     weights = list(engine.module.parameters())
     trained = [weight for weight in weights if weight.requires_grad]
     stage, narrow = trainer.config.zero.stage, weights[0].dtype in (torch.bfloat16, torch.float16)
