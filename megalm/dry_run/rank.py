@@ -37,6 +37,7 @@ _PASSES = {
 """The pieces of work that an action consists of, as the executor names them, and what DeepSpeed's stage 3 does then."""
 
 _NOTED = 3
+"""Microbatches after which DeepSpeed's stage 3 knows in which order weights are used; in a run, those of its begin."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _step(config: RunConfig, engine: Engine, mesh: ParallelMesh, microbatches: i
     experts = ExpertBalance(config, mesh, engine.module)
     experts.begin(scale)
     notes = config.zero.stage == 3
-    if notes:  # in the first microbatches of a run, in which order weights are used
+    if notes:
         executor.run([batch] * _NOTED, scale, engine.microbatch_done)
         engine.weights_updated()
     seen = [router.seen for router in engine.module.routers.values()]
@@ -231,16 +232,20 @@ class _Watch:
         recorder, (microbatch, _, chunk) = self.recorder, str(what).partition(" of chunk ")
         self._microbatch = int(microbatch)
         recorder.where = f"{kind} of microbatch {what}"
-        for message in recorder.take():
-            self.message = self.message or message
+        self._take_messages()
         yield
         self._note(kind, int(chunk or 0), [*recorder.take(), *self.engine.take_calls()])
 
     def microbatch_done(self) -> None:
         """See the engine take in a microbatch's gradients."""
+        self._take_messages()
         self.engine.microbatch_done()
         if calls := self.recorder.take():
             self._note("reduction", 0, calls)
+
+    def _take_messages(self) -> None:
+        for message in self.recorder.take():
+            self.message = self.message or message
 
     def _note(self, kind: str, chunk: int, calls: list[Call]) -> None:
         seen = self.first if self._microbatch == 0 and self._first_differs else self.seen
