@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from megalm.answers import answer, show
-from megalm.config.idle_keys import idle_keys
-from megalm.config.run import RunConfig, key_fields
+from megalm.config.run import RunConfig
 from megalm.data.datasets import open_prepared
 from megalm.distributed.world import layout_of
 from megalm.dry_run.rank import run_rank
@@ -20,13 +19,8 @@ def dry_run(config: RunConfig, recipe: str, place: Sequence[int], in_json: bool)
     """Print what the rank place[0] of a world of place[1] is and does in a step; return the exit status.
 
     Nothing is compiled or written. Raises ConfigError where the world does not fit the recipe, where neither recipe nor
-    data tell the vocabulary, and for a mixture of experts.
+    data tell the vocabulary.
     """
-    if config.model.experts is not None:
-        raise ConfigError(
-            f"a dry run has no numbers, and how many tokens each of model.experts={config.model.experts} gets follows "
-            f"from them; dry-run the recipe with an equal model.ffn and model.experts=null {_resets(config)}"
-        )
     rank, world = place
     layout = layout_of(config, world)
     vocab = _vocabulary(config)
@@ -35,14 +29,6 @@ def dry_run(config: RunConfig, recipe: str, place: Sequence[int], in_json: bool)
         check_rules(config, vocab)
     run = run_rank(config, layout, rank, vocab)
     return answer(as_json(run), as_json=True) if in_json else show(as_text(run, recipe))
-
-
-def _resets(config: RunConfig) -> str:
-    """Return the overrides that take back what has no effect without experts."""
-    plain = config.model_copy(update={"model": config.model.model_copy(update={"experts": None})})
-    keys, fields = [line.partition("=")[0] for line in idle_keys(plain)], key_fields()
-    values = {key: fields[key].get_default() for key in keys}
-    return " ".join(f"{key}={'null' if value is None else value}" for key, value in values.items())
 
 
 def _vocabulary(config: RunConfig) -> int:

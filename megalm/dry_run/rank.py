@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megalm.config.ramps import rows_of_rank
 from megalm.config.run import RunConfig
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.progress import progress
+from megalm.dry_run.engines import Engine, pretended_engine
 from megalm.dry_run.recording import Call, Names, Recorder
 from megalm.dry_run.stated import Stated
 from megalm.dry_run.world import pretended_mesh
-from megalm.models.build import DTYPES, build_executor, build_stage
-from megalm.models.transformer import StagePlan, Transformer
+from megalm.models.build import build_executor, build_stage
+from megalm.models.transformer import StagePlan
 from megalm.nn.masks import DropoutKeys
 from megalm.pipeline_parallel.actions import Action, ActionKind, Schedule
 from megalm.pipeline_parallel.executor import Microbatch
 from megalm.pipeline_parallel.schedules import SCHEDULES
+from megalm.train.experts import ExpertBalance
 from megalm.train.optimizers import freeze
-from megalm.zero.engine import chunks_of
 
 _PASSES = {
     ActionKind.FORWARD: ("forward",),
-    ActionKind.BACKWARD: ("backward", "weight gradient"),
+    ActionKind.BACKWARD: ("backward", "weight gradient", "reduction"),
     ActionKind.INPUT_GRADIENT: ("input gradient",),
     ActionKind.WEIGHT_GRADIENT: ("weight gradient",),
 }
-"""The pieces of work that an action consists of, as the executor names them."""
+"""The pieces of work that an action consists of, as the executor names them, and what DeepSpeed's stage 3 does then."""
+
+_NOTED = 3
+"""Microbatches after which DeepSpeed's stage 3 knows in which order weights are used; in a run, those of its begin."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,19 @@ class DryRun:
     actions: list[Acted]
     work: dict[tuple[str, int], list[Call]]
     """The collectives of a microbatch, by piece of work and chunk."""
+    first: dict[tuple[str, int], list[Call]] = field(default_factory=dict)
+    """Those of a step's first microbatch, where they are others."""
     begin: list[Call] = field(default_factory=list)
     reduce: list[Call] = field(default_factory=list)
     update: list[Call] = field(default_factory=list)
     after: list[Call] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
     unstated: list[str] = field(default_factory=list)
 
     def calls_of(self, action: Action) -> list[Call]:
         """Return the collectives of an action."""
-        return [call for name in self.names_of(action) for call in self.work[name, action.chunk]]
+        work = self.work if action.microbatch else {**self.work, **self.first}
+        return [call for name in self.names_of(action) for call in work[name, action.chunk]]
 
     def names_of(self, action: Action) -> list[str]:
         """Return the pieces of work that an action consists of, by their names in `work`."""
@@ -114,25 +122,29 @@ def run_rank(config: RunConfig, layout: RankLayout, rank: int, vocab: int, every
         count = rows_of_rank(config, config.train.global_batch, mesh.size("data")) // config.train.micro_batch
         schedule = kind(parallel.pipeline, count, chunks)
         executed = count if every else _enough(lambda n: kind(parallel.pipeline, n, chunks), stage, count)
-        watch = _step(config, model, mesh, stated, executed)
+        with pretended_engine(config, model, mesh, stated, vocab, executed) as engine:
+            watch = _step(config, engine, mesh, executed)
+            buffers, offload = engine.buffers(), engine.module.offload
         return DryRun(
             config, layout, rank, vocab, model.plan, list(model.parameters()),
             microbatches=count,
             executed=executed,
             held=stated.held(),
             in_host=stated.in_host(),
-            buffers=stated.buffers(),
+            buffers=buffers,
             activations=watch.recorder.peak,
             peak_at=watch.recorder.peak_where,
-            offloaded=0 if model.offload is None else model.offload.host_bytes.peak,
+            offloaded=0 if offload is None else offload.host_bytes.peak,
             most_live=most_live(schedule, stage),
             message=watch.message,
             actions=[_acted(schedule, mesh, action) for action in schedule.actions(stage)],
             work=watch.seen,
+            first=watch.first,
             begin=stated.begin(),
             reduce=stated.reduce(),
-            update=stated.update(),
+            update=[*stated.update(), *watch.updated, *stated.loads()],
             after=stated.after(),
+            assumed=stated.assumed(),
             unstated=stated.unstated(),
         )  # fmt: skip
 
@@ -165,103 +177,53 @@ def _enough(make: Callable[[int], Schedule], stage: int, count: int) -> int:
     return min(count, enough + make(enough).most_in_flight + 2)
 
 
-def _step(config: RunConfig, model: Transformer, mesh: ParallelMesh, stated: Stated, microbatches: int) -> _Watch:
+def _step(config: RunConfig, engine: Engine, mesh: ParallelMesh, microbatches: int) -> _Watch:
     """Run forwards and backwards of a step and return what was seen of them."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rows, tokens = config.train.micro_batch, config.model.sequence
     tokens_BT = torch.empty(rows, tokens, dtype=torch.int64, device=mesh.device)
     mask_BT = torch.empty(rows, tokens, dtype=torch.bool, device=mesh.device)
     dropout = DropoutKeys(config.seed, 0, 0) if config.model.draws_masks else None
-    gradients = _Gradients(trained, stated, microbatches)
-    known = [*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)]
-    watch = _Watch(Recorder(Names(mesh), [*known, tokens_BT, mask_BT]), gradients)
-    executor = build_executor(config, model, mesh)
     batch = Microbatch(tokens_BT, tokens_BT, mask_BT, dropout)
     scale = torch.ones((), dtype=torch.float64, device=mesh.device)
+    executor = build_executor(config, engine.module, mesh)
+    experts = ExpertBalance(config, mesh, engine.module)
+    experts.begin(scale)
+    notes = config.zero.stage == 3
+    if notes:
+        executor.run([batch] * _NOTED, scale, engine.microbatch_done)
+        engine.weights_updated()
+    seen = [router.seen for router in engine.module.routers.values()]
+    known = [*engine.held(), *engine.module.buffers(), *seen, tokens_BT, mask_BT]
+    watch = _Watch(Recorder(Names(mesh), known), engine, first_differs=notes)
     before, progress.observer = progress.observer, watch
     try:
         with watch.recorder:
-            executor.run([batch] * microbatches, scale, gradients.microbatch_done)
+            executor.run([batch] * microbatches, scale, watch.microbatch_done)
+            watch.recorder.take()
+            peak = watch.recorder.peak, watch.recorder.peak_where
+            engine.weights_updated()
+            watch.updated = watch.recorder.take()
+            watch.recorder.peak, watch.recorder.peak_where = peak
     finally:
         progress.observer = before
+    experts.end()
+    watch.end()
     return watch
-
-
-class _Gradients:
-    """Does with gradients as they come what the engine of the recipe's ZeRO stage does, as far as it takes memory."""
-
-    def __init__(self, trained: Sequence[nn.Parameter], stated: Stated, microbatches: int) -> None:
-        self.stated = stated
-        self._early = stated.early_buckets()
-        self._left: dict[Tensor, int] = {parameter: microbatches * chunks_of(parameter) for parameter in trained}
-        self._travelling: list[Tensor] = []
-        self._trained = trained
-        self._arrived: list[Tensor] = []
-        self._filled = 0
-        stage, narrow = stated.stage, DTYPES[stated.config.precision] is not stated.wide
-        self._waits = stage == 0 and narrow
-        for parameter in trained:
-            if stage < 2 and not narrow:  # sums are kept in the parameters' own gradients
-                parameter.grad = torch.zeros_like(parameter)
-            elif stage > 0:
-                parameter.register_post_accumulate_grad_hook(self._take)
-            if stage == 2:
-                parameter.register_post_accumulate_grad_hook(self._arrived.append)
-            if self._early:
-                parameter.register_post_accumulate_grad_hook(self._count)
-
-    def take_calls(self) -> list[Call]:
-        """Return what is sent for the gradients that came since the last call of this."""
-        calls = self.stated.microbatch(self._arrived)
-        self._arrived.clear()
-        return calls
-
-    def microbatch_done(self) -> None:
-        """Do what `ZeroEngine.microbatch_done` does."""
-        self._flush()
-        for parameter in self._trained if self._waits else ():
-            parameter.grad = None
-
-    def _count(self, parameter: Tensor) -> None:
-        """Drop a final gradient of 16 bits; copy a bucket whose are all final to the format that travels, if another.
-
-        The end of the step drops the copies.
-        """
-        self._left[parameter] -= 1
-        if self._waits and self._left[parameter] == 0:
-            parameter.grad = None
-        while self._early and not any(self._left[one] for one in self._early[0]):
-            size = sum(one.numel() for one in self._early.pop(0))
-            if self.stated.travelling is not self.stated.wide:
-                self._travelling.append(torch.empty(size, dtype=self.stated.travelling, device="meta"))
-
-    def _take(self, parameter: Tensor) -> None:
-        """Add a gradient to its sum, which takes a wide copy of it, or under stage 2 to the bucket."""
-        assert parameter.grad is not None
-        if self.stated.stage != 2:
-            parameter.grad.to(self.stated.wide)
-        elif self._filled + parameter.numel() > self.stated.bucket:
-            self._flush()
-        self._filled += parameter.numel() if self.stated.stage == 2 else 0
-        parameter.grad = None
-
-    def _flush(self) -> None:
-        """Reduce the bucket: DeepSpeed makes one tensor of its pieces, and one of those in the format that travels."""
-        if self._filled:
-            dtype = DTYPES[self.stated.config.precision]
-            torch.empty(self._filled, dtype=dtype, device="meta").to(self.stated.travelling)
-        self._filled = 0
 
 
 class _Watch:
     """Hears of the executor's pieces of work (an Observer of `progress`) and keeps what each of them sends.
 
     Pieces of the same kind and chunk must send alike in every microbatch: that makes what some of them do true for all.
+    Only the first one of a step may differ under DeepSpeed's stage 3, which has divided all weights before.
     """
 
-    def __init__(self, recorder: Recorder, gradients: _Gradients) -> None:
-        self.recorder, self.gradients = recorder, gradients
+    def __init__(self, recorder: Recorder, engine: Engine, first_differs: bool) -> None:
+        self.recorder, self.engine, self._first_differs = recorder, engine, first_differs
         self.seen: dict[tuple[str, int], list[Call]] = {}
+        self.first: dict[tuple[str, int], list[Call]] = {}
+        self.updated: list[Call] = []
+        self._microbatch = 0
         self.message: Call | None = None
 
     def phase(self, name: str) -> None:
@@ -270,14 +232,33 @@ class _Watch:
     @contextmanager
     def work(self, kind: str, what: object) -> Iterator[None]:
         """See a piece of work: what is sent in it are collectives, between pieces messages."""
-        recorder, chunk = self.recorder, str(what).partition(" of chunk ")[2]
+        recorder, (microbatch, _, chunk) = self.recorder, str(what).partition(" of chunk ")
+        self._microbatch = int(microbatch)
         recorder.where = f"{kind} of microbatch {what}"
-        for message in recorder.take():
-            self.message = self.message or message
+        self._take_messages()
         yield
-        calls = [*recorder.take(), *self.gradients.take_calls()]
-        before = self.seen.setdefault((kind, int(chunk or 0)), calls)
-        assert before == calls, f"{recorder.where} sends {calls}, and another microbatch {before}"
+        self._note(kind, int(chunk or 0), [*recorder.take(), *self.engine.take_calls()])
+
+    def microbatch_done(self) -> None:
+        """See the engine take in a microbatch's gradients."""
+        self._take_messages()
+        self.engine.microbatch_done()
+        if calls := self.recorder.take():
+            self._note("reduction", 0, calls)
+
+    def _take_messages(self) -> None:
+        for message in self.recorder.take():
+            self.message = self.message or message
+
+    def _note(self, kind: str, chunk: int, calls: list[Call]) -> None:
+        seen = self.first if self._microbatch == 0 and self._first_differs else self.seen
+        before = seen.setdefault((kind, chunk), calls)
+        assert before == calls, f"{self.recorder.where} sends {calls}, and another microbatch {before}"
+
+    def end(self) -> None:
+        """Keep of the first microbatch what differs from the others."""
+        self.seen = {**self.first, **self.seen}
+        self.first = {key: calls for key, calls in self.first.items() if calls != self.seen[key]}
 
 
 def _acted(schedule: Schedule, mesh: ParallelMesh, action: Action) -> Acted:

@@ -97,7 +97,9 @@ class Recorder(TorchDispatchMode):
         """What is being done, as who records says; and when the peak was."""
         self.calls: list[Call] = []
         self._names = names
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self._sizes: dict[int, int] = {}
+        for tensor in known:
+            self._note_storage(tensor.untyped_storage(), 0)
 
     def take(self) -> list[Call]:
         """Return the calls since this was last called."""
@@ -115,17 +117,19 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _follow(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
+        if storage._cdata not in self._sizes:
+            self._note_storage(storage, storage.nbytes())
+
+    def _note_storage(self, storage: Any, size: int) -> None:
+        """Count a storage as so many bytes while it is there; another one may lie at its address afterwards."""
+        self._sizes[storage._cdata] = size
+        self.now += size
         if self.now > self.peak:
             self.peak, self.peak_where = self.now, self.where
-        weakref.finalize(storage, self._gone, key).atexit = False
+        weakref.finalize(storage, self._gone, storage._cdata).atexit = False
 
     def _gone(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+        self.now -= self._sizes.pop(key, 0)
 
     def _note(self, name: str, args: Any) -> None:
         operation, group = _OPERATIONS.get(name), _group_of(args)

@@ -55,12 +55,17 @@ def as_json(run: DryRun) -> dict[str, Any]:
                 {"work": work, "chunk": chunk, "calls": [_call(call) for call in calls]}
                 for (work, chunk), calls in sorted(run.work.items())
             ],
+            "first_microbatch": [
+                {"work": work, "chunk": chunk, "calls": [_call(call) for call in calls]}
+                for (work, chunk), calls in sorted(run.first.items())
+            ],
             **{name: [_call(c) for c in getattr(run, name)] for name in ("reduce", "update", "after")},
         },
         "totals": [
             {"axis": axis, "operation": operation, "ranks": ranks, "calls": calls, "sent_bytes": sent}
             for (axis, operation, ranks), (calls, sent) in totals(run).items()
         ],
+        "assumed": run.assumed,
         "not_listed": run.unstated,
         "actions": [
             {
@@ -115,6 +120,7 @@ def _head(run: DryRun, recipe: str) -> list[str]:
         f"a step: {run.microbatches:,} microbatches of {train.micro_batch} x {run.config.model.sequence:,} tokens, "
         f"schedule {parallel.schedule}; ZeRO {run.config.zero.stage}; recomputation {train.recompute}; "
         f"{run.config.model.kernels} kernels",
+        *run.assumed,
     ]
 
 
@@ -167,7 +173,10 @@ def _collectives(run: DryRun) -> list[str]:
     counts = Counter((name, acted.action.chunk) for acted in run.actions for name in run.names_of(acted.action))
     for (work, chunk), calls in run.work.items():
         where = f" of chunk {chunk}" if len(run.plan.chunks) > 1 else ""
-        lines += _listed(f"{work}{where} of each microbatch, {counts[work, chunk]:,} times", calls)
+        lines += _listed(f"{work}{where} of the first microbatch", run.first.get((work, chunk), []))
+        differs = (work, chunk) in run.first
+        times = f"{'other ' if differs else ''}microbatch, {counts[work, chunk] - differs:,} times"
+        lines += _listed(f"{work}{where} of each {times}", calls)
     early = run.config.overlap.gradients and run.config.zero.stage == 0
     when = ", begun as soon as each is final" if early else ""
     lines += _listed(f"gradients, once a step{when}", run.reduce)

@@ -11,18 +11,21 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalm.config.deepspeed import deepspeed_config
 from megalm.config.run import RunConfig
 from megalm.config.storage import BYTES, optimizer_states, stored, wide_dtype
+from megalm.distributed.layout import Axis
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.sharding import ShardSpec
 from megalm.dry_run.recording import Call, Names
 from megalm.models.build import DTYPES
+from megalm.models.transformer import Transformer
+from megalm.nn.router import SUMS
 from megalm.train.adafactor import mean_shards
 from megalm.train.optimizers import Treatment, grouped
-from megalm.zero.engine import shard_of
+from megalm.zero.engine import replicas_of, shard_of
 from megalm.zero.overlap import overlapped_buckets
 from megalm.zero.replicated import buckets
 
@@ -34,8 +37,12 @@ _SCALED = 256  # numbers of adamw8bit's state that share a scale
 
 @dataclass(frozen=True)
 class _Group:
-    """A group of the optimizer; `size` elements of it, padding included, are whole, and `part` are on each replica."""
+    """A group of the optimizer; `size` elements of it, padding included, are whole, and `part` are on each replica.
 
+    `axis` is that of its replicas, of which experts that ranks divide have fewer.
+    """
+
+    axis: Axis
     how: Treatment
     tensors: list[Tensor]
     size: int
@@ -45,10 +52,10 @@ class _Group:
 class Stated:
     """What a rank's engine holds and sends: `module` is its part of the model, `mesh` its place."""
 
-    def __init__(self, config: RunConfig, module: nn.Module, mesh: ParallelMesh, tied_weight: Tensor | None) -> None:
+    def __init__(self, config: RunConfig, module: Transformer, mesh: ParallelMesh, tied_weight: Tensor | None) -> None:
         self.config, self.mesh, self.names = config, mesh, Names(mesh)
         self.stage, self.replicas = config.zero.stage, mesh.size("replica")
-        self.parameters = list(module.parameters())
+        self.parameters, self.routers = list(module.parameters()), len(module.routers)
         self.tied = tied_weight if tied_weight is not None and tied_weight.requires_grad else None
         joined = deepspeed_config(config, mesh.size("data"))
         self.zero: dict[str, Any] = joined["zero_optimization"]
@@ -57,20 +64,32 @@ class Stated:
             joined.get("communication_data_type") or config.train.reduce_dtype or wide_dtype(config)
         ]
         self.checks_overflow = config.precision == "bf16" and joined["bf16"].get("check_grad_overflow", True)
-        trained = [(shard_of(p), p) for p in self.parameters if p.requires_grad]
-        self.groups = [self._group(*group) for group in grouped(config.optim, trained, config.model.width_factor)]
+        if self.stage == 3:
+            self.checks_overflow = config.precision == "fp16"
+        self.groups = list(self._groups())
         self.bucket = min(int(self.zero.get("reduce_bucket_size", _BUCKET)), max(1, _elements(self.parameters)))
 
-    def _group(self, how: Treatment, tensors: list[Tensor]) -> _Group:
-        size, ranks = _elements(tensors), self.replicas
+    def _groups(self) -> Iterator[_Group]:
+        """Yield the groups; divided experts that a group has beside others are one of their own behind all of them."""
+        trained = [(shard_of(p), p) for p in self.parameters if p.requires_grad]
+        behind = []
+        for how, tensors in grouped(self.config.optim, trained, self.config.model.width_factor):
+            by_axis = _by_axis(tensors)
+            axis, *others = sorted(by_axis, key=lambda axis: axis != "replica")
+            yield self._group(axis, how, by_axis[axis])
+            behind += [self._group(other, how, by_axis[other]) for other in others]
+        yield from behind
+
+    def _group(self, axis: Axis, how: Treatment, tensors: list[Tensor]) -> _Group:
+        size, ranks = _elements(tensors), self.mesh.size(axis)
         if self.stage == 0:
-            return _Group(how, tensors, size, size)
+            return _Group(axis, how, tensors, size, size)
         if self.stage == 3:  # each parameter by itself
             part = sum(-(-tensor.numel() // ranks) for tensor in tensors)
-            return _Group(how, tensors, part * ranks, part)
+            return _Group(axis, how, tensors, part * ranks, part)
         unit = _ALIGNMENT * ranks
         size = -(-size // unit) * unit
-        return _Group(how, tensors, size, size // ranks)
+        return _Group(axis, how, tensors, size, size // ranks)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -97,7 +116,10 @@ class Stated:
             return size * (sum(group.size for group in self.groups) + _elements(frozen))
         smallest = int(self.zero.get("stage3_param_persistence_threshold", _WHOLE_BELOW))
         whole = [p for p in self.parameters if p.numel() <= smallest]
-        return size * (sum(-(-p.numel() // self.replicas) for p in self.parameters) + _elements(whole))
+        parts = sum(-(-p.numel() // self.replicas) for p in self.parameters)
+        block = self.zero.get("zero_hpz_partition_size", 1)
+        copies = parts * self.replicas // block if block > 1 else 0
+        return size * (parts + copies + _elements(whole))
 
     def _states(self) -> int:
         kind, divided = self.config.optim.kind, self.stage > 0
@@ -141,7 +163,8 @@ class Stated:
         """Return the buckets whose sums stage 0 begins while the last gradients are made; none where it does not."""
         if self.stage > 0 or self.replicas == 1 or not self.config.overlap.gradients:
             return []
-        return list(overlapped_buckets([p for p in self.parameters if p.requires_grad], lambda p: "replica"))
+        shared = [p for p in self.parameters if p.requires_grad and self.mesh.size(replicas_of(shard_of(p))) > 1]
+        return list(overlapped_buckets(shared, lambda p: replicas_of(shard_of(p))))
 
     def microbatch(self, arrived: Sequence[Tensor]) -> list[Call]:
         """Return what is sent after a microbatch's backward, whose gradients came in this order: under stage 2."""
@@ -151,9 +174,9 @@ class Stated:
         """Return what is sent for the sums of the step's gradients."""
         calls: list[Call] = []
         if self.stage == 0:
-            ordered = [p for p in self.parameters if p.requires_grad]
-            for bucket in self.early_buckets() or buckets(ordered):
-                calls += self._sum("replica", _elements(bucket), self.travelling)
+            whole = _by_axis(p for p in self.parameters if p.requires_grad).values()
+            for bucket in self.early_buckets() or [bucket for tensors in whole for bucket in buckets(tensors)]:
+                calls += self._sum(replicas_of(shard_of(bucket[0])), _elements(bucket), self.travelling)
         elif self.stage == 1:
             calls += self._buckets(self.trained)
         if self.tied is not None:
@@ -166,29 +189,36 @@ class Stated:
         calls = self._one("all-reduce", "world", torch.float64)  # the loss
         calls += self._centralize() if self.config.optim.centralize else []
         if self.stage == 0:
-            calls += self._one("all-reduce", "model", self.wide) + self._one("broadcast", "replica", self.wide)
-            return calls
+            calls += self._one("all-reduce", "model", self.wide) + self._one("all-reduce", "expert", self.wide)
+            return calls + self._one("broadcast", "replica", self.wide)
         if self.checks_overflow:
             calls += self._one("all-reduce", "replica", torch.uint8) + self._one("all-reduce", "model", torch.uint8)
         calls += self._one("all-reduce", "world", self.wide)
         if self.stage < 3:
             for group in self.groups:
-                calls += self._call("all-gather", "replica", group.size, DTYPES[self.config.precision])
+                calls += self._call("all-gather", group.axis, group.size, DTYPES[self.config.precision])
         return calls
+
+    def loads(self) -> list[Call]:
+        """Return what is sent after an update for the biases that even out the experts' loads."""
+        model = self.config.model
+        if model.router_bias_rate is None or model.experts is None:
+            return []
+        return self._sum("data", self.routers * (model.experts + len(SUMS)), torch.float64)
 
     def after(self) -> list[Call]:
         """Return what is sent after a step: whether a signal came."""
         return self._one("all-reduce", "world", torch.int32)
 
+    def assumed(self) -> list[str]:
+        """Return what is taken to be so, in lines."""
+        return [] if self.config.model.experts is None else ["assumed: tokens go evenly to the experts"]
+
     def unstated(self) -> list[str]:
         """Return what is not in the lists, in lines."""
         lines = []
-        if self.stage == 3:
-            lines += [
-                "ZeRO 3 gathers each part's weights over the replicas for its forward, its backward and what is",
-                "computed again, and reduces its gradients after each microbatch: DeepSpeed decides when and in which",
-                "pieces while it runs, so neither is listed, nor are the gathered weights among the activations",
-            ]
+        if self.stage == 3 and self.zero.get("zero_quantized_weights"):
+            lines.append("weights travel in 8 bits and with their scales, but are listed as they are")
         if self.config.optim.kind in ("muon", "adafactor"):
             lines.append(f"what {self.config.optim.kind} sends in its update is not listed")
         if self.in_host():
@@ -197,23 +227,23 @@ class Stated:
 
     def _buckets(self, tensors: Sequence[Tensor]) -> list[Call]:
         """Return the reductions of gradients in that order, as DeepSpeed 0.19.8 fills its bucket with them."""
-        sizes, filled = [], 0
+        sums: list[tuple[Axis, int]] = []
+        filled: dict[Axis, int] = {}  # a bucket has one sum for each axis
         for tensor in tensors:
-            if filled + tensor.numel() > self.bucket:
-                sizes.append(filled)
-                filled = 0
-            if tensor.numel() > self.bucket:
-                sizes += self._pieces(tensor)
+            axis, size = replicas_of(shard_of(tensor)), tensor.numel()
+            if sum(filled.values()) + size > self.bucket:
+                sums += filled.items()
+                filled = {}
+            if size > self.bucket:
+                sums += [(axis, piece) for piece in self._pieces(tensor)]
             else:
-                filled += tensor.numel()
-        calls = []
-        for size in [*sizes, filled]:
-            calls += self._sum("replica", size, self.travelling)
-        return calls
+                filled[axis] = filled.get(axis, 0) + size
+        return [call for axis, size in [*sums, *filled.items()] for call in self._sum(axis, size, self.travelling)]
 
     def _pieces(self, tensor: Tensor) -> Iterator[int]:
         """Yield in which sizes a gradient that is larger than the bucket is reduced: cut at the ends of partitions."""
-        if not self.zero.get("reduce_scatter", True) or self.config.precision == "fp64":
+        cuts = self.zero.get("reduce_scatter", True) and self.config.precision != "fp64"
+        if not cuts and len(_by_axis(self.parameters)) == 1:
             yield tensor.numel()
             return
         group = next(group for group in self.groups if any(own is tensor for own in group.tensors))
@@ -231,11 +261,14 @@ class Stated:
                 taken = 0
 
     def _centralize(self) -> list[Call]:
-        specs = [shard_of(p) for p in self.parameters if p.requires_grad and len(shard_of(p).global_shape) > 1]
-        rows, cut = sum(map(_rows, specs)), sum(_rows(s) for s in specs if s.dim == len(s.global_shape) - 1)
-        calls = self._sum("replica", rows, self.wide) if self.stage > 0 else []
-        calls += self._sum("tensor", cut, self.wide)
-        return calls if self.stage > 0 else calls + self._call("broadcast", "replica", rows, self.wide)
+        calls: list[Call] = []
+        for axis, tensors in sorted(_by_axis(self.trained).items(), reverse=True):  # "replica" first
+            specs = [shard_of(p) for p in tensors if len(shard_of(p).global_shape) > 1]
+            rows, cut = sum(map(_rows, specs)), sum(_rows(s) for s in specs if s.dim == len(s.global_shape) - 1)
+            calls += self._sum(axis, rows, self.wide) if self.stage > 0 else []
+            calls += self._sum("tensor", cut, self.wide)
+            calls += self._call("broadcast", axis, rows, self.wide) if self.stage == 0 else []
+        return calls
 
     def _one(self, operation: str, axis: str, dtype: torch.dtype) -> list[Call]:
         return self._call(operation, axis, 1, dtype)
@@ -248,6 +281,14 @@ class Stated:
         if group.size() == 1 or elements == 0:
             return []
         return [Call(operation, self.names.of(group), group.size(), elements, dtype)]
+
+
+def _by_axis(tensors: Iterable[Tensor]) -> dict[Axis, list[Tensor]]:
+    """Return parameters by the axis of the ranks that hold the same part."""
+    found: dict[Axis, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(replicas_of(shard_of(tensor)), []).append(tensor)
+    return found
 
 
 def _rows(spec: ShardSpec) -> int:

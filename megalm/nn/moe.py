@@ -21,11 +21,11 @@ from megalm.distributed.collectives import (
     reduce_scatter_sequence,
 )
 from megalm.distributed.sharding import ShardSpec
-from megalm.expert_parallel import Routes
+from megalm.expert_parallel import Routes, count_choices, on_host
 from megalm.nn.context import Context
 from megalm.nn.mlp import ACTIVATIONS, MLP
 from megalm.nn.ops import select_operations
-from megalm.nn.router import Router
+from megalm.nn.router import Router, capacity
 from megalm.tensor_parallel.initialize import Initializer
 
 
@@ -84,7 +84,11 @@ class Experts(nn.Module):
         super().__init__()
         assert config.experts is not None
         self.count, self.expert_group = config.experts, expert_group
-        self.drops = config.capacity_factor is not None
+        self.drops, self.even_share = config.capacity_factor is not None, 1.0
+        if config.capacity_factor is not None:  # of the choices, what fits where each expert has as many
+            tokens, each = config.sequence, config.experts_per_token
+            most = capacity(config.capacity_factor, tokens, each, self.count)
+            self.even_share = min(1.0, most * self.count / (tokens * each))
         self.activation = ACTIVATIONS.get(config.activation)
         self.operations = select_operations(config.kernels, init.device)
         features, hidden, parts = config.expert_features, config.hidden, self.activation.parts
@@ -105,11 +109,11 @@ class Experts(nn.Module):
         tokens, each = chosen_Nk.shape
         flat = chosen_Nk.flatten()
         order = flat.argsort(stable=True)
-        counts_E = torch.bincount(flat, minlength=self.count + 1)[: self.count]
+        counts_E = count_choices(flat, self.count)
         if self.drops:
-            order = order[: int(counts_E.sum())]
+            order = order[: on_host(counts_E.sum(), round(len(flat) * self.even_share))]
         rows: Tensor = _RowsOfChoices.apply(x_ND, order, each)
-        routes = Routes(counts_E, self.expert_group)
+        routes = Routes(counts_E, len(rows), self.expert_group)
         y = routes.back(self._transformed(routes.to_experts(rows), routes.held_E))
         y_NkD = y.new_zeros(tokens * each, y.shape[-1]).index_copy(0, order, y).view(tokens, each, -1)
         return torch.bmm(gates_Nk.to(y.dtype).unsqueeze(1), y_NkD).squeeze(1)

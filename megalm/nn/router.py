@@ -86,8 +86,7 @@ class Router(nn.Module):
         weight = sum_gradient(self.weight, self.group) if self.sequence else self.weight
         logits = F.linear(x.to(wide), weight.to(wide))
         scores = torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=-1)
-        ranked = scores.detach() if self.bias is None else scores.detach() + self.bias
-        own_BTk = ranked.topk(self.chosen, dim=-1).indices
+        own_BTk = self._choose(scores.detach())
         gates = scores.gather(-1, own_BTk)
         if self.chosen > 1:
             gates = gates / gates.sum(dim=-1, keepdim=True)
@@ -104,6 +103,11 @@ class Router(nn.Module):
             gates = self._with_losses(gates, logits, scores, own_BTk, whole_fits, context)
         gates_BTk = gather_sequence(gates, self.group) if self.sequence else copy_to_group(gates, self.group)
         return gates_BTk, chosen_BTk if fits is None else chosen_BTk.masked_fill(~fits, self.experts)
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """Return the experts of each token."""
+        ranked = scores if self.bias is None else scores + self.bias
+        return ranked.topk(self.chosen, dim=-1).indices
 
     def _with_losses(
         self, gates: Tensor, logits: Tensor, scores: Tensor, own_BTk: Tensor, fits: Tensor | None, context: Context
@@ -149,6 +153,11 @@ class _Attach(torch.autograd.Function):
         return gradient, torch.ones((), dtype=ctx.dtype, device=gradient.device), None, None
 
 
+def capacity(factor: float, row_tokens: int, each: int, experts: int) -> int:
+    """Return how many of a row's choices an expert takes."""
+    return math.ceil(factor * row_tokens * each / experts)
+
+
 def within_capacity(chosen_BTk: Tensor, experts: int, factor: float, row_tokens: int | None = None) -> Tensor:
     """Return which choices fit, bool [B, T, k]: the first ones of a row, ceil(factor n k / experts) for each expert.
 
@@ -156,11 +165,11 @@ def within_capacity(chosen_BTk: Tensor, experts: int, factor: float, row_tokens:
     """
     rows, tokens, each = chosen_BTk.shape
     choices = tokens * each
-    capacity = math.ceil(factor * (row_tokens or tokens) * each / experts)
+    most = capacity(factor, row_tokens or tokens, each, experts)
     ordered_BN, order_BN = chosen_BTk.flatten(1).sort(dim=1, stable=True)
     counts_BE = torch.zeros(rows, experts, dtype=torch.int64, device=chosen_BTk.device)
     counts_BE.scatter_add_(1, ordered_BN, torch.ones_like(ordered_BN))
     first_BE = counts_BE.cumsum(dim=1) - counts_BE
     place_BN = torch.arange(choices, device=chosen_BTk.device) - first_BE.gather(1, ordered_BN)
-    fits_BN = torch.empty_like(ordered_BN, dtype=torch.bool).scatter_(1, order_BN, place_BN < capacity)
+    fits_BN = torch.empty_like(ordered_BN, dtype=torch.bool).scatter_(1, order_BN, place_BN < most)
     return fits_BN.view_as(chosen_BTk)

@@ -337,6 +337,7 @@ class ShardedEngine(ZeroEngine):
         weights: list[Tensor] = [getattr(p, "ds_tensor", p) if self.stage == 3 else p for p in self.parameters]
         copies = (getattr(p, "ds_secondary_tensor", None) for p in self.parameters)
         weights += [copy for copy in copies if copy is not None]
+        weights += [p for p in self.parameters if getattr(p, "ds_persist", False)]
         masters = [f for f in self.flats if not _same_storage(f, weights)]
         states = [v for f in self.flats for _, v in tensor_states(self.optimizer.optimizer.state.get(f, {}), f.numel())]
         states += [values for *_, values in own_states(self.optimizer.optimizer)]

@@ -56,6 +56,23 @@ def test_json_has_everything(capfd: pytest.CaptureFixture[str]) -> None:
     assert (sent["calls"], sent["sent_bytes"]) == (2, 2 * run["message"]["bytes"])
 
 
+def test_experts_are_taken_to_have_even_loads(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of 8,192 tokens that go to 2 of 8 experts each, a rank sends as many to each of the 8 that divide them."""
+    place = ("train", "mixtral-8x7b", "--dry-run", "100/1024")
+    text = answered(capfd, *place)
+    assert "\nassumed: tokens go evenly to the experts\n" in text
+    run = json.loads(answered(capfd, *place, "--json"))
+    assert run["layout"] == {"pipeline": 4, "data": 256, "tensor": 1, "expert": 8}
+    (experts,) = {tuple(p["local_shape"]) for p in run["parameters"] if p["name"].endswith("experts.down.weight")}
+    assert experts == (1, 4096, 14336)
+    (forward, _) = run["collectives"]["microbatch"][::-1]
+    assert forward["work"] == "forward"
+    assert {call["elements"] for call in forward["calls"]} == {8, 2 * 8192 * 4096}
+    counts = {(row["axis"], row["operation"]): row["calls"] for row in run["totals"]}
+    # Of 4 microbatches and 8 layers: the counts and there and back, as often in recomputation, two gradients.
+    assert counts["expert", "all-to-all"] == 4 * 8 * (3 + 3 + 2)
+
+
 def test_recompilation_is_left_out_and_kernels_are_those_of_a_gpu(capfd: pytest.CaptureFixture[str]) -> None:
     """The matrix of scores is what plain torch needs more: rows x heads x tokens^2, at least once in 16 bits."""
     place = ("train", "gpt-124m", "--dry-run", "1/8", "model.layers=2", "train.compile=true", "--json")
@@ -84,6 +101,7 @@ def test_what_is_offloaded_leaves_the_count_and_is_said(capfd: pytest.CaptureFix
         ("parallel.pipeline=2", "parallel.schedule=zb-v", "zero.stage=2", "train.recompute=selective"),
         ("zero.stage=3", "zero.config=zero3-offload", "loss.fused_head=true"),
         ("train.fp8=tensorwise", "parallel.pipeline=2", "parallel.schedule=zb-h1", "parallel.tensor=2"),
+        ("model.experts=6", "model.capacity_factor=1.1", "parallel.expert=2", "zero.stage=2"),
     ],
     ids=str,
 )

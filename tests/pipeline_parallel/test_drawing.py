@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megalm.cli import main
+from megalm.pipeline_parallel.drawing import COLUMNS, step_cost
+from megalm.pipeline_parallel.schedules import SCHEDULES
+from megalm.pipeline_parallel.simulator import simulate
 
 
 def shown(capsys: pytest.CaptureFixture[str], *overrides: str) -> list[str]:
@@ -45,3 +48,30 @@ def test_a_batch_that_is_filled_up_is_drawn_with_all_its_microbatches(
 ) -> None:
     first = shown(capsys, f"train.global_batch={batch}", "train.pad_batch=true")[0]
     assert first == f"1f1b: 1 stage of 1 chunk, {microbatches} a step on one data rank"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.names())
+def test_a_long_step_costs_what_its_whole_simulation_says(schedule: str) -> None:
+    kind, shortened = SCHEDULES.get(schedule), 0
+    for stages in (1, 3, 16):
+        for chunks in (2, 3) if kind.fixed_chunks is None else (kind.fixed_chunks,):
+            for microbatches in (11 * stages + 101, 13 * stages + 99):
+                short, cost = step_cost(kind, stages, microbatches, chunks)
+                schedule_of_all = kind(stages, microbatches, chunks)
+                whole = simulate(schedule_of_all, float(chunks), 2.0 * chunks)
+                shortened += short.microbatches < microbatches
+                for figure in ("makespan", "busy", "spans", "peak_live", "bubble"):
+                    assert getattr(cost, figure) == getattr(whole, figure), (figure, stages, chunks, microbatches)
+                for stage in range(stages):
+                    begins = [
+                        [(a, at) for a, at in zip(s.actions(stage), c.starts[stage], strict=True) if at < COLUMNS]
+                        for s, c in ((short, cost), (schedule_of_all, whole))
+                    ]
+                    assert begins[0] == begins[1], (stages, chunks, microbatches, stage)
+    assert shortened >= 6
+
+
+def test_a_step_of_very_many_microbatches_is_drawn_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "parallel.pipeline=4", "train.global_batch=2000000")
+    assert lines[0] == "1f1b: 4 stages of 1 chunk, 1000000 microbatches a step on one data rank"
+    assert "bubble 0.0%, where" in "\n".join(lines) and lines[-2].endswith(" ...")

@@ -206,6 +206,10 @@ def test_the_blocks_projections_are_in_fp8_and_nothing_else_is(schedule: str) ->
         ("model.ffn=328", "multiples of 16, and these are not: mlp.down=328; use other sizes, or train."),
         ("parallel.tensor=8", "and these, divided over parallel.tensor=8, are not: "),
         ("train.micro_batch=1 model.sequence=72", "a rank's 72 tokens of a microbatch, over which weights' gradients"),
+        (
+            "parallel.tensor=2 overlap.tensor_chunks=3",
+            "tokens of a microbatch, in 3 chunks (overlap.tensor_chunks), over",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(override: str, said: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megalm.cli import main
+from megalm.config.deepspeed_files import find_config, read_config
 from megalm.config.storage import BYTES, stored
 from megalm.train.monitor import count_parameters
 from tests.parity.harness import VOCAB, Case, run_case
@@ -58,8 +61,12 @@ def test_muon_keeps_one_number_of_hidden_matrices_and_two_of_the_rest_and_zero_d
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_table_knows_what_a_deepspeed_json_saves(pool: WorkerPool, stage: int) -> None:
-    check_table(pool, {"zero.stage": stage, "zero.config": "low-memory-bf16", "precision": "bf16"})
+def test_the_table_knows_what_a_deepspeed_json_saves(pool: WorkerPool, stage: int, tmp_path: Path) -> None:
+    content = read_config(find_config("low-memory-bf16"))
+    content["zero_optimization"]["stage3_param_persistence_threshold"] = 1  # or all weights here would be kept whole
+    file = tmp_path / "low-memory-bf16.json"
+    file.write_text(json.dumps(content))
+    check_table(pool, {"zero.stage": stage, "zero.config": str(file), "precision": "bf16"})
 
 
 def test_the_table_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
