@@ -26,6 +26,7 @@ DIVIDED = {"zero.stage": 2, "precision": "bf16"}
 CASES = [
     Case(2, 1, 2, {**SHAPE, "precision": "fp32"}),
     Case(2, 1, 2, {**SEQUENCE, "train.recompute": "full"}),
+    Case(2, 1, 2, {**SEQUENCE, "train.recompute": "selective"}),
     Case(1, 1, 2, {**SEQUENCE, "train.fp8": "rowwise"}),
     Case(2, 2, 1, {**CHUNKS, "zero.stage": 1, "precision": "bf16"}),
     Case(1, 2, 2, {**SHAPE, **FROZEN, "zero.stage": 1, "precision": "fp32", "optim.kind": "lion"}),

@@ -16,6 +16,7 @@ from tests.parity import (
     mtp_faults,
     offload_faults,
     option_faults,
+    recomputation_faults,
     schedule_faults,
 )
 from tests.parity.cases import OPTIMIZERS, misses
@@ -34,6 +35,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *mtp_faults.MUTANTS,
     *expert_faults.MUTANTS,
     *offload_faults.MUTANTS,
+    *recomputation_faults.MUTANTS,
 )
 
 _IN_EVERY_TEST_RUN = (
@@ -58,6 +60,7 @@ _IN_EVERY_TEST_RUN = (
     "further_tokens_are_those_of_the_row_s_begin",
     "expert_gradients_summed_over_all_data_ranks",
     "loads_balanced_over_a_microbatch",
+    "inputs_are_gathered_again_out_of_order",
 )
 REPRESENTATIVE = tuple([mutant.plant.__name__ for mutant in MUTANTS].index(name) for name in _IN_EVERY_TEST_RUN)
 """The mutants, by their place, that every test run plants."""
