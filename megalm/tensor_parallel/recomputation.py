@@ -20,7 +20,7 @@ Make = Callable[[Tensor], Tensor]
 
 
 class Origin:
-    """How an input is made again: of what a node of autograd's graph has saved, which lies behind all that use it.
+    """How an input is made again: of what a node of autograd's graph has saved, whose backward comes after its users'.
 
     The node and not a tensor, so that what is saved may wait elsewhere (`megalm.models.offload`) until then.
     """
