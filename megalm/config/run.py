@@ -136,10 +136,10 @@ class TrainSection(Section):
     most. Between replicas they travel in `reduce_dtype`: bf16 halves the traffic and rounds each rank's sum; None: as
     they are summed over microbatches, fp32 for weights of 16 bits.
 
-    `recompute` says what the backward pass computes again instead of keeping it: whole blocks (full), or what lies
-    between the projections of their attention (selective); in each `recompute_every`-th block. With
-    `offload_activations` what is kept of the blocks waits in the host's memory for its backward pass. `compile` has
-    torch.compile make one program of each block.
+    `recompute` says what the backward pass computes again instead of keeping it: whole blocks (full), or what is large
+    and cheap (selective): inputs of linear layers that norms, activation functions and gathers make, and attention's
+    scores where they are kept; in each `recompute_every`-th block. With `offload_activations` what is kept of the
+    blocks waits in the host's memory for its backward pass. `compile` has torch.compile make one program of each block.
 
     `fp8` rounds the operands of the products of the blocks' linear layers to 8 bits, by a recipe of torchao's: with one
     scale a matrix (tensorwise), or one a row (rowwise), of which the last leaves weights' gradients in bf16.

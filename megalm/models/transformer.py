@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         share: dict[str, Any] = {"sequence": sequence, "context": context, "expert_group": expert_group}
         for index in (*plan.layers, *self.ahead):
             block = TransformerBlock(index, config, group=group, init=init, **share)
-            block.attention.recompute = recompute == "selective" and index % recompute_every == 0
+            block.recompute = block.attention.recompute = recompute == "selective" and index % recompute_every == 0
             if on_built is not None:
                 on_built(block)
             self.blocks[str(index)] = block

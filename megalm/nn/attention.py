@@ -14,19 +14,20 @@ from torch.utils.checkpoint import checkpoint
 
 from megalm.config.model import ModelSection
 from megalm.context_parallel.attention import ContextParallel
-from megalm.distributed.collectives import copy_to_group, gather_sequence, sum_gradient
+from megalm.distributed.collectives import sum_gradient
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import ConfigError
 from megalm.nn.context import Context
 from megalm.nn.dropout import Dropout
 from megalm.nn.latent_attention import LatentProjection
 from megalm.nn.norms import RMSNorm
-from megalm.nn.ops import select_operations
+from megalm.nn.ops import REFERENCE, select_operations
 from megalm.nn.pattern_attention import pattern_attention
 from megalm.nn.positions import POSITIONS
 from megalm.tensor_parallel.chunks import entered, entering
 from megalm.tensor_parallel.initialize import Initializer
-from megalm.tensor_parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
+from megalm.tensor_parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear, shared_input
+from megalm.tensor_parallel.recomputation import Origin, made_again
 
 Projected = tuple[Tensor, Tensor | None, Tensor, Tensor]
 """q_BTHE, the gate of each head's result in the same shape (None: there is none), k_BTGE, v_BTGE.
@@ -40,8 +41,8 @@ class Attention(nn.Module):
 
     `context` are the ranks that divide a row's tokens: x has this rank's.
 
-    With `recompute` set the backward pass computes again what lies between the projections: scores and probabilities
-    (Korthikanti et al. 2022, section 5).
+    With `recompute` set the backward pass computes scores and probabilities again (Korthikanti et al. 2022, section 5),
+    where attention keeps them: fused kernels and patterns do that by themselves.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Attention(nn.Module):
                 f"a head has {config.head_size} features, the fused kernels take {operations.widest_head} at most; "
                 "use model.flash_attention=false or model.kernels=reference"
             )
+        self.keeps_scores = self.pattern is None and (not config.flash_attention or operations is REFERENCE)
         if context is not None:
             self.attend = context.around(self.attend, operations)
         self.query_factor = config.query_factor
@@ -114,9 +116,12 @@ class Attention(nn.Module):
             spec = ShardSpec.split(f"{name}.sinks", (config.heads,), 0, group.rank(), size)
             self.sinks = init.constant(spec, 0.0)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Attend over all earlier tokens of the same row that the layer's masks leave visible."""
-        q_BTHE, gate_BTHE, k_BTGE, v_BTGE = self.project(x)
+    def forward(self, x: Tensor, context: Context, origin: Origin | None = None) -> Tensor:
+        """Attend over all earlier tokens of the same row that the layer's masks leave visible.
+
+        With its `origin` x is made again for the backward pass of its projections.
+        """
+        q_BTHE, gate_BTHE, k_BTGE, v_BTGE = self.project(x, origin)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHE, k_BTGE = self.q_norm(q_BTHE), self.k_norm(k_BTGE)
         if self.query_factor != 1.0:
@@ -127,7 +132,9 @@ class Attention(nn.Module):
             # As views keys and values would keep all of the projection, which the queries do not need any more.
             k_BTGE, v_BTGE = k_BTGE.contiguous(), v_BTGE.contiguous()
         attend = self.attend
-        if self.recompute and torch.is_grad_enabled():
+        bias = {} if self.score_bias is None else self.score_bias(context.queries, context.tokens)
+        keeps_scores = self.keeps_scores or (self.pattern is None and "bias_HTS" in bias)
+        if self.recompute and keeps_scores and torch.is_grad_enabled():
             attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
         result = attend(
             q_BTHE,
@@ -140,7 +147,7 @@ class Attention(nn.Module):
             documents=context.documents,
             return_lse=self.sinks is not None,
             **({} if self.pattern is None else {"pattern": self.pattern}),
-            **({} if self.score_bias is None else self.score_bias(context.queries, context.tokens)),
+            **bias,
         )
         if self.sinks is not None:
             out_BTHE, lse_BHT = result
@@ -183,9 +190,9 @@ class GroupedQuery(nn.Module):
             interleaved=tuple(part * config.head_size for part in self.parts),
         )
 
-    def forward(self, x: Tensor) -> Projected:
+    def forward(self, x: Tensor, origin: Origin | None = None) -> Projected:
         """Project a hidden state."""
-        projected = self.qkv(x)
+        projected = self.qkv(x, origin)
         grouped = projected.view(*projected.shape[:2], self.groups, sum(self.parts), self.head_size)
         parts = grouped.split(self.parts, dim=3)  # one backward for all, unlike slices
         q, *gate, k, v = (part.flatten(2, 3) for part in parts)
@@ -220,18 +227,21 @@ class MultiQuery(Linear):
             self.q_bias = init.constant(ShardSpec.split(f"{name}.q.bias", shape[:-1], len(leading), index, count), 0.0)
             self.kv_bias = init.constant(ShardSpec.whole(f"{name}.kv.bias", (shared,)), 0.0)
 
-    def forward(self, x: Tensor) -> Projected:
+    def forward(self, x: Tensor, origin: Origin | None = None) -> Projected:
         """Project a hidden state."""
         q_bias = None if self.q_bias is None else self.q_bias.flatten()
         kv_bias = None if self.kv_bias is None else sum_gradient(self.kv_bias, self.group)
         q_weight, kv_weight = self.q_weight.flatten(0, -2), sum_gradient(self.kv_weight, self.group)
         if self.chunks > 1 and self.group.size() > 1:
-            parts = entering(x, self.group, self.sequence, self.chunks)
-            pairs = [(self.linear(p, q_weight, q_bias), self.linear(p, kv_weight, kv_bias)) for p in parts]
+            pairs = []
+            for part, made in entering(x, origin, self.group, self.sequence, self.chunks):
+                with made_again(part, made):
+                    pairs.append((self.linear(part, q_weight, q_bias), self.linear(part, kv_weight, kv_bias)))
             own, shared = (entered(products, x, self.group, self.sequence) for products in zip(*pairs, strict=True))
         else:
-            x = gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
-            own, shared = self.linear(x, q_weight, q_bias), self.linear(x, kv_weight, kv_bias)
+            x, origin = shared_input(x, origin, self.group, self.sequence)
+            with made_again(x, origin):
+                own, shared = self.linear(x, q_weight, q_bias), self.linear(x, kv_weight, kv_bias)
         q, *gate = (part.unflatten(-1, (-1, self.head_size)) for part in own.chunk(2 if self.gated else 1, dim=-1))
         k, v = (part.unsqueeze(2) for part in shared.chunk(2, dim=-1))
         return q, gate[0] if gate else None, k, v

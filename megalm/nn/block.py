@@ -8,6 +8,7 @@ parallel   x + attention(norm(x)) + mlp(norm(x)), with norms as in pre or sandwi
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -18,15 +19,18 @@ from megalm.nn.context import Context
 from megalm.nn.dropout import Dropout, StochasticDepth
 from megalm.nn.mlp import MLP
 from megalm.nn.moe import MixtureOfExperts
-from megalm.nn.norms import build_norm
+from megalm.nn.norms import Norm, build_norm
 from megalm.nn.ops import select_operations
 from megalm.tensor_parallel.initialize import Initializer
+from megalm.tensor_parallel.recomputation import Origin, remember, unchanged
 
 
 class TransformerBlock(nn.Module):
     """Block number `index` of the whole model: x_BTD -> x_BTD (x_BTtD with `sequence`).
 
-    `group` is the tensor group; the ranks of `expert_group` divide the experts (None: this one has all).
+    `group` is the tensor group; the ranks of `expert_group` divide the experts (None: this one has all). With
+    `recompute` set the backward pass makes again what is cheap: what norms and activation functions make for linear
+    layers, and what is gathered for them. A compiler decides that by itself.
     """
 
     def __init__(
@@ -44,9 +48,10 @@ class TransformerBlock(nn.Module):
         name = f"blocks.{index}"
         self.place, self.parallel = config.norm_place, config.parallel_residual
         self.residual_scale = config.residual_scale
+        self.recompute = False
         self.operations = select_operations(config.kernels, init.device)
 
-        def norm(which: str) -> nn.Module:
+        def norm(which: str) -> Norm:
             token_group = group if sequence else None
             return build_norm(f"{name}.{which}", config, group=token_group, init=init, operations=self.operations)
 
@@ -82,23 +87,37 @@ class TransformerBlock(nn.Module):
         attention_drop = self.attention_dropout.on(context.dropout, context.held, context.tokens)
         mlp_drop = self.mlp_dropout.on(context.dropout, context.held, context.tokens)
         if self.place == "post":
-            x, _ = self.attention_norm(self._attended(x, context), residual=x, drop=attention_drop)
-            x, _ = self.mlp_norm(self._transformed(x, context), residual=x, drop=mlp_drop)
+            attended = self._attended(*self._remembered(x), context)
+            x, _ = self.attention_norm(attended, residual=x, drop=attention_drop)
+            transformed = self._transformed(*self._remembered(x), context)
+            x, _ = self.mlp_norm(transformed, residual=x, drop=mlp_drop)
             return x
-        attended = self._attended(self.attention_norm(x), context)
+        attended = self._attended(*self._remembered(self.attention_norm(x), self.attention_norm, x), context)
         if self.parallel:
-            normed = self.mlp_norm(x)
+            mlp_input = self._remembered(self.mlp_norm(x), self.mlp_norm, x)
             x = self.operations.dropout(attended, drop=attention_drop, residual=x)
         else:
             normed, x = self.mlp_norm(attended, residual=x, drop=attention_drop)
-        return self.operations.dropout(self._transformed(normed, context), drop=mlp_drop, residual=x)
+            mlp_input = self._remembered(normed, self.mlp_norm, x)
+        return self.operations.dropout(self._transformed(*mlp_input, context), drop=mlp_drop, residual=x)
 
-    def _attended(self, x: Tensor, context: Context) -> Tensor:
-        y = self.attention(x, context)
+    def _remembered(
+        self, x: Tensor, norm: Norm | None = None, normed: Tensor | None = None
+    ) -> tuple[Tensor, Origin | None]:
+        """Return a half's input x, norm(normed) where there is a norm, and with `recompute` its origin."""
+        if not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return x, None
+        make = None if norm is None else norm.again()
+        if normed is None or make is None:
+            return remember(x, x, unchanged)
+        return remember(x, normed, make)
+
+    def _attended(self, x: Tensor, origin: Origin | None, context: Context) -> Tensor:
+        y = self.attention(x, context, origin)
         return self._to_be_added(y, self.attention_out_norm, self.attention_depth, context)
 
-    def _transformed(self, x: Tensor, context: Context) -> Tensor:
-        y = self.mlp(x, context) if self.has_experts else self.mlp(x)
+    def _transformed(self, x: Tensor, origin: Origin | None, context: Context) -> Tensor:
+        y = self.mlp(x, context, origin) if self.has_experts else self.mlp(x, origin)
         return self._to_be_added(y, self.mlp_out_norm, self.mlp_depth, context)
 
     def _to_be_added(self, y: Tensor, norm: nn.Module | None, depth: StochasticDepth, context: Context) -> Tensor:

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalm.config.model import ModelSection
-from megalm.distributed.collectives import copy_to_group, gather_sequence, sum_gradient
+from megalm.distributed.collectives import sum_gradient
 from megalm.distributed.sharding import ShardSpec
 from megalm.nn.norms import RMSNorm
 from megalm.nn.ops import select_operations
 from megalm.tensor_parallel.initialize import Initializer
-from megalm.tensor_parallel.linear import Linear
+from megalm.tensor_parallel.linear import Linear, shared_input
+from megalm.tensor_parallel.recomputation import Origin, made_again, remember, unchanged
 
 
 class LatentProjection(Linear):
@@ -80,18 +81,24 @@ class LatentProjection(Linear):
         self.kv_latent_norm = norm("kv_latent_norm", kv_rank)
         self.kv_up_weight = matrix("kv_up", heads * sum(key_value), kv_rank, key_value, split=True)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        """Project a hidden state."""
-        kv_latent, k_turning = self._down(x, self.kv_down_weight).split(self.ranks[1:], dim=-1)
+    def forward(self, x: Tensor, origin: Origin | None = None) -> tuple[Tensor, None, Tensor, Tensor]:
+        """Project a hidden state. With the `origin` of x, x and the gathered latents are made again."""
+        with made_again(x, origin):
+            kv_latent, k_turning = self._down(x, self.kv_down_weight).split(self.ranks[1:], dim=-1)
+            q_latent = None if self.q_down_weight is None else self._down(x, self.q_down_weight)
         latents = [self.kv_latent_norm(kv_latent), k_turning]
-        if self.q_down_weight is not None and self.q_latent_norm is not None:
-            latents.insert(0, self.q_latent_norm(self._down(x, self.q_down_weight)))
-            q_latent, kv_latent, k_turning = self._shared(torch.cat(latents, dim=-1)).split(self.ranks, dim=-1)
+        if q_latent is not None and self.q_latent_norm is not None:
+            latents.insert(0, self.q_latent_norm(q_latent))
+        shared, of_latents = self._latents(torch.cat(latents, dim=-1), again=origin is not None)
+        *q_latents, kv_latent, k_turning = shared.split(self.ranks[-len(latents) :], dim=-1)
+        if q_latents:
+            (q_input,), of_queries = q_latents, of_latents
         else:
-            q_latent = self._shared(x)
-            kv_latent, k_turning = self._shared(torch.cat(latents, dim=-1)).split(self.ranks[1:], dim=-1)
-        q_BTHE = self.linear(q_latent, self.q_weight).unflatten(-1, (-1, self.rope + self.nope))
-        up = self.linear(kv_latent, self.kv_up_weight).unflatten(-1, (-1, self.nope + self.value))
+            q_input, of_queries = shared_input(x, origin, self.group, self.sequence)
+        with made_again(q_input, of_queries):
+            q_BTHE = self.linear(q_input, self.q_weight).unflatten(-1, (-1, self.rope + self.nope))
+        with made_again(kv_latent, of_latents):
+            up = self.linear(kv_latent, self.kv_up_weight).unflatten(-1, (-1, self.nope + self.value))
         k_fixed, v = up.split((self.nope, self.value), dim=-1)
         k_BTHE = torch.cat((k_turning.unsqueeze(2).expand(-1, -1, k_fixed.shape[2], -1), k_fixed), dim=-1)
         return q_BTHE, None, k_BTHE, F.pad(v, (0, k_BTHE.shape[-1] - self.value))
@@ -99,6 +106,7 @@ class LatentProjection(Linear):
     def _down(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.linear(x, sum_gradient(weight, self.group) if self.sequence else weight)
 
-    def _shared(self, x: Tensor) -> Tensor:
-        """Return all tokens of what each rank's heads read."""
-        return gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
+    def _latents(self, x: Tensor, again: bool) -> tuple[Tensor, Origin | None]:
+        """Return all tokens of what each rank's heads read, and their origin if they are to be gathered `again`."""
+        x, origin = remember(x, x, unchanged) if again and self.sequence else (x, None)
+        return shared_input(x, origin, self.group, self.sequence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from megalm.nn.ops import Operations, select_operations
 from megalm.registry import Registry
 from megalm.tensor_parallel.initialize import Initializer
 from megalm.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalm.tensor_parallel.recomputation import Origin, remember
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,25 @@ class Activation:
 
     parts: int
     apply: Callable[[Operations, Tensor], Tensor]
+    keeps_input: bool = True
+    """Its backward pass keeps the projections, and not its result."""
 
 
 ACTIVATIONS: Registry[Activation] = Registry("activation")
-ACTIVATIONS.register("relu")(Activation(1, lambda operations, x: relu(x)))
-ACTIVATIONS.register("relu2")(Activation(1, lambda operations, x: relu(x).square()))  # So et al. 2021 (Primer)
+ACTIVATIONS.register("relu")(Activation(1, lambda operations, x: relu(x), keeps_input=False))
+# So et al. 2021 (Primer)
+ACTIVATIONS.register("relu2")(Activation(1, lambda operations, x: relu(x).square(), keeps_input=False))
 ACTIVATIONS.register("gelu")(Activation(1, lambda operations, x: operations.gelu(x)))
 ACTIVATIONS.register("gelu_erf")(Activation(1, lambda operations, x: F.gelu(x)))
 ACTIVATIONS.register("silu")(Activation(1, lambda operations, x: F.silu(x)))
 ACTIVATIONS.register("geglu")(Activation(2, lambda operations, x: operations.geglu(x)))
 ACTIVATIONS.register("swiglu")(Activation(2, lambda operations, x: operations.swiglu(x)))
+
+
+def activate(activation: Activation, operations: Operations, x: Tensor, again: bool) -> tuple[Tensor, Origin | None]:
+    """Return the function of x, and its origin where it is to be made `again` and its backward pass keeps x."""
+    apply = partial(activation.apply, operations)
+    return remember(apply(x), x, apply) if again and activation.keeps_input else (apply(x), None)
 
 
 class MLP(nn.Module):
@@ -78,6 +89,10 @@ class MLP(nn.Module):
             sequence=sequence,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's second contribution to the residual stream."""
-        return self.down(self.activation.apply(self.operations, self.up(x)))
+    def forward(self, x: Tensor, origin: Origin | None = None) -> Tensor:
+        """Return the block's second contribution to the residual stream.
+
+        With its `origin` x is made again in the backward pass, and so is what the activation makes.
+        """
+        again = origin is not None
+        return self.down(*activate(self.activation, self.operations, self.up(x, origin), again))

@@ -23,10 +23,11 @@ from megalm.distributed.collectives import (
 from megalm.distributed.sharding import ShardSpec
 from megalm.expert_parallel import Routes, count_choices, on_host
 from megalm.nn.context import Context
-from megalm.nn.mlp import ACTIVATIONS, MLP
+from megalm.nn.mlp import ACTIVATIONS, MLP, activate
 from megalm.nn.ops import select_operations
 from megalm.nn.router import Router, capacity
 from megalm.tensor_parallel.initialize import Initializer
+from megalm.tensor_parallel.recomputation import Origin, made_again
 
 
 class MixtureOfExperts(nn.Module):
@@ -56,14 +57,19 @@ class MixtureOfExperts(nn.Module):
             width = config.shared_features
             self.shared = MLP(f"{name}.shared", config, group=group, init=init, sequence=sequence, features=width)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Return the block's second contribution to the residual stream."""
+    def forward(self, x: Tensor, context: Context, origin: Origin | None = None) -> Tensor:
+        """Return the block's second contribution to the residual stream.
+
+        With the `origin` of x the shared experts make x again in the backward pass, and all experts activations.
+        The rows of routed experts, which travelled, are kept.
+        """
         gates_BTk, chosen_BTk = self.router(x, context)
         x_BTD = gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
-        partial_ND = self.experts(x_BTD.flatten(0, 1), gates_BTk.flatten(0, 1), chosen_BTk.flatten(0, 1))
+        routed = gates_BTk.flatten(0, 1), chosen_BTk.flatten(0, 1)
+        partial_ND = self.experts(x_BTD.flatten(0, 1), *routed, origin is not None)
         leave = reduce_scatter_sequence if self.sequence else reduce_from_group
         y: Tensor = leave(partial_ND.view_as(x_BTD), self.group)
-        return y if self.shared is None else y + self.shared(x)
+        return y if self.shared is None else y + self.shared(x, origin)
 
 
 class Experts(nn.Module):
@@ -104,8 +110,8 @@ class Experts(nn.Module):
         self.up = init.matrix(held("up", (*leading, features, hidden), len(leading)), std)
         self.down = init.matrix(held("down", (self.count, hidden, features), 2), std, shrink)
 
-    def forward(self, x_ND: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor) -> Tensor:
-        """Return the weighted sums; rows of no expert are zero."""
+    def forward(self, x_ND: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor, again: bool = False) -> Tensor:
+        """Return the weighted sums; rows of no expert are zero. The backward pass may make activations `again`."""
         tokens, each = chosen_Nk.shape
         flat = chosen_Nk.flatten()
         order = flat.argsort(stable=True)
@@ -114,14 +120,15 @@ class Experts(nn.Module):
             order = order[: on_host(counts_E.sum(), round(len(flat) * self.even_share))]
         rows: Tensor = _RowsOfChoices.apply(x_ND, order, each)
         routes = Routes(counts_E, len(rows), self.expert_group)
-        y = routes.back(self._transformed(routes.to_experts(rows), routes.held_E))
+        y = routes.back(self._transformed(routes.to_experts(rows), routes.held_E, again))
         y_NkD = y.new_zeros(tokens * each, y.shape[-1]).index_copy(0, order, y).view(tokens, each, -1)
         return torch.bmm(gates_Nk.to(y.dtype).unsqueeze(1), y_NkD).squeeze(1)
 
-    def _transformed(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+    def _transformed(self, x_ND: Tensor, counts_E: Tensor, again: bool) -> Tensor:
         product = self.operations.grouped_matmul
-        h = self.activation.apply(self.operations, product(x_ND, self.up.flatten(1, -2), counts_E))
-        return product(h, self.down, counts_E)
+        h, origin = activate(self.activation, self.operations, product(x_ND, self.up.flatten(1, -2), counts_E), again)
+        with made_again(h, origin):
+            return product(h, self.down, counts_E)
 
 
 class _RowsOfChoices(torch.autograd.Function):

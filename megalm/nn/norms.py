@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -48,18 +49,31 @@ class Norm(nn.Module):
 
     def forward(self, x_BTD: Tensor, residual: Tensor | None = None, drop: Drop | None = None) -> Any:
         """Normalise x_BTD over D; with `residual` return (norm of the sum, sum) of the sum residual + dropped x_BTD."""
-        raise AssertionError(f"{type(self).__name__} has no forward pass")
+        bias = None if self.bias is None else self.shared(self.bias)
+        return self.normalise(x_BTD, self.shared(self.weight), bias, residual=residual, drop=drop)
+
+    def again(self) -> Callable[[Tensor], Tensor] | None:
+        """Return what makes the same of the same x_BTD (or sum) again, without gradients, by the weights of now.
+
+        None where they are no longer here, as those that ZeRO 3 divides and does not let persist.
+        """
+        if self.weight.numel() == 0:
+            return None
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        return lambda x_BTD: self.normalise(x_BTD, weight, bias)
+
+    def normalise(self, x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor | None, **addition: Any) -> Any:
+        """Compute `forward` with these weights; `addition` are its other arguments."""
+        raise AssertionError(f"{type(self).__name__} has no formula")
 
 
 @NORMS.register("layernorm")
 class LayerNorm(Norm):
     """LayerNorm with weight and, where the recipe has biases, bias."""
 
-    def forward(self, x_BTD: Tensor, residual: Tensor | None = None, drop: Drop | None = None) -> Any:
+    def normalise(self, x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor | None, **addition: Any) -> Any:
         """Normalise over D, after the residual addition where there is one."""
-        bias = None if self.bias is None else self.shared(self.bias)
-        weight = self.shared(self.weight)
-        return self.operations.layer_norm(x_BTD, weight, bias, eps=self.eps, residual=residual, drop=drop)
+        return self.operations.layer_norm(x_BTD, weight_D, bias_D, eps=self.eps, **addition)
 
 
 @NORMS.register("rmsnorm")
@@ -80,10 +94,9 @@ class RMSNorm(Norm):
         del bias  # a recipe's biases are those of linear layers and LayerNorm
         super().__init__(name, hidden, eps=eps, bias=False, group=group, init=init, operations=operations)
 
-    def forward(self, x_BTD: Tensor, residual: Tensor | None = None, drop: Drop | None = None) -> Any:
+    def normalise(self, x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor | None, **addition: Any) -> Any:
         """Normalise over D, after the residual addition where there is one."""
-        weight = self.shared(self.weight)
-        return self.operations.rms_norm(x_BTD, weight, eps=self.eps, residual=residual, drop=drop)
+        return self.operations.rms_norm(x_BTD, weight_D, eps=self.eps, **addition)
 
 
 def build_norm(

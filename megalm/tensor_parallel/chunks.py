@@ -18,12 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megalm.tensor_parallel.recomputation import Origin
 
 
 @dataclass
@@ -74,17 +77,25 @@ def chunk_sizes(rows: int, chunks: int) -> list[int]:
     return [rows // chunks + (index < rows % chunks) for index in range(chunks)]
 
 
-def entering(x: Tensor, group: dist.ProcessGroup, sequence: bool, chunks: int) -> Iterator[Tensor]:
-    """Yield a column-parallel layer's input by chunks of rows; the backward pass sums their gradients over `group`.
+def entering(
+    x: Tensor, origin: Origin | None, group: dist.ProcessGroup, sequence: bool, chunks: int
+) -> Iterator[tuple[Tensor, Origin | None]]:
+    """Yield a column-parallel layer's input by chunks of rows, each with its origin if x has one.
 
     x_BTD, or with `sequence` x_BTtD, of whose tokens those of all ranks are gathered. The product of a chunk is to be
-    made before the next one is asked for.
+    made before the next one is asked for. The backward pass sums the chunks' gradients over `group`.
     """
     x_ND = x.flatten(0, 1)
     sizes = chunk_sizes(len(x_ND), chunks)
     way = _Way(group, *((start_gather, start_scatter) if sequence else (start_nothing, start_sum)), sizes)
     for index, chunk in enumerate(_Enter.apply(x_ND, way)):
-        yield _Arrive.apply(chunk, way, index)
+        part: Tensor = _Arrive.apply(chunk, way, index)
+        yield part, origin if origin is None or not sequence else origin.then(partial(_gathered, way, index))
+
+
+def _gathered(way: _Way, index: int, x: Tensor) -> Tensor:
+    """Return a chunk's rows of all ranks, from this rank's tokens."""
+    return start_gather(x.flatten(0, 1).split(way.sizes)[index], way.group).wait()
 
 
 def entered(products: Sequence[Tensor], x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:

@@ -25,11 +25,22 @@ from megalm.distributed.collectives import (
 from megalm.distributed.sharding import ShardSpec
 from megalm.tensor_parallel.chunks import entered, entering, leaving
 from megalm.tensor_parallel.initialize import Initializer
+from megalm.tensor_parallel.recomputation import Origin, made_again
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b; `F.linear` is looked up at each call, as DeepSpeed's stage 3 replaces it."""
     return F.linear(x, weight, bias)
+
+
+def shared_input(
+    x: Tensor, origin: Origin | None, group: dist.ProcessGroup, sequence: bool
+) -> tuple[Tensor, Origin | None]:
+    """Return x_BTD of x_BTD (x_BTtD with `sequence`) for products that are split over `group`, and its origin."""
+    if not sequence:
+        return copy_to_group(x, group), origin
+    gathered = None if origin is None else origin.then(lambda part: gather_sequence(part, group))
+    return gather_sequence(x, group), gathered
 
 
 class Linear(nn.Module):
@@ -82,14 +93,18 @@ class ColumnParallelLinear(Linear):
             spec = ShardSpec.split(f"{name}.bias", shape[:-1], dim, index, count)
             self.bias = init.constant(spec, 0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return this rank's output features."""
+    def forward(self, x: Tensor, origin: Origin | None = None) -> Tensor:
+        """Return this rank's output features. With its `origin` x is made again in the backward pass, and gathered."""
         weight, bias = self.weight.flatten(0, -2), None if self.bias is None else self.bias.flatten()
         if self.chunks > 1 and self.group.size() > 1:
-            parts = entering(x, self.group, self.sequence, self.chunks)
-            return entered([self.linear(part, weight, bias) for part in parts], x, self.group, self.sequence)
-        x = gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
-        return self.linear(x, weight, bias)
+            products = []
+            for part, made in entering(x, origin, self.group, self.sequence, self.chunks):
+                with made_again(part, made):
+                    products.append(self.linear(part, weight, bias))
+            return entered(products, x, self.group, self.sequence)
+        x, origin = shared_input(x, origin, self.group, self.sequence)
+        with made_again(x, origin):
+            return self.linear(x, weight, bias)
 
 
 class RowParallelLinear(Linear):
@@ -122,16 +137,20 @@ class RowParallelLinear(Linear):
         if bias:
             self.bias = init.constant(ShardSpec.whole(f"{name}.bias", (out_features,)), 0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the whole output features, of all tokens or (with `sequence`) of this rank's tokens."""
-        if self.group.size() == 1:
-            return self.linear(x, self.weight, self.bias)
-        if self.chunks > 1:
-            y = leaving(x, self.group, self.sequence, self.chunks, lambda part: self.linear(part, self.weight))
-        elif self.sequence:
-            y = reduce_scatter_sequence(self.linear(x, self.weight), self.group)
-        else:
-            y = reduce_from_group(self.linear(x, self.weight), self.group)
+    def forward(self, x: Tensor, origin: Origin | None = None) -> Tensor:
+        """Return the whole output features, of all tokens or (with `sequence`) of this rank's tokens.
+
+        With its `origin` x is made again in the backward pass.
+        """
+        with made_again(x, origin):
+            if self.group.size() == 1:
+                return self.linear(x, self.weight, self.bias)
+            if self.chunks > 1:
+                y = leaving(x, self.group, self.sequence, self.chunks, lambda part: self.linear(part, self.weight))
+            else:
+                y = self.linear(x, self.weight)
+        if self.chunks == 1:
+            y = reduce_scatter_sequence(y, self.group) if self.sequence else reduce_from_group(y, self.group)
         if self.bias is None:
             return y
         return y + (sum_gradient(self.bias, self.group) if self.sequence else self.bias)

@@ -29,6 +29,7 @@ BALANCED = {"model.shared_experts": 1, "model.router_bias_rate": 0.01, "model.ro
 CASES = [
     Case(2, 1, 2, {**SHAPE, "precision": "fp32"}),
     Case(2, 1, 2, {**SEQUENCE, "train.recompute": "full"}),
+    Case(2, 1, 2, {**SEQUENCE, "train.recompute": "selective"}),
     Case(1, 1, 2, {**SEQUENCE, "train.fp8": "rowwise"}),
     Case(2, 2, 1, {**CHUNKS, "zero.stage": 1, "precision": "bf16"}),
     Case(1, 2, 2, {**SHAPE, **FROZEN, "zero.stage": 1, "precision": "fp32", "optim.kind": "lion"}),

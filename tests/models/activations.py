@@ -69,22 +69,26 @@ def kept(config: RunConfig, recompute: str, kernels: bool = True) -> Bytes:
     found = {
         "input": z.s * z.D * z.e,
         "first norm": statistics + normalized,
-        "input of qkv": z.n * z.D * z.e,
         **_attention(config, z, recompute, kernels),
         "input of out": z.n * z.queries * z.e,
         "sum": z.s * z.D * z.e,
         "second norm": statistics + normalized,
-        "input of up": z.n * z.D * z.e,
         "input of the activation": z.n * z.projections * z.F * z.e,
-        "input of down": z.n * z.F * z.e,
     }
+    if recompute != "selective":
+        found |= {f"input of {name}": z.n * width * z.e for name, width in cheap(z).items()}
     if gated and not kernels:
         found["silu of the gate"] = z.n * z.F * z.e
     return found
 
 
+def cheap(z: Sizes) -> dict[str, int]:
+    """Return the features of the inputs that are made again of what is kept beside them."""
+    return {"qkv": z.D, "up": z.D, "down": z.F}
+
+
 def _attention(config: RunConfig, z: Sizes, recompute: str, kernels: bool) -> Bytes:
-    if recompute == "selective":
+    if recompute == "selective" and not (kernels and config.model.flash_attention):
         return {"queries, keys, values": z.n * (z.queries + 2 * z.keys) * z.e}
     if config.model.flash_attention:
         statistics = z.n * z.heads * z.w  # of the softmax
@@ -109,10 +113,13 @@ def owed(config: RunConfig) -> int:
 def working(config: RunConfig) -> int:
     """Return what the backward pass of a block takes for itself at most, in that of its MLP."""
     z = Sizes.of(config)
+    again = config.train.recompute == "selective"
     gathered = z.n * z.D if config.parallel.sequence else 0
-    below_down = gathered + z.n * z.F + z.F * z.D  # with the gradient of the weight
+    below_down = gathered + z.n * z.F + z.F * z.D + again * z.n * z.F  # with the gradient of the weight
     below_activation = z.n * z.projections * z.F  # in place of the input of down, with the gradient of that
-    return (z.s * z.D + max(below_down, below_activation)) * z.e
+    below_activation += again * z.n * z.F  # which was not kept
+    below_up = again * (2 * z.n * z.D + z.projections * z.F * z.D)  # its input, that of the weight and of the input
+    return (z.s * z.D + max(below_down, below_activation, below_up)) * z.e
 
 
 def peak(config: RunConfig, stage: int, kernels: bool = True) -> float:

@@ -90,6 +90,17 @@ def test_of_a_gpt_in_16_bits_two_parts_are_less_than_published() -> None:
         assert owed(config) == 32 * sbh
 
 
+def test_with_selective_recomputation_20_of_published_34_parts_are_kept_on_each_tensor_rank() -> None:
+    """sbh 34/t of Korthikanti et al. 2022, table 2, without masks and what norms and GELU make."""
+    model = {"model.hidden": 1024, "model.heads": 16, "model.sequence": 512, "model.layers": 2}
+    for t in (2, 4, 8):
+        config = Case(1, 1, t, {**model, "precision": "bf16", "parallel.sequence": True}).config()
+        z = Sizes.of(config)
+        statistics = 4 * z.n * z.heads + 16 * z.s
+        assert sum(kept(config, "selective").values()) == 20 * z.s * z.D + statistics
+        assert sum(kept(config, "none").values()) == 4 * z.n * z.D + 28 * z.s * z.D + statistics
+
+
 def recipe(kind: str, stages: int, schedule: str, split: tuple[int, bool], **train: Any) -> Case:
     shape = {"model.layers": 8 * stages, "model.hidden": 64, "model.sequence": 256, "train.global_batch": 32}
     how = {"parallel.schedule": schedule, "parallel.sequence": split[1], "train.micro_batch": 4, "precision": "fp32"}
@@ -120,6 +131,7 @@ def test_the_peak_of_a_step_is_that_of_the_formula(kind: str, stages: int, sched
         ("llama", "one rank", 4, "zb-h1", {"recompute": "selective"}),
         ("llama", "sequence", 1, "1f1b", {"recompute": "full", "recompute_every": 2}),
         ("gpt", "sequence", 2, "1f1b", {}),
+        ("gpt", "sequence", 1, "1f1b", {"recompute": "selective"}),
     ],
 )
 def test_so_is_the_peak_of_a_step_of_processes(

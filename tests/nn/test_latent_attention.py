@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
-from megalm.nn import latent_attention
 from megalm.nn.attention import Attention
 from megalm.nn.context import Context
+from megalm.tensor_parallel import linear
 from tests.nn.layers import INIT, LATENT_MODELS, model_section
 from tests.nn.test_attention import check_attention
 from tests.shards import fill, random_whole
@@ -26,7 +26,7 @@ def test_latent_attention_matches_one_head_at_a_time_with_rotation_and_dropout(p
 
 def gathered_widths(mesh: ParallelMesh) -> list[int]:
     widths: list[int] = []
-    gather = latent_attention.gather_sequence
+    gather = linear.gather_sequence
 
     def noted(x: Tensor, group: object) -> Tensor:
         widths.append(x.shape[-1])
@@ -35,7 +35,7 @@ def gathered_widths(mesh: ParallelMesh) -> list[int]:
     config = model_section(**LATENT_MODELS[1])
     layer = Attention("blocks.0.attention", 0, config, group=mesh.group("tensor"), init=INIT, sequence=True)
     fill(layer)
-    with mock.patch.object(latent_attention, "gather_sequence", noted):
+    with mock.patch.object(linear, "gather_sequence", noted):
         layer(random_whole("x", (1, 4, 8)), Context(8))
     return widths
 

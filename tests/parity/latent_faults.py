@@ -17,7 +17,7 @@ from tests.parity.harness import Case
 
 
 def latents_have_the_gradient_of_one_ranks_heads() -> Patches:
-    yield mock.patch.object(latent_attention, "copy_to_group", _identity)
+    yield mock.patch.object(latent_attention, "shared_input", lambda x, origin, *_: (x, origin))
 
 
 def projections_down_see_one_ranks_tokens() -> Patches:

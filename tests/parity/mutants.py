@@ -17,6 +17,7 @@ from tests.parity import (
     offload_faults,
     option_faults,
     overlap_faults,
+    recomputation_faults,
     schedule_faults,
 )
 from tests.parity.cases import OPTIMIZERS, misses
@@ -36,6 +37,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *expert_faults.MUTANTS,
     *offload_faults.MUTANTS,
     *overlap_faults.MUTANTS,
+    *recomputation_faults.MUTANTS,
 )
 
 _IN_EVERY_TEST_RUN = (
@@ -62,6 +64,7 @@ _IN_EVERY_TEST_RUN = (
     "loads_balanced_over_a_microbatch",
     "tied_weight_summed_after_its_first_use",
     "gradient_of_a_chunk_taken_for_another_s",
+    "inputs_are_gathered_again_out_of_order",
 )
 REPRESENTATIVE = tuple([mutant.plant.__name__ for mutant in MUTANTS].index(name) for name in _IN_EVERY_TEST_RUN)
 """The mutants, by their place, that every test run plants."""

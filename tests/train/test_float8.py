@@ -139,7 +139,11 @@ def test_gradients_are_off_by_as_much_as_eight_bits_are(runs: Runs, recipe: str)
         assert off[-1] < 0.25
 
 
-@pytest.mark.parametrize("more", [{"parallel.schedule": "zb-h1"}, {"train.recompute": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{"parallel.schedule": "zb-h1"}, *({"train.recompute": how} for how in ("full", "selective"))],
+    ids=str,
+)
 def test_what_is_computed_later_or_again_is_the_same(runs: Runs, more: dict[str, Any]) -> None:
     plain = {"train.steps": 4}
     assert runs.losses(Case(2, 1, 1, fp8("rowwise", **plain, **more)), 4) == runs.losses(
