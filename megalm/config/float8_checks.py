@@ -35,7 +35,8 @@ def _fp8_has_its_place(config: RunConfig) -> Iterator[str]:
         ),
         (
             "model.experts", config.model.experts, config.model.experts is not None,
-            "does not go with it: the products of experts, most of the work, have no fp8 kernel here",
+            "does not go with it: the products of experts, most of the work, have no fp8 kernel here; use "
+            "model.experts=null",
         ),
     ):  # fmt: skip
         if excluded:
@@ -67,20 +68,23 @@ def _features_are_whole_loads(config: RunConfig) -> Iterator[str]:
 def _tokens_are_whole_loads(config: RunConfig) -> Iterator[str]:
     if config.train.fp8 in ("none", "rowwise_with_gw_hp"):
         return
-    parallel = config.parallel
+    parallel, chunks = config.parallel, config.overlap.tensor_chunks
     tokens = config.train.micro_batch * config.model.sequence // parallel.context
     ranks = parallel.tensor if parallel.sequence else 1
-    chunks = config.overlap.tensor_chunks if parallel.tensor > 1 else 1
-    uneven = tokens % (ranks * chunks) > 0  # each rank cuts its own tokens into chunks
+    cuts = {"": tokens}
     if config.model.is_latent and ranks > 1:
-        tokens //= ranks  # which the projections down take
-    if uneven or tokens // chunks % MULTIPLE:
-        cut = f", in {chunks} chunks (overlap.tensor_chunks)," if chunks > 1 else ","
-        yield (
-            f"train.fp8={config.train.fp8} multiplies matrices whose dims are multiples of {MULTIPLE}, and a rank's "
-            f"{tokens} tokens of a microbatch{cut} over which weights' gradients are summed, are not; use another "
-            "train.micro_batch or model.sequence, or train.fp8=rowwise_with_gw_hp"
-        )
+        cuts[", of which latents' projections take a tensor rank's own,"] = tokens // ranks
+    if parallel.tensor > 1 and chunks > 1:
+        even = tokens % (ranks * chunks) == 0  # each rank cuts its own tokens
+        cuts[f", in {chunks} chunks (overlap.tensor_chunks),"] = tokens // chunks if even else 1
+    for how, count in cuts.items():
+        if count % MULTIPLE:
+            yield (
+                f"train.fp8={config.train.fp8} multiplies matrices whose dims are multiples of {MULTIPLE}, and a "
+                f"rank's {tokens} tokens of a microbatch{how or ','} over which weights' gradients are summed, are "
+                "not; use another train.micro_batch or model.sequence"
+                f"{', or overlap.tensor_chunks=1' if 'chunks' in how else ''}, or train.fp8=rowwise_with_gw_hp"
+            )
 
 
 def features(config: RunConfig) -> dict[str, int]:

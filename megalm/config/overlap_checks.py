@@ -39,3 +39,18 @@ def _compiled_layers_are_whole(config: RunConfig) -> Iterator[str]:
             f"overlap.tensor_chunks={chunks} excludes train.compile=true: a compiled block waits for each collective "
             "where it stands; use overlap.tensor_chunks=1, or train.compile=false"
         )
+
+
+@rule(
+    *("overlap.tensor_chunks", "train.micro_batch", "model.sequence"),
+    *("parallel.context", "parallel.tensor", "parallel.sequence"),
+)
+def _chunks_have_tokens(config: RunConfig) -> Iterator[str]:
+    chunks, parallel = config.overlap.tensor_chunks, config.parallel
+    ranks = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    tokens = config.train.micro_batch * config.model.sequence // ranks
+    if parallel.tensor > 1 and chunks > tokens > 0:
+        yield (
+            f"overlap.tensor_chunks={chunks} is more than the {tokens} tokens of a microbatch that a rank has; use a "
+            "few, such as overlap.tensor_chunks=2"
+        )

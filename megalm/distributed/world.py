@@ -29,6 +29,11 @@ def check_device(config: RunConfig) -> None:
         raise ConfigError("model.kernels=fused needs a CUDA device and this run computes on cpu; use auto")
     if config.optim.kind == "apex_adamw":
         raise ConfigError("optim.kind=apex_adamw needs a GPU and this run computes on cpu; use adamw")
+    if config.train.offload_activations:
+        raise ConfigError(
+            "train.offload_activations=true moves activations to the host's memory, where this run on cpu has them "
+            "already; use train.offload_activations=false"
+        )
     if config.train.fp8 != "none":
         raise ConfigError(
             f"train.fp8={config.train.fp8} needs a GPU with products in fp8 and this run computes on cpu; use "

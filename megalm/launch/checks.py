@@ -31,7 +31,9 @@ def check_world(config: RunConfig, world: int) -> int:
 
 def check_device(config: RunConfig) -> None:
     """Raise ConfigError for a device that this machine lacks, or what needs one. torch is asked only then."""
-    if config.run.device == "cuda" or config.model.kernels == "fused" or config.train.fp8 != "none":
+    train = config.train
+    needs_one = config.model.kernels == "fused" or train.fp8 != "none" or train.offload_activations
+    if config.run.device == "cuda" or needs_one:
         from megalm.distributed import world
 
         world.check_device(config)

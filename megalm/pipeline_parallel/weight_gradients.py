@@ -70,14 +70,9 @@ class Owed:
         They end in the parameters' `.grad`, as those of `torch.autograd.backward` do, and set off the same hooks.
         """
         with torch.no_grad():
-            weight = bias = None
-            for x, gradient in self.pieces:
-                if self.weight is not None:
-                    product = self.products.weight_gradient(gradient, x)
-                    weight = product if weight is None else weight.add_(product)
-                if self.bias is not None:
-                    total = gradient.flatten(0, -2).sum(0)
-                    bias = total if bias is None else bias.add_(total)
+            x_ND, gradient_NF = (_joined(tensors) for tensors in zip(*self.pieces, strict=True))
+            weight = None if self.weight is None else self.products.weight_gradient(gradient_NF, x_ND)
+            bias = None if self.bias is None else gradient_NF.sum(0)
         for edge, value in ((self.weight, weight), (self.bias, bias)):
             if edge is not None:
                 torch.autograd.backward(edge, value)
@@ -120,6 +115,12 @@ def pay(owed: list[Owed]) -> None:
         owed.pop().pay()
 
 
+def _joined(tensors: tuple[Tensor, ...]) -> Tensor:
+    """Return the rows of all pieces, so that a sum over them is rounded once."""
+    flat = [tensor.flatten(0, -2) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
 def _edge(parameter: Tensor | None) -> GradientEdge | None:
     return get_gradient_edge(parameter) if parameter is not None and parameter.requires_grad else None
 
@@ -128,6 +129,10 @@ def _same(one: GradientEdge | None, other: GradientEdge | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.node is other.node and one.output_nr == other.output_nr
+
+
+_LAYERS_AT_ONCE = 2
+"""So many layers take the chunks of an input in turn: multi-query attention's two projections."""
 
 
 class _LaterWeights(torch.autograd.Function):
@@ -150,7 +155,8 @@ class _LaterWeights(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         piece, owed = (x.detach(), gradient), ctx.owed
-        place = next((i for i in reversed(range(len(owed))) if owed[i].is_to(*ctx.edges)), None)
+        last = range(max(0, len(owed) - _LAYERS_AT_ONCE), len(owed))
+        place = next((i for i in last if owed[i].is_to(*ctx.edges)), None)
         if place is None:
             owed.append(Owed((piece,), ctx.products, *ctx.edges))
         else:

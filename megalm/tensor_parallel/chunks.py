@@ -31,16 +31,20 @@ from megalm.tensor_parallel.recomputation import Origin
 
 @dataclass
 class Arrival:
-    """A collective's result, which is there once it has been waited for; no `work`: it is there."""
+    """A collective's result, which is there once it has been waited for; no `work`: it is there.
+
+    What is sent is kept until then.
+    """
 
     result: Tensor
     work: dist.Work | None = None
+    sent: Tensor | None = None
 
     def wait(self) -> Tensor:
         """Return the result."""
         if self.work is not None:
             self.work.wait()
-            self.work = None
+            self.work = self.sent = None
         return self.result
 
 
@@ -62,13 +66,15 @@ def start_sum(x_ND: Tensor, group: dist.ProcessGroup) -> Arrival:
 def start_gather(x_ND: Tensor, group: dist.ProcessGroup) -> Arrival:
     """Join the ranks' rows, rank after rank."""
     result = x_ND.new_empty((group.size() * len(x_ND), *x_ND.shape[1:]))
-    return Arrival(result, dist.all_gather_into_tensor(result, x_ND.contiguous(), group=group, async_op=True))
+    sent = x_ND.contiguous()
+    return Arrival(result, dist.all_gather_into_tensor(result, sent, group=group, async_op=True), sent)
 
 
 def start_scatter(x_ND: Tensor, group: dist.ProcessGroup) -> Arrival:
     """Sum rows over the group and keep this rank's, of those of all ranks one after the other."""
     result = x_ND.new_empty((len(x_ND) // group.size(), *x_ND.shape[1:]))
-    return Arrival(result, dist.reduce_scatter_tensor(result, x_ND.contiguous(), group=group, async_op=True))
+    sent = x_ND.contiguous()
+    return Arrival(result, dist.reduce_scatter_tensor(result, sent, group=group, async_op=True), sent)
 
 
 def chunk_sizes(rows: int, chunks: int) -> list[int]:

@@ -24,7 +24,7 @@ from megalm.config.checks import divisors
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.progress import PHASES, progress
-from megalm.errors import OutOfMemory
+from megalm.errors import ConfigError, OutOfMemory
 from megalm.train.monitor import peak_memory_bytes, used_memory_bytes
 from megalm.train.profiling import PROFILE_DIR
 from megalm.train.tracking import Tracker, format_bytes
@@ -188,7 +188,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def remedies(config: RunConfig, data_size: int, held: HeldBytes, activations: int, on_gpu: bool = False) -> list[str]:
-    """Return the settings that would free most, the best first: of activations, or of what ZeRO divides."""
+    """Return the settings that would free most, the best first: of activations, or of what ZeRO divides.
+
+    None is among them that the rest of the recipe excludes.
+    """
     found: list[tuple[float, str]] = []
     micro_batch, stage = config.train.micro_batch, config.zero.stage
     if micro_batch > 1:
@@ -199,13 +202,23 @@ def remedies(config: RunConfig, data_size: int, held: HeldBytes, activations: in
     elif on_gpu and not config.train.offload_activations:
         found.append((activations / 2, "train.offload_activations=true"))
     divided = (held.optimizer + held.master_weights, held.gradients, held.weights)
-    if data_size > 1 and stage < (3 if config.parallel.pipeline == config.parallel.expert == 1 else 2):
-        freed = divided[stage] * (1 - 1 / data_size)
-        found.append((freed, f"zero.stage={stage + 1}"))
+    higher = [s for s in range(stage + 1, 4) if data_size > 1 and _goes(config, "zero", stage=s)]
+    if higher:
+        found.append((sum(divided[stage : higher[0]]) * (1 - 1 / data_size), f"zero.stage={higher[0]}"))
     elif stage >= 2 and config.zero.config is None:
         found.append((divided[0], f"zero.config=zero{stage}-offload"))
     found.sort(key=lambda remedy: -remedy[0])
     return [text for _, text in found]
+
+
+def _goes(config: RunConfig, section: str, **values: Any) -> bool:
+    """Return whether a recipe may have these values in a section."""
+    sections = config.model_dump()
+    try:
+        type(config).model_validate({**sections, section: {**sections[section], **values}})
+    except ConfigError:
+        return False
+    return True
 
 
 def _total(held: HeldBytes) -> int:
@@ -217,7 +230,10 @@ def _text(error: BaseException | None) -> str:
 
 
 def _wanted(error: BaseException) -> str:
-    """Return how much was asked for, where torch says so."""
+    """Return how much was asked for, where torch, or who asked for pinned memory, says so."""
+    pinned = re.search(r"(\d+) bytes of pinned host memory", _text(error))
+    if pinned is not None:
+        return f" in the host ({format_bytes(int(pinned[1]))} more, pinned, for train.offload_activations)"
     found = re.search(r"tried to allocate ([\d.]+) (\w+)", _text(error), re.IGNORECASE)
     if found is None:
         return ""

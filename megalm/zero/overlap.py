@@ -17,8 +17,8 @@ from megalm.distributed.mesh import ParallelMesh
 from megalm.zero.engine import chunks_of, replicas_of, shard_of
 
 LARGEST_BUCKET = 2**22
-"""Elements: 16 MiB in fp32, enough for nearly full bandwidth; the last bucket's sum, behind which nothing is computed,
-is to be short."""
+"""Elements, 16 MiB in fp32: a small part of a rank's gradients, as nothing is computed behind the last bucket's sum.
+Not measured on GPUs, where a ring of many replicas may want more."""
 LEAST_BUCKETS = 8
 """In which a small model's gradients are summed at least: of fewer hardly one would run beside computation."""
 

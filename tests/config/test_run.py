@@ -111,6 +111,10 @@ def test_derived_values_of_the_model() -> None:
             "message too, and would hang; use zero.stage=0, parallel.pipeline=1 or overlap.gradients=false",
         ),
         (
+            ["overlap.tensor_chunks=100000", "parallel.tensor=2"],
+            "overlap.tensor_chunks=100000 is more than the ",
+        ),
+        (
             ["overlap.tensor_chunks=2", "parallel.tensor=2", "train.compile=true"],
             "overlap.tensor_chunks=2 excludes train.compile=true: a compiled block waits for each collective where",
         ),

@@ -145,6 +145,7 @@ def test_good_input_comes_to_a_group(place: Path, capfd: pytest.CaptureFixture[s
         (["model.sequence=100000"], "use a smaller model.sequence or more text"),
         (["run.device=cuda"], "run.device=cuda, but torch sees no GPU here; megalm doctor says why"),
         (["train.fp8=rowwise", "precision=bf16"], "fp8=rowwise needs a GPU with products in fp8 and this run comp"),
+        (["train.offload_activations=true"], "to the host's memory, where this run on cpu has them already; use train"),
         (["train.fp8=rowise"], "train.fp8=rowise: unknown fp8; did you mean rowwise?"),
         (["model.layers=1000000"], "model.layers=1000000"),
         (["log.sinks=[tensorbord]"], "log.sinks=[tensorbord]: unknown sink; did you mean tensorboard?"),

@@ -16,6 +16,7 @@ from megalm.config.run import RunConfig
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.errors import ConfigError
+from megalm.launch.checks import check_device
 from megalm.models import offload
 from megalm.models.build import build_stage
 from megalm.models.offload import Offload
@@ -262,7 +263,7 @@ def test_a_run_on_a_cpu_is_refused_in_one_line() -> None:
     with pytest.raises(
         ConfigError, match=r"train\.offload_activations=true .* where this run on cpu has them already; use"
     ):
-        build_stage(recipe(**OFFLOAD), VOCAB, alone())
+        check_device(recipe(**OFFLOAD))
     with pytest.raises(
         ConfigError, match=r"train\.offload_activations=true has no effect without run\.device=cuda or auto"
     ):

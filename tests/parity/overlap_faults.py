@@ -120,7 +120,7 @@ def weights_owed_for_the_last_chunk_alone() -> Patches:
     original = Owed.pay
 
     def some(self: Any) -> None:
-        object.__setattr__(self, "more", ())
+        object.__setattr__(self, "pieces", self.pieces[-1:])
         original(self)
 
     yield mock.patch.object(Owed, "pay", some)

@@ -51,6 +51,7 @@ def train_and_count(mesh: ParallelMesh, case: Case) -> tuple[RankReport, int, in
                     "zero.stage": 2,
                     "zero.config": "zero2-offload",
                     "train.recompute": "full",
+                    "train.offload_activations": True,
                     "model.activation": "relu",
                 },
             ),
