@@ -6,8 +6,8 @@ One process a stage, over gloo, with the executor, the schedules and the message
 compute: they wait for a fixed time, so that eight stages run side by side on two cores. What is measured is therefore
 the schedule, the messages and the executor, not the speed of any arithmetic. A bubble is the share of all stages' time,
 from the moment that all begin to the end of the last, in which their layers do not wait in place of computing; the
-simulator's is for the same times and messages that take none. Of several steps the fastest counts, as what else the
-machine does can only slow one down; the median stands beside it.
+simulator's is for the same times and messages that take none. Of several steps the median one counts; the fastest and
+the slowest stand beside it. On a busy machine give all its processes precedence: `chrt -r 5 python ...`.
 
 Writes NAME.json and NAME.png, where --out is the name.
 """
@@ -22,7 +22,6 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import matplotlib
@@ -39,6 +38,9 @@ from matplotlib import pyplot as plt
 
 GOAL = 0.05
 """Between a measured bubble and the simulator's."""
+STYLES = ("-", (0, (4, 2)), (0, (1, 2)))
+MARKERS = "osD^v<>p"
+"""Of lines and dots: some schedules' lie on top of each other."""
 PROCESS = Path(__file__).with_name("pipeline_process.py")
 
 
@@ -74,24 +76,12 @@ def measure(stages: int, options: argparse.Namespace) -> dict[str, Any]:
         for count in counts:
             repeats = sorted(raw[name][str(count)], key=lambda repeat: repeat["step_s"])
             rows.setdefault(name, {})[str(count)] = {
-                **repeats[0],
-                "median_step_s": median(repeat["step_s"] for repeat in repeats),
+                **repeats[len(repeats) // 2],
+                "fastest_step_s": repeats[0]["step_s"],
+                "slowest_step_s": repeats[-1]["step_s"],
                 "simulated": simulated(name, stages, count, options),
             }
     return rows
-
-
-def fastest(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the faster step of each two measurements, those of `before` that are not measured anew kept."""
-    merged: dict[str, Any] = {stages: dict(schedules) for stages, schedules in before.items()}
-    for stages, schedules in now.items():
-        for name, counts in schedules.items():
-            rows = merged.setdefault(stages, {}).setdefault(name, {})
-            for count, row in counts.items():
-                old = rows.get(count, row)
-                same = old["simulated"] == row["simulated"]
-                rows[count] = min((old, row) if same else (row,), key=lambda one: one["step_s"])
-    return merged
 
 
 def table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -115,15 +105,16 @@ def worst(measured: dict[str, dict[str, dict[str, Any]]]) -> float:
 
 
 def draw(measured: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Draw the bubbles over the microbatches, a column a number of stages: lines simulated, dots measured."""
+    """Draw the bubbles over the microbatches, a column a number of stages: lines simulated, marks measured."""
     figure, axes = plt.subplots(1, len(measured), figsize=(4.5 * len(measured), 4.2), sharey=True, layout="constrained")
     for axis, (stages, schedules) in zip([axes] if len(measured) == 1 else axes, measured.items(), strict=True):
         for number, (name, counts) in enumerate(schedules.items()):
             places = [int(count) for count in counts]
             lines = [100 * row["simulated"]["bubble"] for row in counts.values()]
             dots = [100 * row["bubble"] for row in counts.values()]
-            axis.plot(places, lines, "-", color=f"C{number}", label=name)
-            axis.plot(places, dots, "o", color=f"C{number}", markersize=5)
+            style = STYLES[number % len(STYLES)]
+            axis.plot(places, lines, color=f"C{number}", linestyle=style, linewidth=3 - number % 2 * 1.4, label=name)
+            axis.plot(places, dots, MARKERS[number % len(MARKERS)], color=f"C{number}", markersize=5, fillstyle="none")
         places = [int(count) for count in next(iter(schedules.values()))]
         axis.set(title=f"{stages} stages", xscale="log", xlabel="microbatches", xticks=places)
         axis.set_xticklabels([str(place) for place in places])
@@ -131,7 +122,7 @@ def draw(measured: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         axis.grid(alpha=0.3)
     first = figure.axes[0]
     first.set_ylabel("bubble, % of all stages' time")
-    figure.suptitle("lines: simulated, dots: measured", fontsize="medium")
+    figure.suptitle("lines: simulated, marks: measured", fontsize="medium")
     figure.axes[-1].legend(fontsize="small")
     first.set_ylim(bottom=0)
     figure.savefig(path, dpi=110)
@@ -147,8 +138,7 @@ def read_options() -> argparse.Namespace:
     times = parser.add_argument_group("seconds that a whole stage waits for a microbatch")
     for name in ("forward", "input", "weight"):
         times.add_argument(f"--{name}", type=float, default=0.04, metavar="S")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps, of which the fastest counts")
-    parser.add_argument("--again", action="store_true", help="keep what NAME.json has where it is faster, or alone")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps, of which the median one counts")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pipeline", metavar="NAME")
     options = parser.parse_args()
     options.times = {name: getattr(options, name) for name in ("forward", "input", "weight")}
@@ -158,14 +148,10 @@ def read_options() -> argparse.Namespace:
 def main() -> int:
     """Measure, print, write and draw; 1 where a bubble is further from the simulator's than the goal."""
     options = read_options()
-    run = {
+    facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_before": round(os.getloadavg()[0], 1),
-        "stages": options.stages,
-        "schedules": options.schedules,
         "repeats": options.repeats,
-    }
-    facts = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -175,14 +161,12 @@ def main() -> int:
         "virtual_stages": options.virtual_stages,
         "goal": GOAL,
     }
-    before = json.loads(options.out.with_suffix(".json").read_text()) if options.again else {"runs": [], "measured": {}}
-    measured = fastest(before["measured"], {str(stages): measure(stages, options) for stages in options.stages})
+    measured = {str(stages): measure(stages, options) for stages in options.stages}
     print(table(measured))
     far = worst(measured)
     print(f"\nfurthest from the simulator: {100 * far:.1f} points, goal {100 * GOAL:.0f}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    runs = [*before["runs"], run]
-    result = {**facts, "runs": runs, "furthest_points": round(100 * far, 2), "measured": measured}
+    result = {**facts, "furthest_points": round(100 * far, 2), "measured": measured}
     options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw(measured, options.out.with_suffix(".png"))
     return int(far > GOAL)

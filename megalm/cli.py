@@ -25,6 +25,8 @@ from megalm.registry import nearest
 from megalm.version import __version__
 
 INTERRUPTED = 130
+LARGEST_WORLD = 1 << 20
+"""Of a dry run, whose one process lists the ranks of each axis."""
 _SCRIPT = "default: the script's #SBATCH line"
 OVERRIDES = "key=value pairs that change the recipe, such as model.layers=4 parallel.tensor=2"
 
@@ -47,6 +49,9 @@ class _Parser(argparse.ArgumentParser):
         flag = re.fullmatch(r"argument (\S+): ignored explicit argument '(.*)'", message)
         if flag:
             message = f"{flag.group(1)}={flag.group(2)}: the option takes no value; leave it out"
+        lacking = re.fullmatch(r"argument (\S+): expected one argument", message)
+        if lacking:
+            message = f"{lacking.group(1)} has no value behind it, or one that begins with '-'; give one that does not"
         raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -94,6 +99,8 @@ def _place(text: str) -> tuple[int, int]:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not RANK/WORLD, such as 0/64: the first of 64 ranks")
     rank, world = map(int, found.groups())
+    if world > LARGEST_WORLD:
+        raise argparse.ArgumentTypeError(f"a world of {world:,} ranks is too large; give at most {LARGEST_WORLD:,}")
     if rank >= world:
         ranks = "no rank" if world == 0 else f"ranks 0 to {world - 1}"
         raise argparse.ArgumentTypeError(f"there is no rank {rank} in a world of {world}, which has {ranks}")

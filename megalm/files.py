@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 def require_regular(path: Path) -> None:
@@ -33,6 +37,19 @@ def write_durably(path: Path, content: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def write_table(path: Path, lines: Sequence[str]) -> None:
+    """Replace a table that people look at: whole or not at all, but without a sync, which could slow this rank down.
+
+    A disk that refuses is no reason to end a run, so it is only said.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error)
 
 
 def sync_directory(directory: Path) -> None:

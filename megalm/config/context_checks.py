@@ -43,10 +43,12 @@ def _heads_divide_over_context(config: RunConfig) -> Iterator[str]:
         return
     own = heads // parallel.tensor
     if own % parallel.context:
+        count = "one head" if own == 1 else f"{own} heads"
+        fitting = "" if own == 1 else f"{list_values(divisors(own))} for parallel.context, or "
         yield (
-            f"parallel.context_attention=ulysses divides the {own} heads of a tensor rank (model.heads={heads} / "
+            f"parallel.context_attention=ulysses divides the {count} of a tensor rank (model.heads={heads} / "
             f"parallel.tensor={parallel.tensor}) over parallel.context={parallel.context}, which does not go; use "
-            f"{list_values(divisors(own))} for parallel.context, or parallel.context_attention=ring"
+            f"{fitting}parallel.context_attention=ring"
         )
 
 

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 TEXT_LIMIT = 60
+LIMITS = {
+    "greater_than_equal": ("too small; use at least", "ge"),
+    "greater_than": ("too small; use more than", "gt"),
+    "less_than_equal": ("too large; use at most", "le"),
+    "less_than": ("too large; use less than", "lt"),
+}
+"""Words for pydantic's errors of that name, and where it has the limit."""
 
 
 def show_value(value: Any) -> str:
@@ -45,6 +52,8 @@ def describe(error: ErrorDetails, key: str, value: Any, field: FieldInfo) -> str
         return _describe_inner(error, f"{key}[{inside[0]}].{inside[1]}")
     if error["type"] == "missing" and not isinstance(value, (list, tuple)):
         return f"{key}: missing, and it has no default; set it"
+    if error["type"] in LIMITS and isinstance(error["loc"][-1], int):  # of one of a list's values
+        return _wrong_value(error, f"{key}[{error['loc'][-1]}]={show_value(error['input'])}", error["input"], None)
     null = ""
     if type(None) in typing.get_args(field.annotation):
         null = ", or null, the default" if field.default is None else ", or null"
@@ -63,14 +72,8 @@ def _describe_inner(error: ErrorDetails, key: str) -> str:
 def _wrong_value(error: ErrorDetails, shown: str, value: Any, field: FieldInfo | None) -> str:
     """Return what is wrong with the value `shown`, and the remedy; `field` None: it is none of a recipe's own."""
     kind, context = error["type"], error.get("ctx", {})
-    limits = {
-        "greater_than_equal": ("too small; use at least", "ge"),
-        "greater_than": ("too small; use more than", "gt"),
-        "less_than_equal": ("too large; use at most", "le"),
-        "less_than": ("too large; use less than", "lt"),
-    }
-    if kind in limits:
-        words, name = limits[kind]
+    if kind in LIMITS:
+        words, name = LIMITS[kind]
         limit = context[name]
         return f"{shown} is {words} {limit:g}" if isinstance(limit, float) else f"{shown} is {words} {limit}"
     if kind == "unknown_choice":

@@ -182,7 +182,10 @@ def _bias(bias_HTS: Tensor | None, ring: _Ring, which: int, keys: Run) -> Tensor
 
 
 def _merge(before: tuple[Tensor, Tensor] | None, out_BTHE: Tensor, lse_BHT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return out (fp32 or wider) and lse over the keys of both; what came before saw some key, for every query."""
+    """Return out (fp32 or wider) and lse over the keys of both.
+
+    A query that saw no key yet has lse -inf there, and a share of 0; its own key is among those of the first step.
+    """
     out_BTHE = out_BTHE.to(lse_BHT.dtype)
     if before is None:
         return out_BTHE, lse_BHT

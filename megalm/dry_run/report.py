@@ -117,8 +117,9 @@ def _head(run: DryRun, recipe: str) -> list[str]:
     return [
         f"{recipe}, rank {run.rank:,} of {run.layout.world_size:,} ({sizes})",
         f"{at}: {' and '.join([stage, *ends])} of {run.config.model.layers} layers",
-        f"a step: {run.microbatches:,} microbatches of {train.micro_batch} x {run.config.model.sequence:,} tokens, "
-        f"schedule {parallel.schedule}; ZeRO {run.config.zero.stage}; recomputation {train.recompute}; "
+        f"a step: {run.microbatches:,} microbatch{'' if run.microbatches == 1 else 'es'} of {train.micro_batch} x "
+        f"{run.config.model.sequence:,} tokens, schedule {parallel.schedule}; ZeRO {run.config.zero.stage}; "
+        f"recomputation {train.recompute}; "
         f"{run.config.model.kernels} kernels",
         *run.assumed,
     ]

@@ -1,12 +1,14 @@
 """What this rank's memory holds: written on request, and said together with what helps when it is not enough.
 
 Weights, master weights, gradients and optimizer are counted by the engine. The program is what was in use before the
-first step beside them (on a CPU the interpreter and its libraries, too); the rest are activations. On CUDA a request
-also writes torch's snapshot of every block, with the stacks of a step's allocations, for pytorch.org/memory_viz.
+first step beside them (on a CPU the interpreter and its libraries, too); the rest are activations, on a CPU with what
+the allocator keeps of them. What each rank holds is a table in the run's directory. On CUDA a request also writes
+torch's snapshot of every block, with the stacks of a step's allocations, for pytorch.org/memory_viz.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import re
 import signal
@@ -25,6 +27,7 @@ from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.progress import PHASES, progress
 from megalm.errors import ConfigError, OutOfMemory
+from megalm.files import write_table
 from megalm.train.monitor import peak_memory_bytes, used_memory_bytes
 from megalm.train.profiling import PROFILE_DIR
 from megalm.train.tracking import Tracker, format_bytes
@@ -35,6 +38,12 @@ logger = logging.getLogger(__name__)
 
 _LOOKS = 2
 """Steps after which an optimizer has made all that it keeps."""
+RANKS_FILE = "rank_memory.tsv"
+_RANKS_EVERY = 100
+"""Steps after which the table of all ranks is written again: one small all-gather."""
+_TRIM_EVERY = 10
+"""Steps after which glibc gives free blocks back. Before 2.38 it does not take an aligned block for another of the same
+size (its bug 14581): without, two stages of a small model grow by the size of their logits a step."""
 _RANK_BITS = 24
 """Of a number of 64 bits, in which a peak stands above its rank."""
 _HISTORY = 100_000
@@ -42,7 +51,7 @@ _HISTORY = 100_000
 
 
 class Memory:
-    """Watches over this rank's memory; no method but `record` communicates.
+    """Watches over this rank's memory; `record`, `after_step` and `at_end` communicate, so every rank must call.
 
     A callback whose `before_step` and `before_update` the trainer must call too: it writes what is held at the step
     `profile.memory_at` on the ranks `profile.ranks`, and at the next step after the signal SIGRTMIN on the rank that
@@ -63,6 +72,8 @@ class Memory:
         self._usual: HeldBytes | None = None
         """What is held through every step: it does not change once there is an optimizer state."""
         self._looks = 0
+        self._tabled_at = -1
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if mesh.device.type == "cpu" else None
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -106,9 +117,15 @@ class Memory:
             self._held = None
         if self._asked:
             self._asked, self._at = False, step + 1
+        if step % _RANKS_EVERY == 0:
+            self._write_ranks(step)
+        if self._trim is not None and step % _TRIM_EVERY == 0:
+            self._trim(0)
 
     def at_end(self, trainer: Trainer) -> None:
-        """Nothing is left over."""
+        """Write the table of all ranks, where steps were done since it was written."""
+        if self._usual is not None and self._tabled_at != trainer.state.step:
+            self._write_ranks(trainer.state.step)
 
     def record(self) -> dict[str, int]:
         """Return the memory entries of a line of metrics: the peak of the rank that has the largest, and its parts.
@@ -116,17 +133,38 @@ class Memory:
         What of its activations lay in the host's memory at most stands beside them. Every rank of the world must call.
         """
         own = peak_memory_bytes(self.mesh.device)
-        parts = self._parts(self._usual or HeldBytes(0, 0, 0, 0), own)
-        if self.config.train.offload_activations:
-            module: Any = None if self._engine is None else self._engine.module
-            parts["offloaded"] = 0 if module is None else module.offload.host_bytes.peak
+        parts = self._peak_parts(own)
         largest = torch.tensor(own << _RANK_BITS | self.mesh.rank, dtype=torch.int64, device=self.mesh.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         peak, rank = divmod(int(largest.item()), 1 << _RANK_BITS)
         values = torch.tensor(list(parts.values()), dtype=torch.int64, device=self.mesh.device)
         dist.broadcast(values, src=rank)
-        names = [f"memory/{name.removeprefix('the ').replace(' ', '_')}_bytes" for name in parts]
+        names = [f"memory/{name}" for name in _columns(parts)]
         return {"memory/peak_bytes": peak, "memory/peak_rank": rank, **dict(zip(names, values.tolist(), strict=True))}
+
+    def _peak_parts(self, peak: int) -> dict[str, int]:
+        """Return the bytes of each part of this rank's peak, and of what lay in the host's memory instead."""
+        parts = self._parts(self._usual or HeldBytes(0, 0, 0, 0), peak)
+        if self.config.train.offload_activations:
+            module: Any = None if self._engine is None else self._engine.module
+            parts["offloaded"] = 0 if module is None else module.offload.host_bytes.peak
+        return parts
+
+    def _write_ranks(self, step: int) -> None:
+        """Write every rank's peak and its parts, on rank 0; all ranks must call."""
+        self._tabled_at = step
+        peak = peak_memory_bytes(self.mesh.device)
+        parts = self._peak_parts(peak)
+        mine = torch.tensor([peak, *parts.values()], dtype=torch.int64, device=self.mesh.device)
+        everyone = mine.new_empty(self.mesh.layout.world_size * mine.numel())
+        dist.all_gather_into_tensor(everyone, mine)
+        if self.mesh.rank == 0:
+            rows = everyone.view(-1, mine.numel()).tolist()
+            lines = ["\t".join(["step", "rank", "stage", "peak_bytes", *_columns(parts)])]
+            for rank, row in enumerate(rows):
+                stage = self.mesh.layout.coordinates(rank).pipeline
+                lines.append("\t".join(map(str, [step, rank, stage, *row])))
+            write_table(self._directory.parent / RANKS_FILE, lines)
 
     def _write(self, step: int, held: HeldBytes) -> None:
         peak = peak_memory_bytes(self.mesh.device)
@@ -219,6 +257,10 @@ def _goes(config: RunConfig, section: str, **values: Any) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def _columns(parts: dict[str, int]) -> list[str]:
+    return [f"{name.removeprefix('the ').replace(' ', '_')}_bytes" for name in parts]
 
 
 def _total(held: HeldBytes) -> int:

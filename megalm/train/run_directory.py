@@ -1,9 +1,9 @@
 """A run's directory: whose it is, and that one run at a time writes to it.
 
 Owns `config.yaml`, `run.json` (the identity) and `run.lock`. `metrics.jsonl` is `tracking`'s, `tensorboard/` and
-`wandb/` are `sinks`', `profile/` is `profiling`'s, `rank_times.tsv` `stragglers`', `checkpoints/`
-`megalm.checkpoint`'s, `logs/` the launcher's. Only rank 0 opens a run; anyone may check it, which writes nothing. No
-torch.
+`wandb/` are `sinks`', `profile/` is `profiling`'s, `rank_times.tsv` `stragglers`', `rank_memory.tsv` `memory`'s,
+`checkpoints/` `megalm.checkpoint`'s, `logs/` the launcher's. Only rank 0 opens a run; anyone may check it, which writes
+nothing. No torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
 FORMAT = "megalm-run-1"
 _POLL_S = 0.5
-_OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl", "rank_times.tsv", "inspect.jsonl", "inspect.png")
+_TABLES = ("rank_times.tsv", "rank_memory.tsv", "inspect.jsonl", "inspect.png")
+_OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl", *_TABLES)
 _OWNED_DIRECTORIES = ("checkpoints", "profile", "tensorboard", "wandb")
 
 # What may differ from one start of a run to the next: where and how it is computed, never what. The data's

@@ -8,7 +8,6 @@ Source: Lin et al. 2025 (stragglers in large jobs): most slow jobs have a few sl
 
 from __future__ import annotations
 
-import logging
 import socket
 import statistics
 from collections import deque
@@ -21,13 +20,12 @@ import torch.distributed as dist
 
 from megalm.distributed.exchange import gather_json
 from megalm.distributed.mesh import ParallelMesh
+from megalm.files import write_table
 from megalm.train.tracking import Tracker
 from megalm.train.trainer import StepResult, StepTimes, Trainer
 
 SLOWER = 1.1
 """A rank is slow at this many times the median of its peers."""
-logger = logging.getLogger(__name__)
-
 RANK_TIMES_FILE = "rank_times.tsv"
 _ERRORS = 4.0  # and this many standard errors above it
 
@@ -138,17 +136,12 @@ class NameStragglers:
         self._named = now
 
     def _write(self, step: int, times: Sequence[RankTime]) -> None:
-        """Replace the file; without a sync, which could make this rank the slow one."""
+        """Replace the file."""
         lines = ["step\trank\thost\tstage\tdata_s\tcompute_s\tcommunication_s"]
         for rank, (own, host, stage) in enumerate(zip(times, self.hosts, self.stages, strict=True)):
             figures = "\t".join(f"{seconds:.6f}" for seconds in (own.data_s, own.compute_s, own.communication_s))
             lines.append(f"{step}\t{rank}\t{host}\t{stage}\t{figures}")
-        partial = self.file.with_name(f".{self.file.name}.partial")
-        try:
-            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            partial.replace(self.file)
-        except OSError as error:  # no reason to end a run
-            logger.warning("%s cannot be written: %s", self.file, error)
+        write_table(self.file, lines)
 
     def at_end(self, trainer: Trainer) -> None:
         """Too few steps are left to say anything."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero import stage3, stage_1_and_2
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
@@ -120,7 +120,8 @@ def forget_world() -> None:
     up. And stage 3 replaces `F.linear` for good by one whose backward pass gives bias and weight their gradients in the
     other order; stages 1 and 2 add up the ranks' gradients in the order in which they come, so a rank with the one and
     a rank with the other would add weights to biases without a word. An engine's gradient hooks hold the engine, out of
-    the garbage collector's sight, and with it the world's groups and their threads.
+    the garbage collector's sight, and stage 3's stack of modules the model: with either the world's groups stay, and
+    their threads, which take turns with all others.
     """
     while _ENGINES:
         _ENGINES.pop().destroy()
@@ -130,6 +131,7 @@ def forget_world() -> None:
     deepspeed_groups._release_process_group_references()
     deepspeed.zero.Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    FWD_MODULE_STACK.clear()
     F.linear = _PLAIN_LINEAR
 
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pipeline
 import pytest
@@ -26,7 +25,7 @@ def test_a_run_gives_figures_a_table_and_a_picture(
     for counts in rows.values():
         for row in counts.values():
             assert row["step_s"] >= row["simulated"]["step_s"]  # waits are never shorter than they are told to be
-            assert row["bubble"] > 0.0 and row["median_step_s"] >= row["step_s"]
+            assert row["bubble"] > 0.0 and row["fastest_step_s"] <= row["step_s"] <= row["slowest_step_s"]
     assert rows["1f1b"]["2"]["bubble"] > 0.25
     printed = capsys.readouterr().out
     assert "| 2 | 4 | zb-v |" in printed and "furthest from the simulator" in printed
@@ -39,15 +38,3 @@ def test_the_simulators_figures_are_of_whole_stages() -> None:
     assert pipeline.simulated("1f1b", 4, 8, options) == {"step_s": 33.0, "bubble": pytest.approx(9 / 33), "peak": 4.0}
     assert pipeline.simulated("zb-v", 4, 8, options)["step_s"] == 25.5
     assert pipeline.simulated("interleaved", 4, 8, options)["peak"] == 11 / 2
-
-
-def test_of_two_measurements_the_faster_step_stays() -> None:
-    def row(step_s: float, wanted: float = 1.0) -> dict[str, Any]:
-        return {"step_s": step_s, "simulated": {"step_s": wanted}}
-
-    before = {"2": {"1f1b": {"2": row(1.5), "4": row(1.2), "8": row(9.0)}}, "4": {"gpipe": {"4": row(3.0)}}}
-    now = {"2": {"1f1b": {"2": row(1.3), "4": row(1.4), "8": row(9.5, 9.0)}, "zb-v": {"2": row(1.0)}}}
-    assert pipeline.fastest(before, now) == {
-        "2": {"1f1b": {"2": row(1.3), "4": row(1.2), "8": row(9.5, 9.0)}, "zb-v": {"2": row(1.0)}},
-        "4": {"gpipe": {"4": row(3.0)}},
-    }

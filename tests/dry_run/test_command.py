@@ -122,6 +122,8 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("arguments", "expected"),
     [
         (("--dry-run", "3"), "'3' is not RANK/WORLD, such as 0/64"),
+        (("--dry-run", "-1/64"), "--dry-run has no value behind it, or one that begins with '-'"),
+        (("--dry-run", "0/2000000"), "a world of 2,000,000 ranks is too large; give at most 1,048,576"),
         (("--dry-run=-1/8",), "'-1/8' is not RANK/WORLD"),
         (("--dry-run", "8/8"), "no rank 8 in a world of 8, which has ranks 0 to 7"),
         (("--dry-run", "0/0"), "a world of 0, which has no rank"),
