@@ -20,7 +20,6 @@ from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.train.callbacks import Evaluate, LogMetrics
 from megalm.train.lr_schedules import learning_rate
-from megalm.train.replicas import CompareReplicas
 from megalm.train.trainer import Trainer
 from tests.parity.harness import VOCAB, Case, build_trainer, reference_run
 from tests.worker_pool import WorkerPool
