@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megalm.distributed.sharding import Fragment
+from megalm.errors import CheckpointError
 
 _Key = tuple[str, str, int, int, int | None]
 
@@ -21,8 +22,9 @@ _Key = tuple[str, str, int, int, int | None]
 class Snapshot:
     """The fragments of one save in buffers of the host; of one save at a time.
 
-    On a CPU `take` returns with the copy made. On CUDA the copy goes through page-locked buffers on a stream of its
-    own: `settle` must be called before the tensors change, and `ready` before the buffers are read.
+    On a CPU `take` returns with the copy made. On CUDA the copy goes to page-locked buffers (which torch rounds up to
+    powers of two) on a stream of its own: `settle` must be called before the tensors change, and `ready` before the
+    buffers are read.
     """
 
     def __init__(self) -> None:
@@ -43,6 +45,8 @@ class Snapshot:
         for fragment in fragments:
             shard, values = fragment.shard, fragment.values.detach()
             key = (shard.name, fragment.kind, shard.start, fragment.start, shard.first_expert)
+            if key in copies:
+                raise CheckpointError(f"fragment {key} was given twice by one rank; correct the caller")
             buffer = before.pop(key, None)
             if buffer is None or buffer.shape != values.shape or buffer.dtype != values.dtype:
                 del buffer  # before another one is taken
