@@ -118,7 +118,8 @@ class SaveCheckpoints:
         self.saved_step, self.history = reader.step, dict(reader.state.get("metrics", {}))
 
     def went_back(self, reader: CheckpointReader) -> None:
-        """Forget what was saved and measured after an earlier checkpoint, which has been taken up."""
+        """Forget what was saved and measured after an earlier checkpoint, which has been taken up. Every rank calls."""
+        self._wait()
         self.saved_step, self.history = -1, dict(reader.state.get("metrics", {}))
 
     def figures(self) -> dict[str, float]:
