@@ -138,7 +138,7 @@ class SaveCheckpoints:
         if ended is None:
             return
         if waited_s > _TELL_WAIT_S:
-            self.tracker.event({"step": ended.step, "event": "save was waited for", "seconds": round(waited_s, 3)})
+            self.tracker.note(f"the checkpoint of step {ended.step} was waited for {waited_s:.1f} s")
         self._note(ended)
         self.manager.taken()
 

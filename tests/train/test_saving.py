@@ -190,7 +190,7 @@ def test_one_save_at_a_time_and_what_it_took_is_in_the_metrics(tmp_path: Path, m
         second["checkpoint/bytes"]
         == (run.manager.directory / "step-00000002/rank-00000-weight.safetensors").stat().st_size
     )
-    assert [(event["step"], event["event"]) for event in run.notes.events] == [(2, "save was waited for")]
+    assert "the checkpoint of step 2 was waited for 0." in run.notes.notes[0] and run.notes.events == []
     run.settle()
 
 
@@ -255,6 +255,17 @@ def test_a_save_that_failed_does_not_hinder_an_end_that_is_saved(tmp_path: Path)
     run.disk.full = False
     run.save.at_end(run.trainer)
     assert run.saved() == [5]
+
+
+def test_a_run_that_goes_back_does_not_believe_in_a_save_that_was_on_its_way(tmp_path: Path) -> None:
+    """Its checkpoint is deleted, and its step will be done once more: were it the last one, it would not be saved."""
+    run = Run(tmp_path, Disk(), steps=4)
+    run.disk.open.clear()
+    run.train(2)
+    threading.Timer(0.1, run.disk.open.set).start()
+    earlier: Any = SimpleNamespace(state={}, step=0)
+    run.save.went_back(earlier)
+    assert run.save.saved_step == -1 and run.manager.wait() is None
 
 
 def test_a_fault_that_is_none_of_storage_is_not_borne(tmp_path: Path) -> None:
