@@ -69,9 +69,8 @@ def test_progress_of_older_checkpoints_and_of_newer_ones() -> None:
 
 def test_every_change_is_told_with_both_values() -> None:
     before = small_recipe().model_dump(mode="json")
-    now = small_recipe(optim={"lr": 1e-4}, parallel={"partition": [1, 1]}, run={"dir": "elsewhere"}).model_dump(
-        mode="json"
-    )
+    other = small_recipe(optim={"lr": 1e-4}, parallel={"partition": [2]}, run={"dir": "elsewhere"})
+    now = other.model_dump(mode="json")
     assert changes(before, now) == {"optim.lr": "0.001 -> 0.0001", "parallel.partition": "null -> [2]"}
     assert changes(now, before)["parallel.partition"] == "[2] -> null"
     del before["optim"]["weight_decay"], before["evaluate"]
