@@ -11,6 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
+from megalm.distributed.progress import progress
+
 
 class FileSystem:
     """The calls that change the disk, one method each. All raise OSError with the path."""
@@ -23,6 +25,11 @@ class FileSystem:
         path.mkdir(exist_ok=True)
         self.sync_directory(path.parent)
 
+    def require_directory(self, path: Path) -> None:
+        """Raise FileNotFoundError where the directory `path` is no longer."""
+        if not path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
     def create(self, path: Path) -> int:
         """Return the descriptor of a new, empty file at `path`, open for writing."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -32,6 +39,7 @@ class FileSystem:
         rest = memoryview(data).cast("B")
         while rest:
             rest = rest[os.write(descriptor, rest) :]
+            progress.act()  # a disk that is slow is told from one that hangs
 
     def sync(self, descriptor: int) -> None:
         """Return when the file's bytes are on the disk."""

@@ -6,23 +6,32 @@ rests of interrupted saves; who only reads calls `latest_checkpoint`.
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megalm.checkpoint.background import Flight, Saved, try_to_save
 from megalm.checkpoint.files import FileSystem
-from megalm.checkpoint.manifest import CHECKPOINT_NAME, FILE_NAME, HIDDEN_NAME, hidden
+from megalm.checkpoint.manifest import CHECKPOINT_NAME, FILE_NAME, HIDDEN_NAME, checkpoint_name, hidden
 from megalm.checkpoint.reader import CheckpointReader
+from megalm.checkpoint.retention import Keep, metric_of, stored_metric, superfluous
+from megalm.checkpoint.snapshot import Snapshot
 from megalm.checkpoint.tensor_file import unreadable
-from megalm.checkpoint.writer import restore, storage_error, write_checkpoint
+from megalm.checkpoint.writer import encode_state, restore, storage_error, write_and_count
 from megalm.distributed.exchange import Group, broadcast_json, rank_of, size_of, together
+from megalm.distributed.meeting import Meeting
 from megalm.distributed.sharding import Fragment
 from megalm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+PATIENCE_S = 10.0
+"""So long a save on its way may write nothing before a program that ends leaves it."""
 
 
 def find_checkpoints(directory: Path) -> list[Path]:
@@ -44,10 +53,12 @@ def find_checkpoints(directory: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
-def latest_checkpoint(run_dir: Path, group: Group = None, before: int | None = None) -> CheckpointReader | None:
+def latest_checkpoint(
+    run_dir: Path, group: Group = None, before: int | None = None, passed_over: list[str] | None = None
+) -> CheckpointReader | None:
     """Return the newest valid checkpoint of a run, the same on all ranks, or None where none was ever saved.
 
-    `before`: only those of earlier steps count.
+    `before`: only those of earlier steps count. `passed_over` gets a line for each damaged one.
 
     Every rank of `group` must call; together they check every byte of a candidate, each rank its share (the
     files that the rank of its number wrote, which it will read itself when the layout is the same). A damaged
@@ -68,6 +79,8 @@ def latest_checkpoint(run_dir: Path, group: Group = None, before: int | None = N
             return reader
         except CheckpointError as error:
             first_error = first_error or str(error)
+            if passed_over is not None:
+                passed_over.append(str(error))
             if rank_of(group) == 0:
                 logger.warning("SKIPPING DAMAGED CHECKPOINT %s: %s", name, error)
     if names:
@@ -92,43 +105,125 @@ def _share(names: Iterable[str], group: Group) -> list[str]:
 
 
 class CheckpointManager:
-    """Saves a run's checkpoints, keeps the newest ones, and finds the one to resume from."""
+    """Saves a run's checkpoints, keeps those that are to stay, and finds the one to resume from.
+
+    One save at a time: each method that reads or changes checkpoints first waits for the one that is on its way.
+    """
 
     def __init__(
         self,
         run_dir: Path,
-        keep: int,
+        keep: int | Keep,
         group: Group = None,
         layout: Mapping[str, Any] | None = None,
         files: FileSystem | None = None,
+        meeting: Meeting | None = None,
     ) -> None:
         """Clear what interrupted saves left (rank 0). Every rank of `group` must call (None: alone).
 
-        `layout` (sizes of the mesh axes, ZeRO stage, ...) is noted in each checkpoint for people to read.
-        Raises CheckpointError on all ranks.
+        `layout` (sizes of the mesh axes, ZeRO stage, ...) is noted in each checkpoint for people to read. `meeting` is
+        what a thread beside the main one uses where `group` has several ranks. Raises CheckpointError on all ranks.
         """
-        if keep < 1:
-            raise CheckpointError(f"checkpoint.keep={keep} would keep no checkpoint; use 1 or more")
-        self.run_dir, self.keep = run_dir, keep
+        self.keep = Keep(keep) if isinstance(keep, int) else keep
+        if self.keep.last < 1:
+            raise CheckpointError(f"checkpoint.keep={self.keep.last} would keep no checkpoint; use 1 or more")
+        self.run_dir = run_dir
         self.directory = run_dir / CHECKPOINTS
+        self.passed_over: list[str] = []
+        """Why the last `latest` passed over damaged checkpoints, newest first."""
         self._group, self._layout, self._files = group, layout, files or FileSystem()
+        self._meeting = meeting
+        self._snapshot = Snapshot()
+        self._flight: Flight | None = None
+        self._metrics: dict[int, float] = {}
+        self._was_there = False
         with together(group):
             if rank_of(group) == 0:
                 self._clear()
+                self._was_there = run_dir.is_dir()
+                for path in find_checkpoints(self.directory) if self.keep.best is not None else ():
+                    self._note_metric(step_of(path), stored_metric(path, self.keep.best or ""))
 
     def save(self, step: int, fragments: Iterable[Fragment], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of `step`, then delete what exceeds `keep`; see `write_checkpoint`."""
-        path = write_checkpoint(self.directory, step, fragments, state, self._group, self._layout, self._files)
-        if rank_of(self._group) == 0:
-            self._retain(step)
+        """Write the checkpoint of `step`, then delete what is not to stay; see `write_checkpoint`."""
+        self.wait()
+        path, _ = self._write(step, fragments, state, self._group)
         return path
+
+    def save_patiently(self, step: int, fragments: Callable[[], Iterable[Fragment]], state: Mapping[str, Any]) -> Saved:
+        """Do what `save` does, several times where a disk refuses, and return how it ended. Every rank calls."""
+        self.wait()
+        write = lambda: self._write(step, fragments(), state, self._group)  # noqa: E731
+        return try_to_save(step, self._path(step), write, tells=rank_of(self._group) == 0)
+
+    def begin(self, step: int, fragments: Iterable[Fragment], state: Mapping[str, Any]) -> None:
+        """Copy the fragments and begin to write the copies in a thread; every rank calls, once `wait` has returned.
+
+        On CUDA `settle` must be called before the tensors change.
+        """
+        assert self._flight is None, f"the save of step {self._flight and self._flight.step} has not been waited for"
+        group = self._meeting if size_of(self._group) > 1 else None
+        assert group is not None or size_of(self._group) == 1, "several ranks save in threads by a meeting alone"
+        copies, text = self._snapshot.take(fragments), json.loads(encode_state(state))
+
+        def work() -> Saved:
+            try:
+                self._snapshot.ready()
+            except Exception as error:
+                return Saved(step, self._path(step), error)
+            write = lambda: self._write(step, copies, text, group)  # noqa: E731
+            return try_to_save(step, self._path(step), write, tells=rank_of(group) == 0)
+
+        self._flight = Flight(step, work, group)
+
+    def settle(self) -> None:
+        """Have the device's further work wait until the copies of `begin` are made."""
+        self._snapshot.settle()
+
+    def ended(self) -> Saved | None:
+        """Return how the save on its way has ended; None where there is none, or it goes on. Forgets nothing."""
+        return None if self._flight is None else self._flight.result()
+
+    def quiet_s(self) -> float:
+        """Return for how long the save on its way, if any, has written nothing on this rank."""
+        return 0.0 if self._flight is None or self._flight.result() is not None else self._flight.quiet_s()
+
+    def wait(self) -> Saved | None:
+        """Wait for the save that is on its way and return how it, or the last one, ended; None where none began.
+
+        The main thread of every rank calls; the answer is the same on all.
+        """
+        return None if self._flight is None else self._flight.wait()
+
+    def taken(self) -> None:
+        """Forget how the last save ended, once somebody knows."""
+        self._flight = None
+
+    def close(self, patience_s: float = PATIENCE_S) -> None:
+        """Let a save that is on its way end, after an error too; leave it once it has written nothing for some seconds.
+
+        What becomes of it is logged, as whoever would ask is gone.
+        """
+        if self._flight is None:
+            return
+        if self._flight.result() is None:
+            logger.info("the checkpoint of step %d is on its way, which is waited for", self._flight.step)
+        saved = self._flight.wait(patience_s)
+        if saved is None or saved.error is not None:
+            self._flight.give_up()
+            reason = "it does not go on" if saved is None else saved.error
+            logger.warning("%s: was not saved: %s", self._path(self._flight.step), reason)
+        self._flight = None
 
     def latest(self, before: int | None = None) -> CheckpointReader | None:
         """Return the newest valid checkpoint, the same on all ranks. See `latest_checkpoint`."""
-        return latest_checkpoint(self.run_dir, self._group, before)
+        self.wait()
+        self.passed_over.clear()
+        return latest_checkpoint(self.run_dir, self._group, before, self.passed_over)
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps than `step`, to which the run went back. Raises CheckpointError."""
+        self.wait()
         with together(self._group):
             if rank_of(self._group) == 0:
                 try:
@@ -138,26 +233,54 @@ class CheckpointManager:
                 except OSError as error:
                     raise storage_error(error, self.directory) from error
 
+    def _path(self, step: int) -> Path:
+        return self.directory / checkpoint_name(step)
+
+    def _write(
+        self, step: int, fragments: Iterable[Fragment], state: Mapping[str, Any], group: Group | Meeting
+    ) -> tuple[Path, int]:
+        """Write once, and then delete what is not to stay. In the thread of a flight, or in the main one."""
+        with together(group):
+            if rank_of(group) == 0 and self._was_there and not self.run_dir.is_dir():
+                gone = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.run_dir))
+                raise storage_error(gone, self.run_dir)  # to make it anew might fill the disk below a lost mount
+        found = write_and_count(self.directory, step, fragments, state, group, self._layout, self._files)
+        if rank_of(group) == 0:
+            self._was_there = True
+            self._note_metric(step, metric_of(state, self.keep.best))
+            self._retain(step)
+        return found
+
+    def _note_metric(self, step: int, value: float | None) -> None:
+        self._metrics.pop(step, None)
+        if value is not None:
+            self._metrics[step] = value
+
     def _delete(self, path: Path) -> None:
         """Delete a checkpoint such that a kill leaves it whole or hidden."""
         deleted = hidden(path, "deleted")
         self._files.remove_tree(deleted)
         self._files.rename(path, deleted)
+        self._metrics.pop(step_of(path), None)
         self._files.sync_directory(self.directory)
         self._files.remove_tree(deleted)
 
     def _retain(self, step: int) -> None:
-        """Delete checkpoints older than the newest `keep`.
+        """Delete the checkpoints that are not to stay.
 
         Later steps than `step`, just saved, were passed over as damaged on resume: they neither count nor are
         deleted, and are replaced when the run gets there again.
         """
         try:
             named = [path for path in find_checkpoints(self.directory) if CHECKPOINT_NAME.fullmatch(path.name)]
-            for path in [path for path in named if step_of(path) <= step][self.keep :]:
-                self._delete(path)
-        except OSError as error:
-            logger.warning("%s: cannot delete an old checkpoint: %s", error.filename or self.directory, error.strerror)
+            earlier = {step_of(path): path for path in named if step_of(path) <= step}
+            for old in superfluous(earlier, self.keep, self._metrics):
+                self._delete(earlier[old])
+        except (OSError, CheckpointError) as error:
+            where, why = (
+                (error.filename or self.directory, error.strerror) if isinstance(error, OSError) else ("", error)
+            )
+            logger.warning("%s: cannot delete an old checkpoint: %s", where or self.directory, why)
 
     def _clear(self) -> None:
         try:

@@ -36,6 +36,7 @@ from megalm.checkpoint.manifest import (
 )
 from megalm.checkpoint.tensor_file import DTYPE_NAMES, FileRecord, write_tensor_file
 from megalm.distributed.exchange import Group, gather_json, rank_of, together
+from megalm.distributed.meeting import Meeting
 from megalm.distributed.progress import progress
 from megalm.distributed.sharding import Fragment
 from megalm.errors import CheckpointError, StorageError
@@ -62,8 +63,26 @@ def write_checkpoint(
     ranks they must tile each tensor of each kind exactly once, trailing padding left out or not. Fragments
     are consumed one by one and held until their file is full (`file_bytes`). `state` (JSON values, rank 0's
     counts) and `layout` (what wrote it, for people) are stored as they are. A checkpoint of the same step is
-    replaced in one rename. Raises CheckpointError on all ranks if any rank fails, and leaves the earlier
-    checkpoints as they were.
+    replaced in one rename. Raises CheckpointError on all ranks if any rank fails, a StorageError where a disk refused,
+    and leaves the earlier checkpoints as they were.
+    """
+    path, _ = write_and_count(directory, step, fragments, state, group, layout, files, file_bytes)
+    return path
+
+
+def write_and_count(
+    directory: Path,
+    step: int,
+    fragments: Iterable[Fragment],
+    state: Mapping[str, Any],
+    group: Group | Meeting = None,
+    layout: Mapping[str, Any] | None = None,
+    files: FileSystem | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> tuple[Path, int]:
+    """Do what `write_checkpoint` does and return the bytes of tensor files besides: of all ranks on rank 0, else 0.
+
+    A thread beside the main one gives a `Meeting` as `group`.
     """
     files = files or FileSystem()
     final = directory / checkpoint_name(step)
@@ -80,6 +99,7 @@ def write_checkpoint(
         with together(group):
             writer.write(fragments)
         reports = gather_json(writer.report(), group)
+        total = sum(size for report in reports for _, size, _ in report["files"])
         with together(group):
             if rank_of(group) == 0:
                 finish(files, final, step, state_text, dict(layout or {}), reports)
@@ -87,7 +107,7 @@ def write_checkpoint(
         if rank_of(group) == 0:
             _discard(files, final)
         raise
-    return final
+    return final, total
 
 
 class RankWriter:
@@ -107,10 +127,10 @@ class RankWriter:
         """Write all fragments. Raises CheckpointError with the path."""
         with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
             for fragment in fragments:
-                progress.acts += 1
+                progress.act()
                 self._add(fragment, hasher)
             for part in self._pending:
-                progress.acts += 1
+                progress.act()
                 self._flush(part, hasher)
 
     def report(self) -> dict[str, Any]:
@@ -167,7 +187,10 @@ def finish(
     records = {name: FileRecord(name, size, digest) for report in reports for name, size, digest in report["files"]}
     for record in records.values():
         path = partial / record.name
-        found = path.stat().st_size if path.is_file() else None
+        with _NamedErrors(path):
+            found = path.stat().st_size if path.is_file() else None
+            if found is None:
+                files.require_directory(partial)
         if found != record.size:
             where = "is not there" if found is None else f"has {found} of {record.size} bytes"
             raise CheckpointError(f"{path}: {where} for rank 0; run.dir must be on a file system that all ranks share")

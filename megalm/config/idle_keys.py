@@ -30,6 +30,7 @@ _SCALED = Use("model.rotary_scaling", lambda config: config.model.rotary_scaling
 _LATENT = Use("model.kv_rank", lambda config: config.model.is_latent)
 _FP16 = Use("precision=fp16", lambda config: config.precision == "fp16")
 _PROFILED = Use("profile.start", lambda config: config.profile.start is not None)
+_SAVED = Use("checkpoint.every", lambda config: config.checkpoint.every > 0)
 _EXPERTS = Use("model.experts", lambda config: config.model.experts is not None)
 USES: dict[str, Use] = {
     "model.q_rank": _LATENT,
@@ -64,6 +65,8 @@ USES: dict[str, Use] = {
     "model.mup_base_head_dim": Use("model.mup_base", lambda config: config.model.mup_base is not None),
     "early_stop.patience": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),
     "early_stop.min_delta": Use("early_stop.metric", lambda config: config.early_stop.metric is not None),
+    "checkpoint.keep_every": _SAVED,
+    "checkpoint.keep_best": _SAVED,
     "loss.mtp": Use("model.mtp_depth", lambda config: config.model.mtp_depth > 0),
     "batch_ramp.increment": Use("batch_ramp.start", lambda config: config.batch_ramp.start is not None),
     "batch_ramp.every": Use("batch_ramp.start", lambda config: config.batch_ramp.start is not None),

@@ -112,6 +112,29 @@ def _watched_metrics_are_measured(config: RunConfig) -> Iterator[str]:
         yield f"early_stop.metric={metric} needs averaged weights; set optim.ema_decay, or use evaluate/loss"
 
 
+@rule("checkpoint.keep_every", "checkpoint.every")
+def _kept_steps_are_saved(config: RunConfig) -> Iterator[str]:
+    section = config.checkpoint
+    if section.keep_every is not None and section.every and section.keep_every % section.every:
+        above = -(-section.keep_every // section.every) * section.every
+        yield (
+            f"checkpoint.keep_every={section.keep_every} is not a multiple of checkpoint.every={section.every}, so few "
+            f"of its steps are saved; use {above}"
+        )
+
+
+@rule("checkpoint.keep_best", "checkpoint.every", "evaluate.every", "optim.ema_decay")
+def _best_is_measured(config: RunConfig) -> Iterator[str]:
+    metric, saves, measures = config.checkpoint.keep_best or "", config.checkpoint.every, config.evaluate.every
+    if "ema" in metric and config.optim.ema_decay is None:
+        yield f"checkpoint.keep_best={metric} needs averaged weights; set optim.ema_decay, or use evaluate/loss"
+    if metric.startswith("evaluate/") and saves and (not measures or (saves % measures and measures % saves)):
+        yield (
+            f"checkpoint.keep_best={metric} is measured each evaluate.every={measures} steps and saved each "
+            f"checkpoint.every={saves}, seldom the same; use evaluate.every={saves}"
+        )
+
+
 @rule("profile.start", "profile.steps", "train.stop_at", *_LENGTH)
 def _profile_is_within(config: RunConfig) -> Iterator[str]:
     start, steps, stop_at = config.profile.start, config.profile.steps, config.train.stop_at

@@ -255,12 +255,21 @@ class EarlyStopSection(Section):
 class CheckpointSection(Section):
     """A checkpoint each `every` steps (0: none) and at the end, of which the last `keep` stay.
 
-    `at_end` false, for benchmarks, leaves out the one at the end. A run that is asked to stop saves in any case.
+    Those of each `keep_every`-th step (None: of none) stay for ever, and the best by the metric `keep_best` (None: of
+    none) stays until there is a better one; less is better. `at_end` false, for benchmarks, leaves out the one at the
+    end. A run that is asked to stop saves in any case.
+
+    `asynchronous` ones are written while training goes on, from a copy in the host's memory. As many as `failures` in a
+    row may fail, on a full disk say, before the run ends; with 0 each is waited for.
     """
 
     every: Count = 1000
     at_end: bool = True
     keep: Positive = 2
+    keep_every: Positive | None = None
+    keep_best: Annotated[str, one_of("stop_metric")] | None = None
+    asynchronous: bool = True
+    failures: Count = 3
 
 
 class EvaluateSection(Section):

@@ -32,6 +32,7 @@ ONE_PROCESS = (
     "train.offload_activations=false",  # of training alone, and evaluation may be on a CPU
     "train.compile=false",  # of training alone, and it excludes schedules
     "train.fp8=none",  # "
+    "checkpoint.keep_best=null",  # no checkpoint is made, and evaluation is what the user asks for
 )
 FOR_GENERATION = (
     "parallel.sequence=false",

@@ -106,7 +106,7 @@ def agree(error: BaseException | None, group: dist.ProcessGroup) -> None:
     report = torch.zeros(_REPORT_BYTES, dtype=torch.uint8)
     if group.rank() == failed:
         assert error is not None
-        text = _describe(error)
+        text = json.dumps(describe(error)).encode()
         report[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     rank = dist.get_global_rank(group, failed)
     dist.broadcast(report, rank, group=group)
@@ -114,14 +114,14 @@ def agree(error: BaseException | None, group: dist.ProcessGroup) -> None:
     raise getattr(errors, name)(f"rank {rank}: {message}") from error
 
 
-def _describe(error: BaseException) -> bytes:
-    """Return JSON of [name of a class in megalm.errors, message of one line], short enough to send."""
+def describe(error: BaseException) -> tuple[str, str]:
+    """Return the name of a class in megalm.errors, and the message in one line, short enough to send."""
     kind = next((base for base in type(error).__mro__ if getattr(errors, base.__name__, None) is base), None)
     message = " ".join(str(error).split())
     if kind is None:
         kind, message = errors.DistributedError, f"{type(error).__name__}: {message}"
     # JSON writes a character in at most 12 bytes (two escaped surrogates).
-    return json.dumps([kind.__name__, message[: (_REPORT_BYTES - 100) // 12]]).encode()
+    return kind.__name__, message[: (_REPORT_BYTES - 100) // 12]
 
 
 def _copy_of(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What ranks tell each other beside tensors: small JSON values, and whether all went well.
 
 Owns: moving JSON over a process group without pickle, and one error for all ranks. `group` None means that
-this process is alone; a group needs a CPU back end. Every rank of the group must call each of these
-functions.
+this process is alone; a group needs a CPU back end. A thread beside the main one gives a `Meeting` instead. Every rank
+of the group must call each of these functions.
 """
 
 from __future__ import annotations
@@ -17,39 +17,44 @@ import torch
 import torch.distributed as dist
 
 from megalm.distributed.collectives import agree
+from megalm.distributed.meeting import Meeting
 
 Group = dist.ProcessGroup | None
 _LENGTH_BYTES = 8
 
 
-def rank_of(group: Group) -> int:
+def rank_of(group: Group | Meeting) -> int:
     """Return this process's rank in `group`."""
     return 0 if group is None else group.rank()
 
 
-def size_of(group: Group) -> int:
+def size_of(group: Group | Meeting) -> int:
     """Return the number of ranks in `group`."""
     return 1 if group is None else group.size()
 
 
 @contextmanager
-def together(group: Group) -> Iterator[None]:
+def together(group: Group | Meeting) -> Iterator[None]:
     """Run a block on every rank; if it fails on any, raise that error on all of them, with the rank."""
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    if group is not None:
+    if isinstance(group, Meeting):
+        group.agree(failure)
+    elif group is not None:
         agree(failure, group)
     elif failure is not None:
         raise failure
 
 
-def gather_json(value: Any, group: Group) -> list[Any]:
+def gather_json(value: Any, group: Group | Meeting) -> list[Any]:
     """Return the values of all ranks, in their order, on rank 0, and an empty list on the others."""
     if group is None or group.size() == 1:
         return [value]
+    if isinstance(group, Meeting):
+        return group.gather(value)
     data = zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
     longest = torch.tensor([len(data)])
     dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)

@@ -1,7 +1,11 @@
-"""What this process does at this moment, in a few numbers: written by who does it, read by the watchdog. No torch."""
+"""What this process does at this moment, in a few numbers: written by who does it, read by the watchdog. No torch.
+
+A thread that saves beside the main one counts for itself: its work is not progress of the step.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +35,9 @@ class Progress:
     phase: int = 0
     """Place in PHASES."""
     acts: int = 0
-    """Pieces of work done: phases, microbatches through the stage, messages, tensors of a checkpoint."""
+    """Pieces of work done: phases, microbatches through the stage, messages, blocks of a checkpoint."""
+    background_acts: int = 0
+    """Those of the thread beside the main one."""
     waits_for: int | None = None
     """The global rank whose message it waits for, or that is to take one."""
 
@@ -39,6 +45,13 @@ class Progress:
     """Is told step and phase at once; the rest is read now and then."""
     observer: Observer | None = None
     """Is told of phases and pieces of work, by their names."""
+
+    def act(self) -> None:
+        """Note a piece of work, which the main thread or the one beside it has done."""
+        if threading.current_thread() is threading.main_thread():
+            self.acts += 1
+        else:
+            self.background_acts += 1
 
     def enter(self, step: int, phase: str) -> None:
         """Note the beginning of a phase of a step."""

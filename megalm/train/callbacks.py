@@ -1,4 +1,4 @@
-"""What happens after a step: metrics, evaluation, checkpoints. A new habit is one class here.
+"""What happens after a step: metrics, evaluation, early stopping. A new habit is one class here; `saving` has another.
 
 The trainer calls them in the order in which `pretrain` lists them, on every rank alike.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from statistics import fmean
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megalm.checkpoint.manager import CheckpointManager
 from megalm.config.ramps import batch_at, sequence_at
 from megalm.config.run import EarlyStopSection, RunConfig
 from megalm.data.loader import HeldOut
@@ -26,7 +25,6 @@ from megalm.evaluation.perplexity import HeldOutLoss, held_out_loss
 from megalm.models.transformer import Transformer
 from megalm.train.memory import Memory
 from megalm.train.monitor import Throughput
-from megalm.train.replicas import CompareReplicas
 from megalm.train.tracking import Tracker
 from megalm.train.trainer import StepResult, StepTimes, Trainer
 
@@ -41,6 +39,10 @@ class LogMetrics:
         self.meter = meter
         self.memory = memory
         self.every = every
+        self.sources: list[Callable[[], Mapping[str, float]]] = []
+        """What else belongs to a line, of the time since the last one."""
+        self.record: dict[str, float] = {}
+        """What was logged last."""
         self._times: deque[StepTimes] = deque(maxlen=every)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -51,7 +53,7 @@ class LogMetrics:
         if step % self.every and step != trainer.last_step and step != 1:
             return
         speed = self.meter.measure(step, trainer.last_step)
-        record = {
+        record: dict[str, float] = {
             "step": step,
             "tokens": trainer.state.tokens,
             **_sizes(trainer.config, step),
@@ -65,6 +67,9 @@ class LogMetrics:
             **{f"time/{name}": fmean(getattr(times, name) for times in self._times) for name in _PARTS},
             **self.memory.record(),
         }
+        for source in self.sources:
+            record |= source()
+        self.record = record
         self._times.clear()
         self.tracker.log_step(record, speed.time_left_s)
 
@@ -137,7 +142,7 @@ class StopEarly:
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Look at the metric, if this step gave it a value; each rank sees the same."""
         state, metric = trainer.state, self.section.metric
-        value = self._value(state.step, result)
+        value = value_at(metric, state.step, result, self.evaluate.record)
         if metric is None or value is None:
             return
         if state.watched != metric:
@@ -153,54 +158,12 @@ class StopEarly:
     def at_end(self, trainer: Trainer) -> None:
         """Nothing is left over."""
 
-    def _value(self, step: int, result: StepResult) -> float | None:
-        own = {"train/loss": result.loss, "optim/grad_norm": result.grad_norm}
-        measured = self.evaluate.record if self.evaluate.record["step"] == step else {}
-        return {**own, **measured}.get(self.section.metric or "")
 
-
-class SaveCheckpoints:
-    """Save the run every `every` steps (0: never) and after the last one, unless `last` is false."""
-
-    def __init__(
-        self,
-        tracker: Tracker,
-        meter: Throughput,
-        manager: CheckpointManager,
-        facts: Mapping[str, Any],
-        replicas: CompareReplicas,
-        every: int,
-        last: bool = True,
-    ) -> None:
-        self.tracker = tracker
-        self.meter = meter
-        self.manager = manager
-        self.facts = facts
-        self.replicas = replicas
-        self.every = every
-        self.last = last
-        self.saved_step = -1
-        """The step of the newest checkpoint, saved or resumed from."""
-
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Save where the step is a multiple of `every`."""
-        if self.every and trainer.state.step % self.every == 0:
-            self.save(trainer)
-
-    def at_end(self, trainer: Trainer) -> None:
-        """Save the weights of the last step that was done, unless that was just done; always after an interruption."""
-        wanted = self.last or trainer.state.step < trainer.last_step
-        if wanted and self.saved_step != trainer.state.step:
-            self.save(trainer)
-
-    def save(self, trainer: Trainer) -> None:
-        """Save the run as it stands, once the data ranks' replicas were found equal (`run.compare_replicas_every`)."""
-        self.replicas.ensure_equal(trainer)
-        state = {**self.facts, "progress": vars(trainer.state).copy()}
-        with self.meter.paused():
-            path = self.manager.save(trainer.state.step, trainer.engine.state(), state)
-        self.saved_step = trainer.state.step
-        self.tracker.note(f"checkpoint {path}")
+def value_at(metric: str | None, step: int, result: StepResult, evaluated: Mapping[str, float]) -> float | None:
+    """Return the value that a step gave a metric; None where it is none of this step's. `evaluated`: the last one."""
+    own = {"train/loss": result.loss, "optim/grad_norm": result.grad_norm}
+    measured = evaluated if evaluated["step"] == step else {}
+    return {**own, **measured}.get(metric or "")
 
 
 def _sizes(config: RunConfig, step: int) -> dict[str, int]:

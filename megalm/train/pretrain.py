@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import closing
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megalm.checkpoint.manager import CheckpointManager
+from megalm.checkpoint.manager import PATIENCE_S, CheckpointManager
 from megalm.checkpoint.reader import CheckpointReader
+from megalm.checkpoint.retention import Keep
 from megalm.config.load import dump_yaml
 from megalm.config.ramps import samples_before, sequence_at
 from megalm.config.run import RunConfig
@@ -19,15 +21,19 @@ from megalm.data.datasets import PreparedData, open_prepared
 from megalm.data.loader import HeldOut, Loader
 from megalm.data.sampler import GlobalOrder
 from megalm.data.windows import Windows, all_windows
+from megalm.distributed import launch
 from megalm.distributed.collectives import agree
 from megalm.distributed.communication_time import CommunicationClock
+from megalm.distributed.meeting import Meeting
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.world import joined_mesh
-from megalm.errors import CheckpointError, Interrupted
+from megalm.errors import CheckpointError, DistributedError, Interrupted
 from megalm.models.build import DTYPES, build_executor, build_stage
+from megalm.models.transformer import Transformer
 from megalm.preflight.gate import preflight
-from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints, StopEarly
+from megalm.train.callbacks import Evaluate, LogMetrics, StopEarly
 from megalm.train.compilation import TellOfCompilation, compile_blocks
+from megalm.train.continuing import changes, continued, progress_of
 from megalm.train.interruption import Interruption
 from megalm.train.layer_statistics import LayerStatistics
 from megalm.train.memory import Memory
@@ -38,6 +44,7 @@ from megalm.train.recovery import GoBack
 from megalm.train.replicas import CompareReplicas
 from megalm.train.run_directory import RunDirectory, open_run
 from megalm.train.run_facts import run_facts
+from megalm.train.saving import SaveCheckpoints
 from megalm.train.sinks import Sinks
 from megalm.train.stragglers import NameStragglers
 from megalm.train.tracking import Tracker
@@ -85,7 +92,6 @@ def _train(
     directory: RunDirectory | None,
     interruption: Interruption | None,
 ) -> None:
-    run = Path(config.run.dir)
     vocab = vocabulary(config, data)
     model = build_stage(config, vocab, mesh, partitioner(config, mesh), data.end_of_text)
     freeze(config.optim, model.parameters())
@@ -94,17 +100,39 @@ def _train(
         compile_blocks(config, model, mesh.device)
     engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)
     _claim(directory, data)
-    manager = CheckpointManager(run, config.checkpoint.keep, dist.group.WORLD, _describe(config, mesh))
-    order = GlobalOrder(len(windows), order_seed(config))
-    loader = Loader(data.train, windows, order, mesh.coordinates.data, mesh.size("data"))
-    executor = build_executor(config, engine.module, mesh)
-    trainer = Trainer(config, mesh, executor, engine, loader, TrainState(), clock)
+    with _saving(config, mesh) as manager:
+        reader = manager.latest()
+        recipe, config = config, config if reader is None else _continued(config, reader)
+        order = GlobalOrder(len(windows), order_seed(config))
+        loader = Loader(data.train, windows, order, mesh.coordinates.data, mesh.size("data"))
+        executor = build_executor(config, engine.module, mesh)
+        trainer = Trainer(config, mesh, executor, engine, loader, TrainState(), clock)
+        interrupted = _fit(recipe, trainer, model, data, windows, memory, manager, reader, interruption)
+    if interrupted is not None:
+        raise Interrupted(
+            f"{interrupted.name}: saved at step {trainer.state.step} of {trainer.last_step}; start again to go on"
+        )
+
+
+def _fit(
+    recipe: RunConfig,
+    trainer: Trainer,
+    model: Transformer,
+    data: PreparedData,
+    windows: Windows,
+    memory: Memory,
+    manager: CheckpointManager,
+    reader: CheckpointReader | None,
+    interruption: Interruption | None,
+) -> signal.Signals | None:
+    """Train from `reader` on, if there is one, with all that happens after a step; return what interrupted it."""
+    config, mesh, engine = trainer.config, trainer.mesh, trainer.engine
+    run, vocab = Path(config.run.dir), vocabulary(config, data)
     facts = {
         "data_fingerprint": data.fingerprint,
         "tokenizer_fingerprint": data.tokenizer_fingerprint,
-        "config": config.model_dump(mode="json"),
+        "config": recipe.model_dump(mode="json"),
     }
-    reader = manager.latest()
     if reader is not None:
         with closing(reader):
             _resume(trainer, reader, facts)
@@ -113,19 +141,20 @@ def _train(
     sinks = Sinks(config.log.sinks, run, trainer.state.step, config) if mesh.rank == 0 else None
     tracker = Tracker(run, trainer.state.step, trainer.last_step, active=mesh.rank == 0, sinks=sinks)
     with closing(tracker):
-        tracker.header(dump_yaml(config), run_facts(config, data, windows, vocab, mesh, peak))
+        tracker.header(dump_yaml(recipe), run_facts(config, data, windows, vocab, mesh, peak))
         if reader is not None:
-            tracker.note(f"resuming {reader.directory} at step {trainer.state.step}")
+            _tell_of_resume(tracker, manager, reader, recipe, mesh)
         held_out_windows = all_windows(data.validation, config.model.sequence, config.data.rows)
         held_out = HeldOut(data.validation, held_out_windows, config.evaluate.sequences)
         evaluate = Evaluate(tracker, meter, model, held_out, data.tokenizer().byte_lengths, config.evaluate.every)
         stop_early = StopEarly(tracker, evaluate, config.early_stop)
         compare = CompareReplicas(config.run.compare_replicas_every)
-        every, last = config.checkpoint.every, config.checkpoint.at_end
-        save = SaveCheckpoints(tracker, meter, manager, facts, compare, every, last)
-        save.saved_step = trainer.state.step if reader is not None else -1
         meter.start(trainer.state.step)
         log = LogMetrics(tracker, meter, memory, config.log.every)
+        save = SaveCheckpoints(tracker, meter, manager, facts, compare, config.checkpoint, log, evaluate)
+        log.sources.append(save.figures)
+        if reader is not None:
+            save.resumed(reader)
         recovery = GoBack(tracker, meter, manager, save, partial(_resume, facts=facts))
         stragglers = NameStragglers(tracker, config.run.compare_speed_every, mesh, run)
         memory.begin(engine, tracker)
@@ -133,15 +162,47 @@ def _train(
         layers = LayerStatistics(config, mesh, model, trainer.state.step)
         with closing(Profile(run, config.profile, mesh, tracker, meter)) as profile, compilation as tell:
             trainer.before_step = [layers.before_step, memory.before_step, profile.before_step]
-            trainer.before_update = [layers.before_update, memory.before_update]
+            trainer.before_update = [layers.before_update, memory.before_update, save.before_update]
             habits = (layers, profile, memory, log, tell, stragglers, compare, evaluate, stop_early, save)
             interrupted = trainer.fit(habits, interruption, recovery)
         for line in engine.report():
             tracker.note(line)
-    if interrupted is not None:
-        raise Interrupted(
-            f"{interrupted.name}: saved at step {trainer.state.step} of {trainer.last_step}; start again to go on"
-        )
+    return interrupted
+
+
+@contextmanager
+def _saving(config: RunConfig, mesh: ParallelMesh) -> Iterator[CheckpointManager]:
+    """Give the run's checkpoints; a save that is on its way at an error is let end, unless a peer is gone."""
+    section = config.checkpoint
+    keep = Keep(section.keep, section.keep_every, section.keep_best)
+    meeting = Meeting.of_world("checkpoint") if mesh.layout.world_size > 1 and section.asynchronous else None
+    layout = _describe(config, mesh)
+    manager = CheckpointManager(Path(config.run.dir), keep, dist.group.WORLD, layout, meeting=meeting)
+    try:
+        yield manager
+    except Exception as error:
+        manager.close(0.0 if isinstance(error, DistributedError) or launch.is_lost_peer(error) else PATIENCE_S)
+        raise
+
+
+def _continued(config: RunConfig, reader: CheckpointReader) -> RunConfig:
+    """Return the recipe from the checkpoint on. The ranks have the same of both, and raise alike."""
+    return continued(config, progress_of(reader.state), reader.directory)
+
+
+def _tell_of_resume(
+    tracker: Tracker, manager: CheckpointManager, reader: CheckpointReader, recipe: RunConfig, mesh: ParallelMesh
+) -> None:
+    """Say where the run goes on, which checkpoints were damaged, and every setting that is another than before."""
+    for reason in manager.passed_over:
+        tracker.event({"step": reader.step, "event": "DAMAGED CHECKPOINT PASSED OVER", "reason": reason})
+    tracker.note(f"resuming {reader.directory} at step {reader.step}")
+    changed = changes(reader.state["config"], recipe.model_dump(mode="json"))
+    ranks = reader.layout.get("data"), mesh.layout.data
+    if ranks[0] != ranks[1]:
+        changed["data ranks"] = f"{ranks[0]} -> {ranks[1]}"
+    if changed:
+        tracker.event({"step": reader.step, "event": "settings changed", **changed})
 
 
 def _meter(config: RunConfig, vocab: int, mesh: ParallelMesh, peak: Peak) -> Throughput:
@@ -211,7 +272,7 @@ def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]
                 f"{facts[name][:12]}; give the data it was trained with, or another run.dir"
             )
     kinds = [kind for kind in reader.kinds() if kind != "weight"]
-    trainer.state = TrainState(**reader.state["progress"])
+    trainer.state = progress_of(reader.state)
     trainer.engine.load(reader.read_flat, kinds, trainer.state.updates)
     trainer.engine.module.further_sums.zero_()  # type: ignore[operator]
 

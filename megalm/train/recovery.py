@@ -14,8 +14,8 @@ from contextlib import closing
 from megalm.checkpoint.manager import CheckpointManager
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.errors import Diverged
-from megalm.train.callbacks import SaveCheckpoints
 from megalm.train.monitor import Throughput
+from megalm.train.saving import SaveCheckpoints
 from megalm.train.tracking import Tracker
 from megalm.train.trainer import StepResult, Trainer, TrainState
 
@@ -82,6 +82,7 @@ class GoBack:
         now.samples, now.tokens, now.rollbacks = left.samples, left.tokens, left.rollbacks + 1
         now.left_at, now.went_to = left.step, now.step
         self.manager.drop_after(now.step)
+        self.save.went_back(reader)
         self.tracker.rewind(now.step)
         self.meter.start(now.step)
         self.tracker.event(
@@ -93,4 +94,4 @@ class GoBack:
                 "next_sample": now.samples,
             }
         )
-        self.save.save(trainer)  # or an interruption now would bring the same data again
+        self.save.save(trainer, wait=True)  # or an interruption now would bring the same data again

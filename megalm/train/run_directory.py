@@ -38,8 +38,8 @@ _TABLES = ("rank_times.tsv", "rank_memory.tsv", "inspect.jsonl", "inspect.png")
 _OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl", *_TABLES)
 _OWNED_DIRECTORIES = ("checkpoints", "profile", "tensorboard", "wandb")
 
-# What may differ from one start of a run to the next: where and how it is computed, never what. The data's
-# path is free because its fingerprint is held instead, so prepared data may be moved.
+# What may differ from one start of a run to the next. First where and how it is computed; the data's path is free
+# because its fingerprint is held instead, so prepared data may be moved.
 FREE_SECTIONS = frozenset(
     {
         *("run", "parallel", "zero", "overlap", "log", "checkpoint", "evaluate", "stability", "profile", "inspect"),
@@ -59,6 +59,17 @@ FREE_KEYS = frozenset(
         "model.kernels",
         "model.flash_attention",
         "loss.fused_head",
+    }
+)
+# Then what people change in a run's course. It changes what is computed from then on, so each start says what is
+# another than in the checkpoint (`continuing.changes`). The optimizer's state and the order of samples stay as they
+# are; the learning rate is one of the step's number, and batches are counted on from those that were.
+COURSE_SECTIONS = frozenset({"lr_schedule", "batch_ramp"})
+COURSE_KEYS = frozenset(
+    {
+        *("train.steps", "train.tokens", "train.epochs", "train.global_batch"),
+        *("train.clip_grad_norm", "train.clip_grad_value"),
+        *("optim.lr", "optim.adamw_lr", "optim.weight_decay"),
     }
 )
 
@@ -171,15 +182,17 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """Return, by dotted key, the settings that make a run what it is and that may not change on a resume."""
     flat: dict[str, Any] = {}
     for name, section in config.model_dump(mode="json").items():
-        if name in FREE_SECTIONS:
-            continue
         if isinstance(section, dict):
             flat.update({f"{name}.{key}": value for key, value in section.items()})
         else:
             flat[name] = section
-    kept = {key: value for key, value in flat.items() if key not in FREE_KEYS}
+    kept = {key: value for key, value in flat.items() if _is_fixed(key)}
     masters = masters_dtype(config)
     return kept if masters == wide_dtype(config) else {**kept, "master weights": masters}
+
+
+def _is_fixed(key: str) -> bool:
+    return key.partition(".")[0] not in FREE_SECTIONS | COURSE_SECTIONS and key not in FREE_KEYS | COURSE_KEYS
 
 
 def read_identity(path: Path) -> dict[str, Any] | None:
@@ -235,13 +248,14 @@ def _try_lock(stream: IO[str], last: bool) -> bool:
 def _refuse_other_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ConfigError when the identities differ, naming each setting with both values.
 
-    A key that the run was started without, as it came later, had what is its default now.
+    A key that the run was started without, as it came later, had what is its default now; one that may change by now
+    does not count.
     """
     old, new = (_with_defaults(each["fixed"]) for each in (before, now))
     differences = [
         f"{key}={_show(old.get(key))} there, {_show(new.get(key))} here"
         for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
+        if _is_fixed(key) and old.get(key) != new.get(key)
     ]
     for name, label in (("data_fingerprint", "data"), ("tokenizer_fingerprint", "tokenizer")):
         if before[name] != now[name]:
@@ -269,7 +283,7 @@ def defaults() -> dict[str, Any]:
         f"{section}.{key}": field.get_default()
         for section, kind in section_types().items()
         for key, field in kind.model_fields.items()
-        if not field.is_required() and section not in FREE_SECTIONS and f"{section}.{key}" not in FREE_KEYS
+        if not field.is_required() and _is_fixed(f"{section}.{key}")
     }
     values: dict[str, Any] = json.loads(json.dumps(found))
     return values

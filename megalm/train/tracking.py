@@ -6,14 +6,16 @@ and from `monitor`. Only rank 0 tracks: the other ranks hold a `Tracker` that do
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
@@ -28,6 +30,7 @@ from megalm.train.sinks import Record, Sinks
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+_WAITING_BYTES = 64 << 20
 Event = Mapping[str, str | float | int]
 """Something that happened at a step: "step", "event" (what), and what there is to say of it."""
 
@@ -85,6 +88,8 @@ class MetricsFile:
     A line's `step` counts the steps done. Opening at `resume_step` first drops, atomically, the lines of
     later steps, which are about to be done again, so each step stands there once, and once more where it was
     evaluated. Events stay: they did happen, and may happen again.
+
+    A disk that takes no lines is no reason to end a run: they wait in memory, in their order, until it does.
     """
 
     def __init__(self, run_dir: Path, resume_step: int, name: str = METRICS_FILE) -> None:
@@ -92,14 +97,18 @@ class MetricsFile:
         self._last: dict[str, int] = {}
         if self.path.exists():
             self._drop_after(resume_step)
-        self._stream: IO[str] = self.path.open("a", encoding="utf-8")
+        self._stream = self._append()
+
+    def _append(self) -> io.FileIO:
+        self._waiting, self._refused = b"", False
+        return io.FileIO(self.path, "a")
 
     def rewind(self, step: int) -> None:
         """Drop the lines of later steps, which are about to be done again."""
         self.close()
         self._last.clear()
         self._drop_after(step)
-        self._stream = self.path.open("a", encoding="utf-8")
+        self._stream = self._append()
 
     def _drop_after(self, step: int) -> None:
         lines = _complete_lines(self.path)
@@ -116,16 +125,38 @@ class MetricsFile:
         if kind != "event" and step <= self._last.get(kind, -1):
             return False
         self._last[kind] = step
-        self._stream.write(_encode(record) + "\n")
-        self._stream.flush()
+        if len(self._waiting) < _WAITING_BYTES:
+            self._waiting += (_encode(record) + "\n").encode()
+        self._write_waiting()
         return True
 
+    def _write_waiting(self) -> None:
+        """Write what waits, as far as the disk takes it; the rest of a line that is torn comes first the next time."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._stream.write(self._waiting) :]
+        except OSError as error:
+            if not self._refused:
+                logger.warning("%s: cannot write: %s; lines of metrics wait in memory", self.path, error.strerror)
+            self._refused = True
+        else:
+            if self._refused:
+                logger.warning("%s: the disk takes lines again, those that waited are written", self.path)
+            self._refused = False
+
     def close(self) -> None:
-        """Bring the lines to the disk and close the file."""
-        if not self._stream.closed:
-            self._stream.flush()
+        """Bring the lines to the disk and close the file. Says so where the disk does not take them."""
+        if self._stream.closed:
+            return
+        self._write_waiting()
+        try:
             os.fsync(self._stream.fileno())
-            self._stream.close()
+        except OSError as error:
+            logger.error("%s: cannot write: %s; lines of metrics may be lost", self.path, error.strerror)
+        if self._waiting:
+            lost = self._waiting.count(b"\n")
+            logger.error("%s: %d lines of metrics are lost, as the disk takes no more", self.path, lost)
+        self._stream.close()
 
 
 def format_time(seconds: float) -> str:
@@ -263,7 +294,8 @@ class Console:
         if self._terminal:
             self._rich.print(_escape(message), soft_wrap=True)
         else:
-            print(message, file=self._stream, flush=True)
+            with suppress(OSError):  # a log on a full disk is no reason to end a run
+                print(message, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it stands and give the terminal back."""

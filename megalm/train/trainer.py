@@ -46,6 +46,8 @@ class TrainState:
     """Sequences, of full length, of the global order that have been used; the next one has this number."""
     tokens: int = 0
     """Tokens of those sequences."""
+    planned: int = 0
+    """Sequences that `step` steps take where none is undone: `samples` but for those that rollbacks passed over."""
     skipped: int = 0
     """Steps among `step` that made no update."""
     skipped_steps: list[int] = field(default_factory=list)
@@ -236,6 +238,7 @@ class Trainer:
         progress.enter(step, "after the step")
         state.step = step
         state.samples += global_batch
+        state.planned += global_batch
         state.tokens += global_batch * self.config.model.sequence
         if updated:
             state.losses = [*state.losses, loss][-self.config.stability.spike_window :]

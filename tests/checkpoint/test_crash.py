@@ -27,6 +27,16 @@ def save(manager: CheckpointManager, step: int, mark: int) -> None:
     manager.save(step, [Fragment(SPEC, kind, 0, values) for kind in ("weight", "exp_avg")], {"mark": mark})
 
 
+def save_beside(manager: CheckpointManager, step: int, mark: int) -> None:
+    """Save in the thread beside training, and wait for it as a run does before its next save."""
+    values = torch.full((64,), float(mark))
+    manager.begin(step, [Fragment(SPEC, kind, 0, values) for kind in ("weight", "exp_avg")], {"mark": mark})
+    values.zero_()
+    saved = manager.wait()
+    manager.taken()
+    assert saved is not None and saved.error is None, saved
+
+
 def mark_of(run: Path) -> int | None:
     """Return which save the newest valid checkpoint is of; its parts must all be of that save."""
     reader = latest_checkpoint(run)
@@ -116,7 +126,7 @@ import json, logging, os, random, signal, sys, time
 from pathlib import Path
 from megalm.checkpoint.commands import verify
 from megalm.checkpoint.manager import CheckpointManager
-from tests.checkpoint.test_crash import mark_of, save
+from tests.checkpoint.test_crash import mark_of, save, save_beside
 
 logging.disable(logging.ERROR)
 run, chosen, inside, last = Path(sys.argv[1]), random.Random(7), 0, 0
@@ -128,7 +138,7 @@ for kill in range({KILLS}):
         mark = mark_of(run) or 0
         while True:
             mark += 1
-            save(manager, (mark + 1) // 2, mark)   # each step twice
+            (save if kill % 4 < 2 else save_beside)(manager, (mark + 1) // 2, mark)   # each step twice
             os.write(say, mark.to_bytes(8, "little"))
     os.close(say)
     begin = time.monotonic()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from megalm.checkpoint import background
 from megalm.checkpoint.manager import CheckpointManager
-from megalm.errors import CheckpointError
-from tests.checkpoint.simulated import small_model, zero_fragments
+from megalm.distributed.meeting import Meeting
+from megalm.errors import CheckpointError, StorageError
+from tests.checkpoint.simulated import HastyFileSystem, small_model, zero_fragments
 from tests.worker_pool import WorkerPool
 
 
@@ -71,6 +75,61 @@ def fail_on_one_rank(rank: int, run: str) -> str:
         if rank == 2:
             os.open = create  # type: ignore[assignment]
     return "saved"
+
+
+class Refusing(HastyFileSystem):
+    """Refuses to create so many files."""
+
+    left, code = 0, errno.EIO
+
+    def create(self, path: Path) -> int:
+        if self.left:
+            self.left -= 1
+            raise OSError(self.code, os.strerror(self.code), str(path))
+        return super().create(path)
+
+
+def save_beside(rank: int, run: str) -> list[tuple[int, str, bool]]:
+    """Save four times beside collectives of the main thread, on a disk that refuses rank 2 now and then.
+
+    Return how each save ended: its step, its error, and whether that is one of storage.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    files, ends = Refusing(), []
+    manager = CheckpointManager(Path(run), 2, group, {"data": 3}, files, Meeting.of_world("checkpoint"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background.try_to_save, "__defaults__", ((0.01, 0.01), True))
+        patch.setattr(background, "_LOOK_S", 0.05)
+        for step, refusals in ((1, 0), (2, 2), (3, 100), (4, 0)):
+            files.left = refusals if rank == 2 else 0
+            model = small_model(step)
+            mine = [f for kind in ("weight", "exp_avg") for f in zero_fragments(model, kind, 1, 3)[rank]]
+            manager.begin(step, iter(mine), {"step": step})
+            for fragment in mine:
+                fragment.values.zero_()  # training goes on
+            total = torch.ones(4)
+            for _ in range(8):
+                dist.all_reduce(total)
+            assert total.eq(3.0**8).all()
+            saved = manager.wait()
+            manager.taken()
+            assert saved is not None
+            ends.append((saved.step, str(saved.error or ""), isinstance(saved.error, StorageError)))
+    return ends
+
+
+def test_processes_save_beside_training_and_know_alike_of_a_fault_of_one(pool: WorkerPool, tmp_path: Path) -> None:
+    answers = pool.run(save_beside, str(tmp_path), world=3)
+    assert answers[0] == answers[1] == answers[2]
+    assert [(step, bool(error), storage) for step, error, storage in answers[0]] == [
+        (1, False, False), (2, False, False), (3, True, True), (4, False, False)
+    ]  # fmt: skip
+    assert "rank 2: " in answers[0][2][1] and "rank-00002-weight" in answers[0][2][1]
+    assert os.strerror(errno.EIO) in answers[0][2][1]
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"]
+    assert pool.run(resume, str(tmp_path), 1, world=2) == [(4, "")] * 2
 
 
 def test_processes_save_together_and_resume_in_any_number(pool: WorkerPool, tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_a_deepspeed_file_that_cannot_be_read(place: Path, capfd: pytest.Capture
     [
         (["seed=8"], "seed=7 there, 8 here"),
         (["model.layers=1"], "model.layers=2 there, 1 here"),
-        (["train.global_batch=8"], "train.global_batch=4 there, 8 here"),
+        (["optim.kind=sgd"], 'optim.kind="adamw" there, "sgd" here'),
         (["data.path=other"], "data fingerprint"),
         (["data.rows=documents"], 'data.rows="stream" there, "documents" here'),
     ],

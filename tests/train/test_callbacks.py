@@ -18,9 +18,8 @@ from megalm.data.token_file import TokenFile, TokenFileWriter
 from megalm.data.windows import all_windows
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
-from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints
+from megalm.train.callbacks import Evaluate, LogMetrics
 from megalm.train.lr_schedules import learning_rate
-from megalm.train.replicas import CompareReplicas
 from megalm.train.trainer import Trainer
 from tests.parity.harness import VOCAB, Case, build_trainer, reference_run
 from tests.worker_pool import WorkerPool
@@ -165,39 +164,3 @@ def test_evaluation_is_due_every_nth_step_and_once_at_the_end_and_has_no_smoothi
         assert [record["step"] for record in records] == expected
         assert records[-1]["evaluate/loss"] == pytest.approx(loss, rel=1e-12)
         assert records[-1]["evaluate/bits_per_byte"] == pytest.approx(loss / math.log(2.0) / 3.0, rel=1e-12)
-
-
-def saved_steps(mesh: ParallelMesh, every: int, steps: int, resumed_at: int, last: bool = True) -> list[int]:
-    notes, trainer = Notes(), trainer_of(mesh, steps)
-    save = SaveCheckpoints(notes, notes, notes, {"data_fingerprint": "f"}, CompareReplicas(0), every, last)  # type: ignore[arg-type]
-    save.saved_step = resumed_at
-    trainer.state.step = max(0, resumed_at)
-    trainer.fit([save])
-    for step, kinds, state in notes.saves:
-        assert kinds == {"weight", "exp_avg", "exp_avg_sq"}
-        samples = 8 * (step - max(0, resumed_at))
-        progress = {"step": step, "samples": samples, "tokens": 8 * samples, "skipped": 0, "rollbacks": 0}
-        assert state["data_fingerprint"] == "f" and progress.items() <= state["progress"].items()
-        assert len(state["progress"]["losses"]) == step - max(0, resumed_at)
-    assert notes.notes == [f"checkpoint step-{step}" for step, _, _ in notes.saves]
-    return [step for step, _, _ in notes.saves]
-
-
-def check_saves(mesh: ParallelMesh) -> None:
-    for every, steps, resumed_at, expected in (
-        (0, 3, -1, [3]), (2, 5, -1, [2, 4, 5]), (2, 4, -1, [2, 4]), (2, 4, 4, []), (0, 4, 2, [4])
-    ):  # fmt: skip
-        found = saved_steps(mesh, every, steps, resumed_at)
-        assert found == expected, f"every {every}, {steps} steps, resumed at {resumed_at}: {found}"
-    assert saved_steps(mesh, 0, 3, -1, last=False) == []
-    assert saved_steps(mesh, 2, 3, -1, last=False) == [2]
-    notes, trainer = Notes(), trainer_of(mesh, 3)
-    save = SaveCheckpoints(notes, notes, notes, {}, CompareReplicas(0), 0, last=False)  # type: ignore[arg-type]
-    trainer.state.step = 2  # as after an interruption
-    save.at_end(trainer)
-    assert [step for step, _, _ in notes.saves] == [2]
-
-
-def test_checkpoints_are_due_every_nth_step_and_once_at_the_end_and_hold_the_progress(pool: WorkerPool) -> None:
-    """A run that is resumed at its last step does not save it again."""
-    pool.run(check_saves, layout=RankLayout())

@@ -141,8 +141,8 @@ def test_a_run_is_resumed_and_goes_back_where_it_is_in_its_growth(tmp_path_facto
     records("other", "train.stop_at=4", "parallel.tensor=2")
     other = records("other", "parallel.pipeline=2", "train.micro_batch=1")
     assert [line["train/loss"] for line in other] == pytest.approx([line["train/loss"] for line in whole], rel=1e-5)
-    changed = megalm(place, "train", "recipe.yaml", *settings, "run.dir=whole", "batch_ramp.every=1")
-    assert changed.returncode == 2 and "batch_ramp.every" in changed.stderr, changed.stderr
+    changed = megalm(place, "train", "recipe.yaml", *settings, "run.dir=whole", "sequence_warmup.every=2")
+    assert changed.returncode == 2 and "sequence_warmup.every" in changed.stderr, changed.stderr
 
 
 def test_points_of_a_scaling_run_do_not_grow(tmp_path_factory: pytest.TempPathFactory) -> None:

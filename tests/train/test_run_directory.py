@@ -55,10 +55,33 @@ def test_how_a_run_is_computed_may_change_when_it_is_resumed(tmp_path: Path) -> 
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["parallel"]["tensor"] == 2
 
 
+def test_what_people_change_in_the_course_of_a_run_may_change(tmp_path: Path) -> None:
+    """What it was is in the checkpoints, and each start tells it (`continuing.changes`)."""
+    open_once(tmp_path)
+    run = open_once(
+        tmp_path,
+        train={"steps": 300, "global_batch": 8, "clip_grad_norm": 0.5, "clip_grad_value": 1.0},
+        batch_ramp={"start": 4, "every": 10},
+        optim={"lr": 1e-4, "weight_decay": 0.05},
+        lr_schedule={"kind": "linear", "warmup_steps": 3, "cooldown_steps": 5},
+        checkpoint={"asynchronous": False, "failures": 0, "keep_every": 2000},
+    )
+    assert run.resumed is True
+    assert open_once(tmp_path).resumed is True, "and back"
+
+
+def test_a_key_that_was_fixed_when_the_run_began_may_change_by_now(tmp_path: Path) -> None:
+    open_once(tmp_path)
+    identity = json.loads((tmp_path / "run.json").read_text())
+    identity["fixed"] |= {"optim.lr": 0.5, "train.steps": 7, "lr_schedule.kind": "linear"}
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    assert open_once(tmp_path).resumed is True
+
+
 def test_a_run_from_before_a_key_had_its_default(tmp_path: Path) -> None:
     open_once(tmp_path)
     identity = json.loads((tmp_path / "run.json").read_text())
-    for key in ("loss.z_loss", "model.norm_place", "optim.rules", "lr_schedule.milestones"):
+    for key in ("loss.z_loss", "model.norm_place", "optim.rules", "optim.eps"):
         del identity["fixed"][key]
     (tmp_path / "run.json").write_text(json.dumps(identity))
     assert open_once(tmp_path).resumed is True
@@ -84,10 +107,10 @@ def test_a_rule_from_before_a_key_had_its_default(tmp_path: Path) -> None:
         ({"seed": 9}, "seed=1234 there, 9 here"),
         ({"precision": "bf16"}, 'precision="fp32" there, "bf16" here'),
         ({"model": {"layers": 3}}, "model.layers=2 there, 3 here"),
-        ({"train": {"steps": 50}}, "train.steps=100 there, 50 here"),
-        ({"train": {"global_batch": 8}}, "train.global_batch=4 there, 8 here"),
-        ({"optim": {"lr": 0.1}}, "optim.lr=0.001 there, 0.1 here"),
-        ({"lr_schedule": {"warmup_steps": 3}}, "lr_schedule.warmup_steps=0 there, 3 here"),
+        ({"optim": {"kind": "sgd"}}, 'optim.kind="adamw" there, "sgd" here'),
+        ({"optim": {"betas": [0.9, 0.99]}}, "optim.betas=[0.9, 0.95] there, [0.9, 0.99] here"),
+        ({"optim": {"rules": [{"match": "*.bias", "lr": 0.5}]}}, "optim.rules=[] there, "),
+        ({"sequence_warmup": {"start": 8, "every": 2}}, "sequence_warmup.every=null there, 2 here"),
         ({"loss": {"label_smoothing": 0.1}}, "loss.label_smoothing=0.0 there, 0.1 here"),
         ({"data": {"seed": 4}}, "data.seed=null there, 4 here"),
     ],

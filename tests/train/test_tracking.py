@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -201,3 +204,39 @@ def test_sizes_times_and_counts_are_short() -> None:
     assert format_time(90000) == "1d01h"
     assert [format_bytes(value) for value in (2**20, 3 * 2**29)] == ["1 MiB", "1.50 GiB"]
     assert [format_count(value) for value in (12, 1234, 124_439_808, 8e9)] == ["12", "1.23k", "124M", "8B"]
+
+
+class Full(io.FileIO):
+    """A file on a disk that has room for some bytes more, and for the rest of its lines once it has been emptied."""
+
+    room = 0
+
+    def write(self, data: Any) -> int:
+        if type(self).room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = super().write(data[: type(self).room])
+        type(self).room -= count
+        return count
+
+
+def test_lines_that_a_full_disk_refuses_wait_and_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(io, "FileIO", Full)
+    Full.room = 150
+    metrics = MetricsFile(tmp_path, 0)
+    path = tmp_path / "metrics.jsonl"
+    for step in range(1, 8):
+        assert metrics.write(step_record(step))
+    assert 0 < path.stat().st_size <= 150, "the last line that is there may be torn"
+    Full.room = 1 << 20
+    metrics.write({"step": 7, "event": "SAVE FAILED", "reason": "the disk is full"})
+    assert steps_in(tmp_path) == list(range(1, 8)) and len(read_events(path)) == 1
+    assert [message.split(": ", 1)[1][:30] for message in caplog.messages] == [
+        "cannot write: No space left on", "the disk takes lines again, th"
+    ]  # fmt: skip
+    Full.room = 0
+    metrics.write(step_record(8))
+    metrics.write(step_record(9))
+    metrics.close()
+    assert "2 lines of metrics are lost" in caplog.messages[-1] and steps_in(tmp_path) == list(range(1, 8))
