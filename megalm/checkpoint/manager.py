@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megalm.checkpoint.blocks import unreadable
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.manifest import CHECKPOINT_NAME, FILE_NAME, HIDDEN_NAME, hidden
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.checkpoint.tensor_file import unreadable
 from megalm.checkpoint.writer import restore, storage_error, write_checkpoint
 from megalm.distributed.exchange import Group, broadcast_json, rank_of, size_of, together
 from megalm.distributed.sharding import Fragment

@@ -12,13 +12,13 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megalm.checkpoint.blocks import FileRecord, Hashers
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.geometry import Piece
 from megalm.checkpoint.manifest import (
@@ -34,7 +34,7 @@ from megalm.checkpoint.manifest import (
     hidden,
     piece_problem,
 )
-from megalm.checkpoint.tensor_file import DTYPE_NAMES, FileRecord, write_tensor_file
+from megalm.checkpoint.tensor_file import DTYPE_NAMES, write_tensor_file
 from megalm.distributed.exchange import Group, gather_json, rank_of, together
 from megalm.distributed.progress import progress
 from megalm.distributed.sharding import Fragment
@@ -105,19 +105,19 @@ class RankWriter:
 
     def write(self, fragments: Iterable[Fragment]) -> None:
         """Write all fragments. Raises CheckpointError with the path."""
-        with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
+        with Hashers() as hashers:
             for fragment in fragments:
                 progress.acts += 1
-                self._add(fragment, hasher)
+                self._add(fragment, hashers)
             for part in self._pending:
                 progress.acts += 1
-                self._flush(part, hasher)
+                self._flush(part, hashers)
 
     def report(self) -> dict[str, Any]:
         """Return what rank 0 needs for the manifest, as JSON values."""
-        return {"files": [[r.name, r.size, r.sha256] for r in self._records], "entries": self._rows}
+        return {"files": [record.to_json() for record in self._records], "entries": self._rows}
 
-    def _add(self, fragment: Fragment, hasher: ThreadPoolExecutor) -> None:
+    def _add(self, fragment: Fragment, hashers: Hashers) -> None:
         shard, values = fragment.shard, fragment.values
         stop = fragment.start + values.numel()
         problem = piece_problem(shard, fragment.start, stop)
@@ -133,7 +133,7 @@ class RankWriter:
         size = values.numel() * values.element_size()
         full = self._bytes[part] + size > self._file_bytes or len(self._pending[part]) >= FILE_TENSORS
         if self._pending[part] and full:
-            self._flush(part, hasher)
+            self._flush(part, hashers)
         entry = Entry(fragment.kind, DTYPE_NAMES[values.dtype], self._name(part), piece)
         if entry.key in self._pending[part]:
             raise CheckpointError(f"fragment {entry.key} was given twice by one rank; correct the caller")
@@ -144,7 +144,7 @@ class RankWriter:
         serial = f"-{self._serial[part]}" if self._serial[part] else ""
         return f"rank-{self._rank:05d}-{part}{serial}.safetensors"
 
-    def _flush(self, part: str, hasher: ThreadPoolExecutor) -> None:
+    def _flush(self, part: str, hashers: Hashers) -> None:
         pending = self._pending[part]
         if not pending:
             return
@@ -153,7 +153,7 @@ class RankWriter:
         tensors = [(key, values) for key, (_, values) in pending.items()]
         about = {"format": "pt", FORMAT: str(VERSION), "step": str(self._step), "index": json.dumps(rows)}
         with _NamedErrors(path):
-            self._records.append(write_tensor_file(self._files, path, tensors, about, hasher))
+            self._records.append(write_tensor_file(self._files, path, tensors, about, hashers))
         self._rows.extend(rows.values())
         self._pending[part], self._bytes[part] = {}, 0
         self._serial[part] += 1
@@ -164,7 +164,8 @@ def finish(
 ) -> None:
     """Complete the partial directory of `final` from all ranks' reports, and rename it (rank 0)."""
     partial = hidden(final, "partial")
-    records = {name: FileRecord(name, size, digest) for report in reports for name, size, digest in report["files"]}
+    written = [FileRecord.from_json(row) for report in reports for row in report["files"]]
+    records = {record.name: record for record in written}
     for record in records.values():
         path = partial / record.name
         found = path.stat().st_size if path.is_file() else None

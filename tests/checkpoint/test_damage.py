@@ -102,7 +102,7 @@ def rewrite(checkpoint: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('"version": 1', '"version": 2', "newer megalm"),
+        ('"version": 2', '"version": 3', "newer"),
         ("rank-00000-weight", "../rank-00000-weight", "file name"),
         ("rank-00000-weight", "/etc/passwd", "file name"),
         ('"megalm-checkpoint"', '"other"', "format"),
