@@ -31,6 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 BLOCK_BYTES = 256 << 10  # a part of the format: small pieces of many files are read at the price of a block each
 DIGEST_BYTES = 32
 CACHE_BYTES = 128 << 20  # of blocks that were wanted in part: who reads tensor by tensor wants their rest soon
+AHEAD_BYTES = 16 << 20  # that the system reads before they are asked for
 IN_FLIGHT = 8  # buffers that are written, but not yet hashed
 DAMAGED = "the file is damaged; delete this checkpoint to resume from an older one, or restore it from a copy"
 
@@ -168,6 +169,15 @@ class CheckedFile:
             raise CheckpointError(f"{path}: its blocks' digests have not the manifest's SHA-256; {DAMAGED}")
         self._digests = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
         self.end = record.end
+        self._expected = 0
+
+    def expect(self, descriptor: int, start: int, stop: int) -> None:
+        """Be told of the bytes from which the next reads are. Where they follow the last ones, as in a load of the same
+        layout, the system begins to read what comes behind them too, so that the disk does not wait for who hashes.
+        """
+        if 0 <= start - self._expected <= BLOCK_BYTES:
+            os.posix_fadvise(descriptor, stop, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        self._expected = stop
 
     def fill(self, descriptor: int, offset: int, out: Bytes) -> None:
         """Fill `out` from the file's bytes at `offset`, checked. Raises CheckpointError, OSError."""

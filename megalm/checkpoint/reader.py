@@ -72,8 +72,12 @@ class CheckpointReader:
         """Return the local tensor of `shard`, a CPU tensor of the stored dtype; padding is zero."""
         return self.read_flat(shard, kind, 0, prod(shard.local_shape)).reshape(shard.local_shape)
 
-    def read_flat(self, shard: ShardSpec, kind: str, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of `shard`'s row-major flattened local tensor; padding is zero."""
+    def read_flat(self, shard: ShardSpec, kind: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return elements [start, stop) of `shard`'s row-major flattened local tensor; padding is zero.
+
+        They are read straight into `out`, a contiguous 1-D CPU tensor of that many elements and the stored dtype, where
+        one is given. What it holds after an error is undefined.
+        """
         entries, low, high = self._entries(shard, kind)
         problem = piece_problem(shard, start, stop)
         if problem:
@@ -81,7 +85,13 @@ class CheckpointReader:
         target = Piece(shard, start, stop)
         wanted = target.count()
         dtype = DTYPES[entries[0].dtype]
-        out = (torch.empty if wanted == stop - start else torch.zeros)(stop - start, dtype=dtype)
+        if out is None:
+            out = _new(stop - start, dtype)
+        elif out.shape != (stop - start,) or out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
+            found = f"{tuple(out.shape)}, {out.dtype} on {out.device}"
+            raise CheckpointError(f"read of {shard.name} ({kind}): out is {found}, not {dtype}; correct the caller")
+        if wanted < stop - start:
+            out.zero_()
         begin, end = target.bounds()
         chosen = [entries[i] for i in np.flatnonzero((low < end) & (high > begin))] if wanted else []
         found = 0
@@ -151,11 +161,13 @@ class CheckpointReader:
         """Read some megabytes here, and more in several threads: while one waits for the disk, others hash."""
         with ExitStack() as stack:
             descriptors: dict[Path, int] = {}
-            for path in {read.file.path for read in reads}:
+            for file in {read.file.path: read.file for read in reads}.values():
                 try:
-                    descriptors[path] = stack.enter_context(open_regular(path)).fileno()
+                    descriptors[file.path] = stack.enter_context(open_regular(file.path)).fileno()
+                    own = [read for read in reads if read.file is file]
+                    file.expect(descriptors[file.path], own[0].copy.source, own[-1].copy.source + own[-1].span)
                 except OSError as error:
-                    raise unreadable(path, error) from error
+                    raise unreadable(file.path, error) from error
             if len(tasks := _tasks(reads)) == 1:
                 _read(tasks[0], descriptors)
                 return
@@ -207,6 +219,13 @@ class CheckpointReader:
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: holds a {type(state).__name__}, not an object; {DAMAGED}")
         return state
+
+
+def _new(count: int, dtype: torch.dtype) -> Tensor:
+    """Return a 1-D tensor whose elements are anything: numpy takes large ones in huge pages, torch in small ones."""
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    return torch.from_numpy(np.empty(count * dtype.itemsize, np.uint8)).view(dtype)
 
 
 def _tasks(reads: list[Read]) -> list[list[Read]]:

@@ -53,7 +53,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-CHUNK_BYTES = 4 << 20  # of one write, and of one read: the bound on extra memory for each that is under way
+CHUNK_BYTES = 2 << 20  # of one write, and of one read: the bound on extra memory for each that is under way
 DIRECT_BYTES = 128 << 10  # runs at least this long are read straight into place
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit
 DIGESTS = "block-digests"  # the last tensor of a file
@@ -73,7 +73,7 @@ def write_tensor_file(
 ) -> FileRecord:
     """Write 1-D `tensors` to the new safetensors file `path`; its bytes are on the disk on return.
 
-    Each tensor goes to the host in chunks of 4 MiB; `hashers` compute the checksums of some while others are
+    Each tensor goes to the host in chunks of 2 MiB; `hashers` compute the checksums of some while others are
     written. Raises OSError.
     """
     tensors = sorted(tensors, key=lambda item: -item[1].element_size())  # keeps every tensor aligned
@@ -127,20 +127,17 @@ def _chunks(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[memoryview]:
 
 def _joined(*parts: Iterable[memoryview]) -> Iterator[memoryview]:
     """Yield the same bytes with short chunks joined: each costs a call of the system and two of other threads."""
-    short: list[memoryview] = []
+    short = bytearray()
     for chunk in itertools.chain(*parts):
+        if len(chunk) < DIRECT_BYTES:
+            short += chunk
+        if short and (len(chunk) >= DIRECT_BYTES or len(short) >= CHUNK_BYTES):
+            yield memoryview(short)
+            short = bytearray()
         if len(chunk) >= DIRECT_BYTES:
-            if short:
-                yield memoryview(b"".join(short))
-                short = []
             yield chunk
-            continue
-        short.append(chunk)
-        if sum(map(len, short)) >= CHUNK_BYTES:
-            yield memoryview(b"".join(short))
-            short = []
     if short:
-        yield memoryview(b"".join(short))
+        yield memoryview(short)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +212,7 @@ class TensorFile:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One strided copy, in bytes, from a file to `out`: of about 4 MiB at most, its gaps counted."""
+    """One strided copy, in bytes, from a file to `out`: of about 2 MiB at most, its gaps counted."""
 
     file: CheckedFile
     copy: StridedCopy

@@ -56,6 +56,9 @@ def test_any_layout_reads_what_any_other_wrote(
             for wanted in fragments:
                 stop = wanted.start + wanted.values.numel()
                 got = reader.read_flat(wanted.shard, "exp_avg", wanted.start, stop)
+                into = torch.ones_like(got)
+                assert reader.read_flat(wanted.shard, "exp_avg", wanted.start, stop, out=into) is into
+                assert torch.equal(into, got)
                 assert got.dtype == wanted.values.dtype and torch.equal(got, wanted.values), (
                     rank,
                     wanted.shard,
