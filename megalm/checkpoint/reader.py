@@ -88,8 +88,8 @@ class CheckpointReader:
         if out is None:
             out = _new(stop - start, dtype)
         elif out.shape != (stop - start,) or out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
-            found = f"{tuple(out.shape)}, {out.dtype} on {out.device}"
-            raise CheckpointError(f"read of {shard.name} ({kind}): out is {found}, not {dtype}; correct the caller")
+            given = f"{tuple(out.shape)}, {out.dtype} on {out.device}"
+            raise CheckpointError(f"read of {shard.name} ({kind}): out is {given}, not {dtype}; correct the caller")
         if wanted < stop - start:
             out.zero_()
         begin, end = target.bounds()

@@ -105,19 +105,23 @@ class RankWriter:
 
     def write(self, fragments: Iterable[Fragment]) -> None:
         """Write all fragments. Raises CheckpointError with the path."""
-        with Hashers() as hashers:
+        with Hashers() as hasher:
             for fragment in fragments:
                 progress.acts += 1
-                self._add(fragment, hashers)
+                self._add(fragment, hasher)
             for part in self._pending:
                 progress.acts += 1
-                self._flush(part, hashers)
+                self._flush(part, hasher)
 
     def report(self) -> dict[str, Any]:
         """Return what rank 0 needs for the manifest, as JSON values."""
-        return {"files": [record.to_json() for record in self._records], "entries": self._rows}
+        return {
+            "files": [[r.name, r.size, r.sha256] for r in self._records],
+            "blocks": {r.name: r.blocks for r in self._records},
+            "entries": self._rows,
+        }
 
-    def _add(self, fragment: Fragment, hashers: Hashers) -> None:
+    def _add(self, fragment: Fragment, hasher: Hashers) -> None:
         shard, values = fragment.shard, fragment.values
         stop = fragment.start + values.numel()
         problem = piece_problem(shard, fragment.start, stop)
@@ -133,7 +137,7 @@ class RankWriter:
         size = values.numel() * values.element_size()
         full = self._bytes[part] + size > self._file_bytes or len(self._pending[part]) >= FILE_TENSORS
         if self._pending[part] and full:
-            self._flush(part, hashers)
+            self._flush(part, hasher)
         entry = Entry(fragment.kind, DTYPE_NAMES[values.dtype], self._name(part), piece)
         if entry.key in self._pending[part]:
             raise CheckpointError(f"fragment {entry.key} was given twice by one rank; correct the caller")
@@ -144,7 +148,7 @@ class RankWriter:
         serial = f"-{self._serial[part]}" if self._serial[part] else ""
         return f"rank-{self._rank:05d}-{part}{serial}.safetensors"
 
-    def _flush(self, part: str, hashers: Hashers) -> None:
+    def _flush(self, part: str, hasher: Hashers) -> None:
         pending = self._pending[part]
         if not pending:
             return
@@ -153,7 +157,7 @@ class RankWriter:
         tensors = [(key, values) for key, (_, values) in pending.items()]
         about = {"format": "pt", FORMAT: str(VERSION), "step": str(self._step), "index": json.dumps(rows)}
         with _NamedErrors(path):
-            self._records.append(write_tensor_file(self._files, path, tensors, about, hashers))
+            self._records.append(write_tensor_file(self._files, path, tensors, about, hasher))
         self._rows.extend(rows.values())
         self._pending[part], self._bytes[part] = {}, 0
         self._serial[part] += 1
@@ -164,8 +168,11 @@ def finish(
 ) -> None:
     """Complete the partial directory of `final` from all ranks' reports, and rename it (rank 0)."""
     partial = hidden(final, "partial")
-    written = [FileRecord.from_json(row) for report in reports for row in report["files"]]
-    records = {record.name: record for record in written}
+    records = {
+        name: FileRecord(name, size, digest, report["blocks"][name])
+        for report in reports
+        for name, size, digest in report["files"]
+    }
     for record in records.values():
         path = partial / record.name
         found = path.stat().st_size if path.is_file() else None
