@@ -55,6 +55,7 @@ def measure(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
         job = {
             "root": str(root),
             "megabytes": options.megabytes,
+            "hidden": options.hidden,
             "repetitions": options.repetitions,
             "dcp_threads": options.dcp_threads,
         }
@@ -117,6 +118,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR", help="on the disk")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4], metavar="N")
     parser.add_argument("--megabytes", type=int, default=768, metavar="N", help="of all ranks together")
+    parser.add_argument("--hidden", type=int, default=1024, metavar="N", help="of the matrices: 12 N**2 a layer")
     parser.add_argument("--repetitions", type=int, default=5, metavar="N")
     parser.add_argument(
         "--dcp-threads", type=int, default=2, metavar="N", help="files, and threads, of a rank of DCP's"
@@ -137,6 +139,7 @@ def main() -> int:
         "cores": os.cpu_count(),
         "load_before": round(os.getloadavg()[0], 1),
         "megabytes": options.megabytes,
+        "hidden": options.hidden,
         "repetitions": options.repetitions,
         "dcp_threads": options.dcp_threads,
     }

@@ -29,7 +29,6 @@ from megalm.distributed.sharding import Fragment, ShardSpec
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 CHUNK_BYTES = 8 << 20
-HIDDEN = 1024
 
 
 def result_of(job_path: Path) -> Path:
@@ -37,25 +36,25 @@ def result_of(job_path: Path) -> Path:
     return job_path.with_suffix(".result.json")
 
 
-def shapes(megabytes: int) -> dict[str, tuple[int, int]]:
+def shapes(megabytes: int, hidden: int) -> dict[str, tuple[int, int]]:
     """Return matrices of layers, four and a vector each, that with two states take so many MiB in fp32 together."""
-    layer = {"qkv": 3 * HIDDEN, "out": HIDDEN, "up": 4 * HIDDEN, "down": 4 * HIDDEN}
-    layer_bytes = 4 * len(KINDS) * HIDDEN * sum(layer.values())
+    layer = {"qkv": 3 * hidden, "out": hidden, "up": 4 * hidden, "down": 4 * hidden}
+    layer_bytes = 4 * len(KINDS) * hidden * sum(layer.values())
     layers = max(1, round((megabytes << 20) / layer_bytes))
-    whole = {f"blocks.{i}.{name}.weight": (rows, HIDDEN) for i in range(layers) for name, rows in layer.items()}
-    return whole | {f"blocks.{i}.norm.weight": (HIDDEN, 1) for i in range(layers)}
+    whole = {f"blocks.{i}.{name}.weight": (rows, hidden) for i in range(layers) for name, rows in layer.items()}
+    return whole | {f"blocks.{i}.norm.weight": (hidden, 1) for i in range(layers)}
 
 
 class Rank:
     """What a rank holds, and the jobs that are measured: each leaves its files below `root` and returns nothing."""
 
-    def __init__(self, root: Path, megabytes: int, dcp_threads: int) -> None:
+    def __init__(self, root: Path, whole: dict[str, tuple[int, int]], dcp_threads: int) -> None:
         self.root, self.rank, self.world = root, dist.get_rank(), dist.get_world_size()
         self.dcp_threads = dcp_threads
         self.mesh = init_device_mesh("cpu", (self.world,))
         generator = torch.Generator().manual_seed(self.rank)
-        self.specs = {name: self.spec(name, shape, 0) for name, shape in shapes(megabytes).items()}
-        self.turned = {name: self.spec(name, shape, 1) for name, shape in shapes(megabytes).items()}
+        self.specs = {name: self.spec(name, shape, 0) for name, shape in whole.items()}
+        self.turned = {name: self.spec(name, shape, 1) for name, shape in whole.items()}
         self.values = {
             (name, kind): torch.randn(spec.local_shape, generator=generator)
             for name, spec in self.specs.items()
@@ -205,7 +204,7 @@ def main() -> None:
     job = json.loads(job_path.read_text())
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     dist.init_process_group("gloo")
-    rank = Rank(Path(job["root"]), job["megabytes"], job["dcp_threads"])
+    rank = Rank(Path(job["root"]), shapes(job["megabytes"], job["hidden"]), job["dcp_threads"])
     found = measure(rank, job["repetitions"])
     if rank.rank == 0:
         size = rank.bytes * rank.world
