@@ -258,6 +258,18 @@ def _add_look_commands(commands: _Commands) -> None:
     checkpoint = commands.group("checkpoint", "look at checkpoints")
     _add_look(checkpoint, "inspect", "checkpoint_inspect", "show what a run's newest checkpoint, or one, holds")
     _add_look(checkpoint, "verify", "checkpoint_verify", "compare the checkpoints of a run with their checksums")
+    diff = checkpoint.add("diff", "checkpoint_diff", "compare two checkpoints of any layouts; 1 if they differ")
+    for name in ("first", "second"):
+        diff.add_argument(name, metavar=name.upper(), help="a run's directory, whose newest counts, or a checkpoint's")
+    reshard = checkpoint.add(
+        "reshard", "checkpoint_reshard", "write a checkpoint as another layout would have; to go on needs no reshard"
+    )
+    reshard.add_argument("source", metavar="PATH", help="a run's directory, whose newest counts, or a checkpoint's")
+    reshard.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of parallel.* and zero.*")
+    reshard.add_argument("--out", required=True, metavar="DIR", help="a new run's directory")
+    reshard.add_argument("--ranks", type=_number(1), metavar="N", help="of that run (default: as few as it needs)")
+    for parser in (diff, reshard):
+        parser.add_argument("--json", action="store_true", help="write the result as JSON")
 
 
 def _add_launch_commands(commands: _Commands) -> None:

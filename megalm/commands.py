@@ -303,6 +303,22 @@ def checkpoint_verify(args: Namespace) -> int:
     return answer(verify(Path(args.path)), args.json)
 
 
+def checkpoint_diff(args: Namespace) -> int:
+    """`megalm checkpoint diff`: what differs between two checkpoints; 1 if anything but their configs does."""
+    from megalm.checkpoint.commands import diff
+
+    result = diff(Path(args.first), Path(args.second))
+    answer(result, args.json)
+    return 0 if result["equal"] else 1
+
+
+def checkpoint_reshard(args: Namespace) -> int:
+    """`megalm checkpoint reshard`: a checkpoint as another layout would have written it."""
+    from megalm.dry_run.reshard import reshard
+
+    return answer(reshard(Path(args.source), Path(args.out), args.overrides, args.ranks), args.json)
+
+
 def doctor(args: Namespace) -> int:
     """`megalm doctor`: this machine, or with --cluster every node of a launched world; 1 if something fails."""
     run_dir, needed_bytes, local_ranks = _doctor_place(args)

@@ -1,13 +1,15 @@
-"""What `megalm checkpoint inspect` and `megalm checkpoint verify` answer; the command line prints it."""
+"""What `megalm checkpoint inspect`, `verify` and `diff` answer; the command line prints it."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import ExitStack, closing
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from megalm.checkpoint.difference import difference
 from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints
 from megalm.checkpoint.manifest import CHECKPOINT_NAME, MANIFEST
 from megalm.checkpoint.reader import CheckpointReader
@@ -21,7 +23,7 @@ def inspect(path: Path) -> dict[str, Any]:
     `path` is a run's directory or one checkpoint's. Keys: path, step, layout, tensors, parameters, dtype (of
     the weights), bytes (by kind), files ([{name, bytes}]), total_bytes, state. Raises CheckpointError.
     """
-    reader = CheckpointReader(_checkpoints(path)[0])
+    reader = CheckpointReader(checkpoints_at(path)[0])
     sizes: Counter[str] = Counter()
     parameters, dtypes = 0, set()
     for (kind, _), rows in reader.manifest.tensors.items():
@@ -54,7 +56,7 @@ def verify(path: Path) -> dict[str, Any]:
     begin = time.monotonic()
     checked: list[dict[str, Any]] = []
     errors: list[str] = []
-    for directory in _checkpoints(path):
+    for directory in checkpoints_at(path):
         try:
             reader = CheckpointReader(directory)
             reader.verify_files()
@@ -70,7 +72,15 @@ def verify(path: Path) -> dict[str, Any]:
     return {"checkpoints": checked, "seconds": time.monotonic() - begin}
 
 
-def _checkpoints(path: Path) -> list[Path]:
+def diff(first: Path, second: Path) -> dict[str, Any]:
+    """Return what differs between two checkpoints, each a run's newest or one; see `difference`."""
+    with ExitStack() as stack:
+        readers = [stack.enter_context(closing(CheckpointReader(checkpoints_at(p)[0]))) for p in (first, second)]
+        return difference(*readers)
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """Return the checkpoints of a run's directory, newest first, or the one that `path` is. Raises CheckpointError."""
     if (path / MANIFEST).exists() or CHECKPOINT_NAME.fullmatch(path.resolve().name):
         if not path.is_dir():
             raise CheckpointError(

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.background import Flight, Saved, try_to_save
+from megalm.checkpoint.blocks import unreadable
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.manifest import CHECKPOINT_NAME, FILE_NAME, HIDDEN_NAME, checkpoint_name, hidden
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.retention import Keep, metric_of, stored_metric, superfluous
 from megalm.checkpoint.snapshot import Snapshot
-from megalm.checkpoint.tensor_file import unreadable
 from megalm.checkpoint.writer import encode_state, restore, storage_error, write_and_count
 from megalm.distributed.exchange import Group, broadcast_json, rank_of, size_of, together
 from megalm.distributed.meeting import Meeting

@@ -16,12 +16,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from megalm.checkpoint.blocks import DAMAGED, FileRecord, open_regular, unreadable
 from megalm.checkpoint.geometry import Piece
-from megalm.checkpoint.tensor_file import DAMAGED, DTYPES, FileRecord, open_regular, unreadable
+from megalm.checkpoint.tensor_file import DTYPES
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError
 
-FORMAT, VERSION = "megalm-checkpoint", 1
+FORMAT, VERSION = "megalm-checkpoint", 2
 MANIFEST, STATE = "manifest.json", "state.json"
 MANIFEST_LIMIT_BYTES = 4 << 30
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,18})")
@@ -127,7 +128,7 @@ class Manifest:
             "version": json.dumps(VERSION),
             "step": json.dumps(self.step),
             "layout": json.dumps(self.layout, sort_keys=True),
-            "files": _lines([record.sha256, record.size, name] for name, record in sorted(self.files.items())),
+            "files": _lines(record.to_json() for _, record in sorted(self.files.items())),
             "tensors": _lines(_group(rows) for _, rows in sorted(self.tensors.items())),
         }
         text = "{" + "".join(f'\n"{key}": {value},' for key, value in lines.items())
@@ -160,10 +161,13 @@ class Manifest:
     def _from_json(cls, path: Path, value: Mapping[str, Any]) -> Manifest:
         if value["format"] != FORMAT:
             raise ValueError(f"format {value['format']!r}")
-        if value["version"] != VERSION:
-            found = value["version"]
-            raise CheckpointError(f"{path}: format version {found}, this program reads {VERSION}; use a newer megalm")
-        files = {name: FileRecord(name, size, sha256) for sha256, size, name in value["files"]}
+        version = value["version"]
+        if type(version) is not int or not 1 <= version <= VERSION:
+            known = f"this program reads versions 1 to {VERSION}"
+            raise CheckpointError(
+                f"{path}: format version {version}, {known}; use the megalm that wrote it, or a newer one"
+            )
+        files = {row[2]: FileRecord.from_json(row) for row in value["files"]}
         for name in files:
             if name != STATE and not FILE_NAME.fullmatch(name):
                 raise ValueError(f"file name {name!r}")

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,21 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megalm.checkpoint.blocks import DAMAGED, BlockCache, FileRecord, hash_file, open_regular, read_exactly, unreadable
 from megalm.checkpoint.geometry import Offsets, Piece, overlap
 from megalm.checkpoint.manifest import CHECKPOINT_NAME, STATE, Entry, Manifest, piece_problem
-from megalm.checkpoint.tensor_file import (
-    DAMAGED,
-    DTYPES,
-    TensorFile,
-    hash_file,
-    open_regular,
-    read_exactly,
-    unreadable,
-)
+from megalm.checkpoint.tensor_file import CHUNK_BYTES, DTYPES, Read, TensorFile
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError
 
-VERIFY_THREADS = 4
+READ_THREADS = 4
+OPEN_FILES = 64  # at once
 RECIPE = "use the recipe that wrote it (config.yaml of its run)"
 
 
@@ -41,8 +37,8 @@ class CheckpointReader:
     """One checkpoint's directory, open for reading. Every method may raise CheckpointError.
 
     `step`, `state` (what was saved with it) and `layout` (what wrote it) are checked on opening, always. With
-    `verify` the SHA-256 of each tensor file is checked once, when a read first touches it, before that read
-    returns.
+    `verify` every byte that a read returns, and every header that it follows, is checked: by the digests of the blocks
+    in which it lies. Of format version 1, which has none, the whole file is, when a read first touches it.
     """
 
     def __init__(self, directory: Path, verify: bool = True) -> None:
@@ -52,7 +48,8 @@ class CheckpointReader:
         self.step = self.manifest.step
         self.layout: Mapping[str, Any] = self.manifest.layout
         self._verify = verify
-        self._headers: dict[str, TensorFile] = {}
+        self._opened: dict[str, TensorFile] = {}
+        self._cache = BlockCache()
         self._checks: dict[str, Future[None]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._index: dict[tuple[str, str], tuple[list[Entry], Offsets, Offsets]] = {}
@@ -75,8 +72,12 @@ class CheckpointReader:
         """Return the local tensor of `shard`, a CPU tensor of the stored dtype; padding is zero."""
         return self.read_flat(shard, kind, 0, prod(shard.local_shape)).reshape(shard.local_shape)
 
-    def read_flat(self, shard: ShardSpec, kind: str, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of `shard`'s row-major flattened local tensor; padding is zero."""
+    def read_flat(self, shard: ShardSpec, kind: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return elements [start, stop) of `shard`'s row-major flattened local tensor; padding is zero.
+
+        They are read straight into `out`, a contiguous 1-D CPU tensor of that many elements and the stored dtype, where
+        one is given. What it holds after an error is undefined.
+        """
         entries, low, high = self._entries(shard, kind)
         problem = piece_problem(shard, start, stop)
         if problem:
@@ -84,16 +85,20 @@ class CheckpointReader:
         target = Piece(shard, start, stop)
         wanted = target.count()
         dtype = DTYPES[entries[0].dtype]
-        out = (torch.empty if wanted == stop - start else torch.zeros)(stop - start, dtype=dtype)
+        if out is None:
+            out = _new(stop - start, dtype)
+        elif out.shape != (stop - start,) or out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
+            given = f"{tuple(out.shape)}, {out.dtype} on {out.device}"
+            raise CheckpointError(f"read of {shard.name} ({kind}): out is {given}, not {dtype}; correct the caller")
+        if wanted < stop - start:
+            out.zero_()
         begin, end = target.bounds()
         chosen = [entries[i] for i in np.flatnonzero((low < end) & (high > begin))] if wanted else []
-        touched = sorted({entry.file for entry in chosen}) if self._verify else []
-        checks = [self._check(name) for name in touched]
-        try:
-            found = sum(self._read_overlap(entry, target, out) for entry in chosen)
-        finally:
-            for check in checks:
-                check.result()
+        found = 0
+        for first in range(0, len(chosen), OPEN_FILES):
+            copies = [(entry, list(overlap(entry.piece, target))) for entry in chosen[first : first + OPEN_FILES]]
+            self._run([read for entry, some in copies if some for read in self._file(entry).plan(entry.key, some, out)])
+            found += sum(copy.length * copy.repeat for _, some in copies for copy in some)
         if found != wanted:
             problem = f"{found} of {wanted} elements listed"
             raise CheckpointError(f"{self.directory}: {shard.name} ({kind}): {problem}; {DAMAGED}")
@@ -141,21 +146,49 @@ class CheckpointReader:
             known = f"it has {len(self.names(kind))} tensors of that kind (kinds: {', '.join(self.kinds())})"
         return f"{self.directory}: no tensor {name} ({kind}) in the checkpoint; {known}; {RECIPE}"
 
-    def _read_overlap(self, entry: Entry, target: Piece, out: Tensor) -> int:
-        copies = list(overlap(entry.piece, target))
-        if not copies:
-            return 0
-        if entry.file not in self._headers:
-            self._headers[entry.file] = TensorFile(self.directory / entry.file)
-        return self._headers[entry.file].read(entry.key, copies, out)
+    def _file(self, entry: Entry) -> TensorFile:
+        """Return the file of a piece, whose header is checked."""
+        name = entry.file
+        if name not in self._opened:
+            record = self._record(name)
+            if self._verify and record.blocks is None:
+                self._check(name).result()
+            record = record if self._verify else replace(record, blocks=None)
+            self._opened[name] = TensorFile(self.directory / name, record, self._cache)
+        return self._opened[name]
+
+    def _run(self, reads: list[Read]) -> None:
+        """Read some megabytes here, and more in several threads: while one waits for the disk, others hash."""
+        with ExitStack() as stack:
+            descriptors: dict[Path, int] = {}
+            for file in {read.file.path: read.file for read in reads}.values():
+                try:
+                    descriptors[file.path] = stack.enter_context(open_regular(file.path)).fileno()
+                    own = [read for read in reads if read.file is file]
+                    file.expect(descriptors[file.path], own[0].copy.source, own[-1].copy.source + own[-1].span)
+                except OSError as error:
+                    raise unreadable(file.path, error) from error
+            if len(tasks := _tasks(reads)) == 1:
+                _read(tasks[0], descriptors)
+                return
+            running = [self._threads().submit(_read, task, descriptors) for task in tasks]
+            wait(running)  # all, before the files are closed
+            for one in running:
+                one.result()
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(min(READ_THREADS, 2 * (os.cpu_count() or 1)), "checkpoint-read")
+        return self._pool
+
+    def _record(self, name: str) -> FileRecord:
+        if name not in self.manifest.files:
+            raise CheckpointError(f"{self.directory}: the manifest names {name} but has no checksum; {DAMAGED}")
+        return self.manifest.files[name]
 
     def _check(self, name: str) -> Future[None]:
         if name not in self._checks:
-            if name not in self.manifest.files:
-                raise CheckpointError(f"{self.directory}: the manifest names {name} but has no checksum; {DAMAGED}")
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(min(VERIFY_THREADS, os.cpu_count() or 1), "checkpoint-verify")
-            self._checks[name] = self._pool.submit(hash_file, self.directory / name, self.manifest.files[name])
+            self._checks[name] = self._threads().submit(hash_file, self.directory / name, self._record(name))
         return self._checks[name]
 
     def _check_size(self, name: str, expected: int) -> None:
@@ -186,3 +219,31 @@ class CheckpointReader:
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: holds a {type(state).__name__}, not an object; {DAMAGED}")
         return state
+
+
+def _new(count: int, dtype: torch.dtype) -> Tensor:
+    """Return a 1-D tensor whose elements are anything: numpy takes large ones in huge pages, torch in small ones."""
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    return torch.from_numpy(np.empty(count * dtype.itemsize, np.uint8)).view(dtype)
+
+
+def _tasks(reads: list[Read]) -> list[list[Read]]:
+    """Put reads together that are too small for a thread's trouble."""
+    tasks: list[list[Read]] = [[]]
+    size = 0
+    for read in reads:
+        if tasks[-1] and size + read.span > CHUNK_BYTES:
+            tasks.append([])
+            size = 0
+        tasks[-1].append(read)
+        size += read.span
+    return tasks
+
+
+def _read(task: list[Read], descriptors: Mapping[Path, int]) -> None:
+    for read in task:
+        try:
+            read.run(descriptors[read.file.path])
+        except OSError as error:
+            raise unreadable(read.file.path, error) from error

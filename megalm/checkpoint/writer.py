@@ -12,13 +12,13 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megalm.checkpoint.blocks import FileRecord, Hashers
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.geometry import Piece
 from megalm.checkpoint.manifest import (
@@ -34,7 +34,7 @@ from megalm.checkpoint.manifest import (
     hidden,
     piece_problem,
 )
-from megalm.checkpoint.tensor_file import DTYPE_NAMES, FileRecord, write_tensor_file
+from megalm.checkpoint.tensor_file import DTYPE_NAMES, write_tensor_file
 from megalm.distributed.exchange import Group, gather_json, rank_of, together
 from megalm.distributed.meeting import Meeting
 from megalm.distributed.progress import progress
@@ -125,7 +125,7 @@ class RankWriter:
 
     def write(self, fragments: Iterable[Fragment]) -> None:
         """Write all fragments. Raises CheckpointError with the path."""
-        with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
+        with Hashers() as hasher:
             for fragment in fragments:
                 progress.act()
                 self._add(fragment, hasher)
@@ -135,9 +135,13 @@ class RankWriter:
 
     def report(self) -> dict[str, Any]:
         """Return what rank 0 needs for the manifest, as JSON values."""
-        return {"files": [[r.name, r.size, r.sha256] for r in self._records], "entries": self._rows}
+        return {
+            "files": [[r.name, r.size, r.sha256] for r in self._records],
+            "blocks": {r.name: r.blocks for r in self._records},
+            "entries": self._rows,
+        }
 
-    def _add(self, fragment: Fragment, hasher: ThreadPoolExecutor) -> None:
+    def _add(self, fragment: Fragment, hasher: Hashers) -> None:
         shard, values = fragment.shard, fragment.values
         stop = fragment.start + values.numel()
         problem = piece_problem(shard, fragment.start, stop)
@@ -164,7 +168,7 @@ class RankWriter:
         serial = f"-{self._serial[part]}" if self._serial[part] else ""
         return f"rank-{self._rank:05d}-{part}{serial}.safetensors"
 
-    def _flush(self, part: str, hasher: ThreadPoolExecutor) -> None:
+    def _flush(self, part: str, hasher: Hashers) -> None:
         pending = self._pending[part]
         if not pending:
             return
@@ -184,7 +188,11 @@ def finish(
 ) -> None:
     """Complete the partial directory of `final` from all ranks' reports, and rename it (rank 0)."""
     partial = hidden(final, "partial")
-    records = {name: FileRecord(name, size, digest) for report in reports for name, size, digest in report["files"]}
+    records = {
+        name: FileRecord(name, size, digest, report["blocks"][name])
+        for report in reports
+        for name, size, digest in report["files"]
+    }
     for record in records.values():
         path = partial / record.name
         with _NamedErrors(path):

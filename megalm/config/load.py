@@ -234,6 +234,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     return draft.build()
 
 
+def load_values(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the checked config of values by section, as `source` holds them, with overrides on top."""
+    draft = _Draft(source)
+    draft.add_recipe(values, source)
+    for override in overrides:
+        draft.add_override(override)
+    return draft.build()
+
+
 def dump_yaml(config: RunConfig) -> str:
     """Return the whole config as YAML, defaults included; `load_resolved` reads it back to an equal one."""
     return yaml_text.dump(config.model_dump(mode="json"))

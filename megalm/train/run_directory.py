@@ -158,14 +158,21 @@ def open_run(
     except BaseException:
         lock.close()
         raise
-    identity = {
+    identity = run_identity(config, data_fingerprint, tokenizer_fingerprint, world, model_parameters)
+    return RunDirectory(path, before is not None and not fresh, lock, config, identity, fresh)
+
+
+def run_identity(
+    config: RunConfig, data_fingerprint: str, tokenizer_fingerprint: str, world: int, model_parameters: int
+) -> dict[str, Any]:
+    """Return what `run.json` holds of a run."""
+    return {
         "format": FORMAT,
         "megalm": __version__,
         "world": world,
         "model_parameters": model_parameters,
         **_identity(config, data_fingerprint, tokenizer_fingerprint),
     }
-    return RunDirectory(path, before is not None and not fresh, lock, config, identity, fresh)
 
 
 def _identity(config: RunConfig, data_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:

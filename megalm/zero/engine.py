@@ -163,7 +163,7 @@ def replicas_of(shard: ShardSpec) -> Axis:
 
 
 def counted_here(parameter: Tensor, mesh: ParallelMesh, tied_weight: Tensor | None) -> bool:
-    """Return whether this rank counts (and saves) the parameter: its part is no copy of another model rank's.
+    """Return whether this rank counts the parameter: its part is no copy of another model rank's.
 
     Parameters that every tensor rank holds whole belong to tensor rank 0, tied weights to the first stage.
     """

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment
-from megalm.zero.engine import ReadFragment, counted_here, replicas_of, shard_of
+from megalm.zero.engine import ReadFragment, counted_here, shard_of
+from megalm.zero.saving import saved_by_stage, saved_range
 
 
 class FrozenWeights:
@@ -23,16 +24,15 @@ class FrozenWeights:
     def state(self) -> Iterator[Fragment]:
         """Yield this rank's share of each; together the ranks' are whole."""
         for parameter in self.parameters:
-            if not counted_here(parameter, self.mesh, self.tied_weight):
-                continue
-            axis = replicas_of(shard_of(parameter))
-            index, count = self.mesh.index(axis), self.mesh.size(axis)
+            shard = shard_of(parameter)
             if hasattr(parameter, "ds_tensor"):
-                start, values = self._own_part(parameter)
-            else:
-                start, stop = (parameter.numel() * i // count for i in (index, index + 1))
-                values = parameter.detach().flatten()[start:stop]
-            yield Fragment(shard_of(parameter), "weight", start, values)
+                if counted_here(parameter, self.mesh, self.tied_weight):
+                    start, values = self._own_part(parameter)
+                    yield Fragment(shard, "weight", start, values)
+            elif saved_by_stage(parameter, self.mesh, self.tied_weight):
+                start, stop = saved_range(parameter, shard, self.mesh)
+                if start < stop:
+                    yield Fragment(shard, "weight", start, parameter.detach().flatten()[start:stop])
 
     @torch.no_grad()
     def load(self, read: ReadFragment) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment, ShardSpec
+from megalm.zero.saving import part_of
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,13 @@ def own_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Part, ShardSp
 
 
 def own_fragments(optimizer: torch.optim.Optimizer, mesh: ParallelMesh) -> Iterator[Fragment]:
-    """Yield what this rank saves of the states kept by parameter: each exists on all data ranks, the first saves it."""
+    """Yield this rank's share of the states kept by parameter, which exist on all data ranks."""
+    index, count = mesh.index("replica"), mesh.size("replica")
     for part, shard, kind, values in own_states(optimizer):
         once = shard.dim is not None or mesh.coordinates.tensor == 0
-        if part.counted and once and mesh.index("replica") == 0:
-            yield Fragment(shard, kind, 0, values.flatten())
+        start, stop = part_of(shard.name, values.numel(), values.element_size(), index, count)
+        if part.counted and once and start < stop:
+            yield Fragment(shard, kind, start, values.flatten()[start:stop])
 
 
 def elementwise(optimizer: torch.optim.Optimizer, kinds: Sequence[str]) -> list[str]:

@@ -31,6 +31,7 @@ from megalm.zero.engine import (
 from megalm.zero.frozen import FrozenWeights
 from megalm.zero.overlap import OverlappedSums
 from megalm.zero.parts import Part, elementwise, own_fragments, own_states, place
+from megalm.zero.saving import saved_by_stage, saved_range
 
 BUCKET_ELEMENTS = 2**25
 """Gradients are reduced in flat buffers of about this many elements: large enough for full bandwidth."""
@@ -59,6 +60,7 @@ class ReplicatedEngine(ZeroEngine):
         self.module = module
         self.mesh = mesh
         self.grad_norm = grad_norm
+        self.tied_weight = tied_weight
         self.clip_norm = clip_norm
         self.reduce_dtype = reduce_dtype  # None: as they are
         parameters = list(module.parameters())
@@ -180,29 +182,22 @@ class ReplicatedEngine(ZeroEngine):
             yield Fragment(shard_of(weight), "gradient", 0, master.grad.flatten())
 
     def counted_gradients(self) -> Iterator[Fragment]:
-        """Yield this data rank's share of every gradient, divided as `state` divides."""
+        """Yield an equal part of every gradient that this model rank counts."""
         for weight, master, counted in zip(self.weights, self.masters, self.counted, strict=True):
             if counted and master.grad is not None:
-                start, stop = self._share(weight)
+                axis = replicas_of(shard_of(weight))
+                index, count = self.mesh.index(axis), self.mesh.size(axis)
+                start, stop = (weight.numel() * edge // count for edge in (index, index + 1))
                 yield Fragment(shard_of(weight), "gradient", start, master.grad.flatten()[start:stop])
 
-    def _share(self, weight: Tensor) -> tuple[int, int]:
-        """Return which elements of a tensor this data rank counts and saves."""
-        axis = replicas_of(shard_of(weight))
-        index, count = self.mesh.index(axis), self.mesh.size(axis)
-        return weight.numel() * index // count, weight.numel() * (index + 1) // count
-
     def state(self) -> Iterator[Fragment]:
-        """Yield this data rank's share of every tensor, so that the ranks write equal parts of one copy.
-
-        What an optimizer keeps by parameter is the first rank's: it is small, or adamw8bit's two bytes a weight.
-        """
-        for weight, master, counted in zip(self.weights, self.masters, self.counted, strict=True):
-            if not counted:
+        """Yield this rank's share of every tensor, so that the ranks that hold it write equal parts of one copy."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if not saved_by_stage(weight, self.mesh, self.tied_weight):
                 continue
-            start, stop = self._share(weight)
+            start, stop = saved_range(master, shard_of(weight), self.mesh)
             own = {"weight": master.detach(), **dict(tensor_states(self.optimizer.state[master], master.numel()))}
-            for kind, values in own.items():
+            for kind, values in own.items() if start < stop else ():
                 yield Fragment(shard_of(weight), kind, start, values.flatten()[start:stop])
         yield from own_fragments(self.optimizer, self.mesh)
         yield from self.frozen.state()

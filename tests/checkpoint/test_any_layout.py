@@ -56,6 +56,9 @@ def test_any_layout_reads_what_any_other_wrote(
             for wanted in fragments:
                 stop = wanted.start + wanted.values.numel()
                 got = reader.read_flat(wanted.shard, "exp_avg", wanted.start, stop)
+                into = torch.ones_like(got)
+                assert reader.read_flat(wanted.shard, "exp_avg", wanted.start, stop, out=into) is into
+                assert torch.equal(into, got)
                 assert got.dtype == wanted.values.dtype and torch.equal(got, wanted.values), (
                     rank,
                     wanted.shard,
@@ -130,6 +133,7 @@ def test_the_safetensors_library_reads_the_files(tmp_path: Path) -> None:
     model["half"] = Logical(torch.randn(5).bfloat16())
     path = write_ranks(tmp_path, 1, zero_fragments(model, "weight", 1, 1))
     loaded = load_file(path / "rank-00000-weight.safetensors")
+    assert loaded.pop("block-digests").numel() == 32
     assert {key.split("/")[0]: value.numel() for key, value in loaded.items()} == {
         name: item.values.numel() for name, item in model.items()
     }

@@ -102,7 +102,7 @@ def rewrite(checkpoint: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('"version": 1', '"version": 2', "newer megalm"),
+        ('"version": 2', '"version": 3', "newer"),
         ("rank-00000-weight", "../rank-00000-weight", "file name"),
         ("rank-00000-weight", "/etc/passwd", "file name"),
         ('"megalm-checkpoint"', '"other"', "format"),
@@ -137,6 +137,13 @@ def test_another_model_is_told_the_tensor_and_both_shapes(checkpoint: Path) -> N
         "exp_avg",
         "has weight",
     )
+
+
+def test_memory_that_does_not_fit_is_not_read_into(checkpoint: Path) -> None:
+    reader, spec = CheckpointReader(checkpoint), ShardSpec.whole("final_norm.weight", (8,))
+    for out in (torch.ones(9), torch.ones(8).double(), torch.ones(16)[::2], torch.ones(2, 4)):
+        fails(lambda out=out: reader.read_flat(spec, "weight", 0, 8, out=out), "correct the caller")  # type: ignore[misc]
+        assert out.eq(1).all()
 
 
 def fragment(start: int, stop: int, index: int = 0, dtype: torch.dtype = torch.float32) -> Fragment:

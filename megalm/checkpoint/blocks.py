@@ -1,0 +1,274 @@
+"""The checksums of a file: SHA-256 of the whole, for people and their tools, and of each block, for readers.
+
+A reader that needs a part of a file checks the blocks of that part, in the buffer that it reads them into: nothing is
+read twice, and nothing that was checked can change before it is used. The digests of a file's blocks stand at its end,
+and the manifest has their digest, so that its size does not depend on theirs.
+
+Owns: blocks, their digests while a file is written, and reads that are checked. What the bytes mean is
+`tensor_file.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.errors import CheckpointError
+from megalm.files import require_regular
+
+Bytes = npt.NDArray[np.uint8]
+
+BLOCK_BYTES = 256 << 10  # a part of the format: small pieces of many files are read at the price of a block each
+DIGEST_BYTES = 32
+CACHE_BYTES = 128 << 20  # of blocks that were wanted in part: who reads tensor by tensor wants their rest soon
+AHEAD_BYTES = 16 << 20  # that the system reads before they are asked for
+IN_FLIGHT = 8  # buffers that are written, but not yet hashed
+DAMAGED = "the file is damaged; delete this checkpoint to resume from an older one, or restore it from a copy"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What the manifest says of one file; `blocks` is the SHA-256 of its blocks' digests (None: it has none)."""
+
+    name: str
+    size: int
+    sha256: str
+    blocks: str | None = None
+
+    def to_json(self) -> list[Any]:
+        """Return the record as JSON values."""
+        return [self.sha256, self.size, self.name, *([] if self.blocks is None else [self.blocks])]
+
+    @classmethod
+    def from_json(cls, value: list[Any]) -> FileRecord:
+        """Return the record that `to_json` wrote. Raises TypeError, ValueError."""
+        sha256, size, name, *blocks = value
+        if type(size) is not int or size < 0 or len(blocks) > 1:
+            raise ValueError(f"record {str(value)[:200]}")
+        return cls(name, size, sha256, *blocks)
+
+    @property
+    def block_count(self) -> int:
+        """The number of blocks, whose digests are the last bytes of the file."""
+        return 0 if self.blocks is None else -(-self.size // (BLOCK_BYTES + DIGEST_BYTES))
+
+    @property
+    def end(self) -> int:
+        """Where the blocks end and their digests begin."""
+        return self.size - DIGEST_BYTES * self.block_count
+
+
+class Hashers:
+    """Two threads, one for the digests of whole files and one for those of blocks; hashing holds no GIL."""
+
+    def __init__(self) -> None:
+        self.whole, self.blocks = (ThreadPoolExecutor(1, f"checkpoint-hash-{i}") for i in range(2))
+
+    def __enter__(self) -> Hashers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.whole.shutdown()
+        self.blocks.shutdown()
+
+
+class WrittenDigests:
+    """The digests of one file while its bytes are written."""
+
+    def __init__(self, hashers: Hashers) -> None:
+        self._hashers = hashers
+        self._whole, self._block = hashlib.sha256(), hashlib.sha256()
+        self._in_block = 0
+        self._digests: list[bytes] = []
+        self._waiting: deque[Future[None]] = deque()
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Hash the next bytes, in other threads: they must stay as they are until `finish`, or `IN_FLIGHT` calls on."""
+        self._waiting.append(self._hashers.blocks.submit(self._update_blocks, memoryview(data)))
+        self._waiting.append(self._hashers.whole.submit(self._whole.update, data))
+        while len(self._waiting) > 2 * IN_FLIGHT:
+            self._waiting.popleft().result()
+
+    def _update_blocks(self, data: memoryview) -> None:
+        while data:
+            part = data[: BLOCK_BYTES - self._in_block]
+            self._block.update(part)
+            self._in_block += len(part)
+            data = data[len(part) :]
+            if self._in_block == BLOCK_BYTES:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        self._digests.append(self._block.digest())
+        self._block, self._in_block = hashlib.sha256(), 0
+
+    def end_blocks(self) -> bytes:
+        """Return the digests of all blocks, which are to be the file's last bytes."""
+        self._wait()
+        if self._in_block:
+            self._end_block()
+        return b"".join(self._digests)
+
+    def finish(self, ending: bytes) -> str:
+        """Take in the file's last bytes, of no block, and return the digest of the whole in hexadecimal digits."""
+        self._wait()
+        self._whole.update(ending)
+        return self._whole.hexdigest()
+
+    def _wait(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
+
+
+class BlockCache:
+    """Checked blocks of which others may still want a part; the least recently used ones go. Any thread may call."""
+
+    def __init__(self, limit_bytes: int = CACHE_BYTES) -> None:
+        self._limit, self._lock = limit_bytes // BLOCK_BYTES, Lock()
+        self._blocks: OrderedDict[tuple[str, int], Bytes] = OrderedDict()
+
+    def get(self, name: str, index: int) -> Bytes | None:
+        """Return a block's bytes, which nobody may change, or None."""
+        with self._lock:
+            if (name, index) in self._blocks:
+                self._blocks.move_to_end((name, index))
+            return self._blocks.get((name, index))
+
+    def put(self, name: str, index: int, block: Bytes) -> None:
+        """Keep a block."""
+        with self._lock:
+            self._blocks[name, index] = block
+            while len(self._blocks) > self._limit:
+                self._blocks.popitem(last=False)
+
+
+class CheckedFile:
+    """Reads of any bytes of a file before its digests, each block of which is first compared with its digest."""
+
+    def __init__(self, path: Path, record: FileRecord, cache: BlockCache) -> None:
+        """Read the digests, if `record` has any; without, nothing is checked here. Raises CheckpointError, OSError."""
+        self.path, self._record, self._cache = path, record, cache
+        with open_regular(path) as file:
+            self.size = os.fstat(file.fileno()).st_size
+            if self.size != record.size:
+                raise CheckpointError(f"{path}: {self.size} bytes where the manifest has {record.size}; {DAMAGED}")
+            digests = read_exactly(file.fileno(), path, record.end, self.size - record.end)
+        if record.blocks is not None and hashlib.sha256(digests).hexdigest() != record.blocks:
+            raise CheckpointError(f"{path}: its blocks' digests have not the manifest's SHA-256; {DAMAGED}")
+        self._digests = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
+        self.end = record.end
+        self._expected = 0
+
+    def expect(self, descriptor: int, start: int, stop: int) -> None:
+        """Be told of the bytes from which the next reads are. Where they follow the last ones, as in a load of the same
+        layout, the system begins to read what comes behind them too, so that the disk does not wait for who hashes.
+        """
+        if 0 <= start - self._expected <= BLOCK_BYTES:
+            os.posix_fadvise(descriptor, stop, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        self._expected = stop
+
+    def fill(self, descriptor: int, offset: int, out: Bytes) -> None:
+        """Fill `out` from the file's bytes at `offset`, checked. Raises CheckpointError, OSError."""
+        stop = offset + len(out)
+        if stop > self.end:
+            raise CheckpointError(f"{self.path}: ends at byte {self.end}, before byte {stop}; {DAMAGED}")
+        if self._record.blocks is None:
+            read_into(descriptor, self.path, offset, out)
+            return
+        first, last = -(-offset // BLOCK_BYTES), stop // BLOCK_BYTES if stop < self.end else len(self._digests)
+        low, high = first * BLOCK_BYTES, min(last * BLOCK_BYTES, self.end)
+        if low < high:
+            whole = out[low - offset : high - offset]
+            read_into(descriptor, self.path, low, whole)
+            for index in range(first, last):
+                self._check(index, whole[(index - first) * BLOCK_BYTES :][:BLOCK_BYTES])
+        else:
+            low = high = min(stop, low)
+        for begin, end in ((offset, low), (high, stop)):
+            if begin < end:
+                block = self._part(descriptor, begin // BLOCK_BYTES)
+                at = begin % BLOCK_BYTES
+                out[begin - offset : end - offset] = block[at : at + end - begin]
+
+    def _part(self, descriptor: int, index: int) -> Bytes:
+        """Return a block that is wanted in part."""
+        block = self._cache.get(self.path.name, index)
+        if block is None:
+            start = index * BLOCK_BYTES
+            block = np.empty(min(BLOCK_BYTES, self.end - start), np.uint8)
+            read_into(descriptor, self.path, start, block)
+            self._check(index, block)
+            self._cache.put(self.path.name, index, block)
+        return block
+
+    def _check(self, index: int, block: Bytes) -> None:
+        if hashlib.sha256(block.data).digest() != self._digests[index]:
+            start = index * BLOCK_BYTES
+            where = f"bytes {start} to {start + len(block)}"
+            raise CheckpointError(f"{self.path}: {where} have another SHA-256 than when they were written; {DAMAGED}")
+
+
+def hash_file(path: Path, record: FileRecord) -> None:
+    """Raise CheckpointError unless the file at `path` is the one that `record` describes, as a whole and by blocks."""
+    whole = hashlib.sha256()
+    buffer = np.empty(BLOCK_BYTES, np.uint8)
+    digests = hashlib.sha256()
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.size:
+                raise CheckpointError(f"{path}: {size} bytes where the manifest has {record.size}; {DAMAGED}")
+            for start in range(0, size, BLOCK_BYTES):
+                part = buffer[: min(BLOCK_BYTES, size - start)]
+                read_into(file.fileno(), path, start, part)
+                whole.update(part.data)
+                if record.blocks is not None and start < record.end:
+                    digests.update(hashlib.sha256(part[: record.end - start].data).digest())
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if whole.hexdigest() != record.sha256:
+        raise CheckpointError(f"{path}: SHA-256 {whole.hexdigest()[:12]}... is not the manifest's; {DAMAGED}")
+    if record.blocks is not None and digests.hexdigest() != record.blocks:
+        raise CheckpointError(f"{path}: its blocks' digests have not the manifest's SHA-256; {DAMAGED}")
+
+
+def open_regular(path: Path) -> Any:
+    """Open `path` for unbuffered reading; a link, pipe or device in its place is refused (OSError)."""
+    require_regular(path)
+    return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0)
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return the one-line error for a file that the system would not read."""
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path}: the file is missing; {DAMAGED.partition('; ')[2]}")
+    return CheckpointError(f"{path}: cannot read: {error.strerror or error}; check the file system and permissions")
+
+
+def read_into(descriptor: int, path: Path, offset: int, out: Bytes) -> None:
+    """Fill `out` from the file's bytes at `offset`. Raises CheckpointError where the file ends before."""
+    view, done = out.data, 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise CheckpointError(f"{path}: ends at byte {offset + done}, before byte {offset + len(view)}; {DAMAGED}")
+        done += count
+
+
+def read_exactly(descriptor: int, path: Path, offset: int, count: int) -> bytes:
+    """Return `count` bytes at `offset`. Raises CheckpointError where the file ends before."""
+    out = np.empty(count, np.uint8)
+    read_into(descriptor, path, offset, out)
+    return out.tobytes()

@@ -1,0 +1,112 @@
+"""A resharded checkpoint is what the ranks of its layout would have written: the same pieces, the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megalm.checkpoint.commands import diff, inspect, verify
+from megalm.checkpoint.manager import CheckpointManager
+from megalm.checkpoint.manifest import Manifest
+from megalm.cli import main
+from megalm.distributed.layout import RankLayout
+from megalm.distributed.mesh import ParallelMesh
+from megalm.dry_run.reshard import describe_layout, reshard
+from megalm.train.run_directory import check_place
+from tests.parity.harness import VOCAB, build_trainer
+from tests.worker_pool import WorkerPool
+from tests.zero.runs import Cell
+
+LAYOUTS: dict[str, tuple[RankLayout, Cell, dict[str, Any]]] = {
+    "tensor and data": (RankLayout(1, 2, 2), Cell("zero0", "fp32"), {"model.hidden": 128}),
+    "stages, tied, and data": (RankLayout(2, 2, 1), Cell("zero1", "fp32"), {}),
+    "ZeRO 3 and frozen weights": (
+        RankLayout(1, 2, 2),
+        Cell("zero3", "fp32"),
+        {"optim.rules": [{"match": "*.mlp.*", "freeze": True}]},
+    ),
+    "experts": (
+        RankLayout(1, 4, 1, expert=2),
+        Cell("zero2", "fp32"),
+        {"model.experts": 4, "model.experts_per_token": 2, "parallel.expert": 2, "model.router_bias_rate": 0.01},
+    ),
+    "adafactor": (RankLayout(1, 2, 2), Cell("zero1", "fp32", "adafactor"), {}),
+}
+
+
+def train_and_save(mesh: ParallelMesh, run: str, cell: Cell, overrides: dict[str, Any]) -> None:
+    """Make a step in this layout and save as a run would."""
+    config = cell.config(mesh, **overrides)
+    trainer = build_trainer(mesh, config)
+    trainer.train_step()
+    state = {
+        "config": config.model_dump(mode="json"),
+        "data_fingerprint": "d" * 64,
+        "tokenizer_fingerprint": "t" * 64,
+        "progress": vars(trainer.state).copy(),
+    }
+    layout = describe_layout(config, mesh.layout)
+    CheckpointManager(Path(run), 1, dist.group.WORLD, layout).save(1, trainer.engine.state(), state)
+
+
+def pieces(run: Path) -> list[tuple[str, str, str]]:
+    """Return all pieces of a checkpoint: which file has which of which tensor."""
+    rows = Manifest.load(run / "checkpoints" / "step-00000001").tensors
+    return sorted((kind, name, str(sorted(row.items()))) for (kind, name), some in rows.items() for row in some)
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_each_rank_gets_the_pieces_that_it_would_have_written(pool: WorkerPool, tmp_path: Path, name: str) -> None:
+    layout, cell, overrides = LAYOUTS[name]
+    written, one, back = (tmp_path / which for which in ("written", "one", "back"))
+    pool.run(train_and_save, str(written), cell, overrides, layout=layout)
+    reset = [f"parallel.{axis}=1" for axis in ("tensor", "pipeline", "expert")]
+    reshard(written, one, [*reset, "zero.stage=0", "zero.config=null"], 1)
+    assert len(list((one / "checkpoints" / "step-00000001").glob("rank-*"))) == 2
+    axes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "expert": layout.expert}
+    overrides_back = [f"parallel.{axis}={size}" for axis, size in axes.items()]
+    stage = cell.zero.removeprefix("zero")
+    done = reshard(one, back, [*overrides_back, f"zero.stage={stage}", f"zero.config={cell.zero}"], layout.world_size)
+    if name != "adafactor":  # whose means stay in the pieces that they are in
+        assert pieces(back) == pieces(written)
+    for run in (one, back):
+        found = diff(written, run)
+        assert found["equal"] and found["state"] == {}, found
+        assert found["tensors"]["weight"] == {"equal": inspect(run)["tensors"]}
+        verify(run)
+        assert check_place(run) is not None, "a run goes on in it"
+    assert done["layout"] == inspect(written)["layout"] == inspect(back)["layout"]
+    assert diff(written, back)["config"].keys() <= {"run.dir", "zero.config"}
+
+
+def test_wrong_layouts_and_places_are_refused_in_one_line(
+    pool: WorkerPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    pool.run(train_and_save, str(run), Cell("zero0", "fp32"), {}, layout=RankLayout(1, 1, 1))
+    (tmp_path / "file").write_text("x")
+
+    def refused(*arguments: str, says: str) -> None:
+        assert main(["checkpoint", "reshard", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1, error
+
+    refused(str(run), f"--out={out}", "parallel.tensor=3", says="parallel.tensor=3")
+    refused(str(run), f"--out={out}", "parallel.tensor=2", "--ranks=3", says="3")
+    refused(str(run), f"--out={out}", "model.layers=3", says="no key of a layout")
+    refused(str(run), f"--out={out}", "parallel.tensors=2", says="parallel.tensors")
+    refused(str(run), f"--out={run}", says="is there already")
+    refused(str(run), f"--out={tmp_path / 'file'}", says="is there already")
+    refused(str(tmp_path / "none"), f"--out={out}", says="no checkpoint")
+    assert not out.exists()
+    assert main(["checkpoint", "reshard", str(run), f"--out={out}", "parallel.tensor=2", "--json"]) == 0
+    assert '"ranks": 2' in capsys.readouterr().out
+    assert (
+        Manifest.load(out / "checkpoints" / "step-00000001")
+        .entries("weight", "embedding.weight")[0]
+        .piece.shard.global_shape[0]
+        == VOCAB
+    )
