@@ -267,7 +267,7 @@ def _byte_lengths(inner: tokenizers.Tokenizer, source: str) -> NDArray[np.int64]
             lengths[number] = len(token)
         else:
             raise DataError(
-                f"{source} is neither a byte-level tokenizer nor one that falls back to bytes (token {token[:40]!r}); "
+                f"{source} is not a byte-level tokenizer, nor does it fall back to bytes (token {token[:40]!r}); "
                 "make one with megalm tokenizer train"
             )
     return lengths

@@ -7,6 +7,7 @@ where they come from. Evaluation, generation, export and `train.init_from` take 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.manager import CHECKPOINTS
-from megalm.checkpoint.writer import storage_error, write_checkpoint
+from megalm.checkpoint.writer import write_checkpoint
 from megalm.config.load import dump_yaml
 from megalm.config.run import RunConfig
 from megalm.data.tokenizer import FILE_NAME, read_tokenizer_file
 from megalm.distributed.sharding import Fragment, ShardSpec
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, StorageError
 
 SOURCE_FILE = "imported.json"
 FILE_BYTES = 256 << 20  # of tensors that are held until a file is written: an import is one process's
@@ -62,7 +63,7 @@ def write_run(
         files.make_directory(partial.parent)
         files.remove_tree(partial)
         files.make_directory(partial)
-        whole = {**(state or {}), "imported": dict(source)}
+        whole = {"config": config.model_dump(mode="json"), **(state or {}), "imported": dict(source)}
         fragments = _fragments(tensors, optimizer)
         path = write_checkpoint(
             partial / CHECKPOINTS, step, fragments, whole, layout={"imported": dict(source)}, file_bytes=FILE_BYTES
@@ -73,14 +74,22 @@ def write_run(
         files.write_file(partial / SOURCE_FILE, (json.dumps(dict(source), indent=1) + "\n").encode())
         publish(files, partial, out)
     except OSError as error:
-        raise storage_error(error, partial) from error
+        raise disk_error(error, partial) from error
     finally:
         files.remove_tree(partial)
     return out / path.relative_to(partial)
 
 
+def disk_error(error: OSError, path: Path) -> StorageError:
+    """Return the one-line error for a disk that refused a write below `path`."""
+    words = os.strerror(error.errno) if error.errno else str(error)
+    return StorageError(f"{error.filename or path}: cannot be written: {words}; heal that, or give another --out")
+
+
 def require_free(out: Path) -> None:
     """Raise CheckpointError where a directory to be made is there already with something in it, or is no directory."""
+    if out.name in ("", ".."):
+        raise CheckpointError(f"--out={out} is a place that is there; give the name of a new directory")
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise CheckpointError(f"--out={out} is there already; give a directory that is not, or remove it first")
 

@@ -25,6 +25,7 @@ from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.world import joined_mesh
 from megalm.errors import CheckpointError, Interrupted
 from megalm.models.build import DTYPES, build_executor, build_stage
+from megalm.models.start import check_start, notes
 from megalm.preflight.gate import preflight
 from megalm.train.callbacks import Evaluate, LogMetrics, SaveCheckpoints, StopEarly
 from megalm.train.compilation import TellOfCompilation, compile_blocks
@@ -105,9 +106,12 @@ def _train(
         "config": config.model_dump(mode="json"),
     }
     reader = manager.latest()
+    begins: list[str] = []
     if reader is not None:
         with closing(reader):
             _resume(trainer, reader, facts)
+    elif config.train.init_from is not None:
+        begins = _start(config, vocab, trainer, directory)
     peak = peak_flops(mesh.device, DTYPES[config.precision])
     meter = _meter(config, vocab, mesh, peak)
     sinks = Sinks(config.log.sinks, run, trainer.state.step, config) if mesh.rank == 0 else None
@@ -116,6 +120,8 @@ def _train(
         tracker.header(dump_yaml(config), run_facts(config, data, windows, vocab, mesh, peak))
         if reader is not None:
             tracker.note(f"resuming {reader.directory} at step {trainer.state.step}")
+        for line in begins:
+            tracker.note(line)
         held_out_windows = all_windows(data.validation, config.model.sequence, config.data.rows)
         held_out = HeldOut(data.validation, held_out_windows, config.evaluate.sequences)
         evaluate = Evaluate(tracker, meter, model, held_out, data.tokenizer().byte_lengths, config.evaluate.every)
@@ -200,6 +206,22 @@ def _claim(directory: RunDirectory | None, data: PreparedData) -> None:
         except Exception as caught:
             error = caught
     agree(error, world_group())
+
+
+def _start(config: RunConfig, vocab: int, trainer: Trainer, directory: RunDirectory | None) -> list[str]:
+    """Set the weights from `train.init_from`; all ranks fail together. Return what is to be said of it, in lines."""
+    error, lines = None, []
+    try:
+        if directory is not None:
+            directory.check_source()
+        source = check_start(config, vocab)
+        with closing(source):
+            trainer.engine.load_weights(source.read_flat)
+            lines = notes(config, source)
+    except Exception as caught:
+        error = caught
+    agree(error, world_group())
+    return lines
 
 
 def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:

@@ -48,35 +48,35 @@ class Fields:
 
     def count(self, key: str, least: int = 1, most: int = LARGEST) -> int:
         """Return a whole number."""
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         if type(value) is not int or not least <= value <= most:
             raise self.wrong(key, f"is no whole number from {least} to {most}")
         return value
 
     def number(self, key: str, least: float = 0.0, most: float = 1e12) -> float:
         """Return a finite number."""
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         if type(value) not in (int, float) or not least <= value <= most:
             raise self.wrong(key, f"is no number from {least:g} to {most:g}")
         return float(value)
 
     def flag(self, key: str) -> bool:
         """Return true or false."""
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         if not isinstance(value, bool):
             raise self.wrong(key, "is neither true nor false")
         return value
 
     def choice(self, key: str, choices: Mapping[str, str], what: str) -> str:
         """Return what a text stands for."""
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         if not isinstance(value, str) or value not in choices:
-            raise self.wrong(key, f"is a {what} that megalm lacks; it has {', '.join(choices)}")
+            raise self.wrong(key, f"is {what} that megalm lacks; it has {', '.join(choices)}")
         return choices[value]
 
     def section(self, key: str) -> dict[str, Any]:
         """Return an object, empty where there is none."""
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.wrong(key, "is no object")
         return value or {}
@@ -128,7 +128,7 @@ class Family:
         for ours, theirs in self.keys.items():
             if fields.has(theirs) or ours in _REQUIRED:
                 found[ours] = _read(fields, ours, theirs)
-        found["activation"] = fields.choice(self.activation, _GATED if self.gated else _PLAIN, "activation")
+        found["activation"] = fields.choice(self.activation, _GATED if self.gated else _PLAIN, "an activation")
         if self.fixed.get("position") == "rotary":
             found |= _rotary(fields, self, found)
         found |= _windows(fields, self.windows, found.get("layers", 0))
@@ -157,7 +157,8 @@ class Family:
         values |= {theirs: whole[ours] for ours, theirs in self.keys.items()}
         values |= {key: value for key, (value, _) in self.only.items() if value is not None}
         names = _GATED if self.gated else _PLAIN
-        values[self.activation] = next((name for name, ours in names.items() if ours == model.activation), "unknown")
+        # One that the family lacks comes back as another, and so is found out.
+        values[self.activation] = next((name for name, ours in names.items() if ours == model.activation), "silu")
         if self.fixed.get("position") == "rotary":
             values |= _rotary_config(model, self)
         values |= _window_config(model, self.windows)
@@ -218,6 +219,7 @@ def _rotary(fields: Fields, family: Family, shape: Mapping[str, Any]) -> dict[st
         "rotary_base": rope.number("rope_theta", 1.0 + 1e-9, 1e15),
         "rotary_share": rope.number("partial_rotary_factor", 1e-9, 1.0),
     }
+    rope.values["rope_type"] = kind
     if kind == "default":
         return found
     if kind not in ("linear", "llama3", "yarn"):

@@ -20,7 +20,6 @@ from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.manager import latest_checkpoint
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.tensor_file import BLOCK_BYTES, DTYPE_NAMES, as_bytes
-from megalm.checkpoint.writer import storage_error
 from megalm.config.model import ModelSection
 from megalm.config.trained import trained_config
 from megalm.data.tokenizer import FILE_NAME, Tokenizer
@@ -32,7 +31,7 @@ from megalm.models.huggingface.families import FAMILIES, Family
 from megalm.models.huggingface.mapping import Bound, Part, bind
 from megalm.models.huggingface.safetensors_files import INDEX, SINGLE
 from megalm.models.huggingface.tokenizer_files import tokenizer_files
-from megalm.models.imported import SOURCE_FILE, publish, require_free
+from megalm.models.imported import SOURCE_FILE, disk_error, publish, require_free
 
 SHARD_BYTES = 5_000_000_000  # of one file, as the peers have it; a tensor that is larger has a file of its own
 _ALONE = ("run.device=cpu", "model.kernels=reference")
@@ -90,7 +89,7 @@ def export_model(
         found = check_logits(partial, config, vocab, reader, averaged, DTYPES[dtype])
         publish(files, partial, out)
     except OSError as error:
-        raise storage_error(error, partial) from error
+        raise disk_error(error, partial) from error
     finally:
         reader.close()
         files.remove_tree(partial)
@@ -183,7 +182,7 @@ def write_weights(
         room -= size
     count = len(groups)
     names = [SINGLE] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, group in zip(names, groups, strict=True):
         _write_file(files, directory / name, group, reader, with_average, dtype)
         weight_map |= {tensor.name: name for tensor in group}

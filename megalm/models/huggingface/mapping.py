@@ -13,19 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalm.config.model import ModelSection
-from megalm.config.run import RunConfig
-from megalm.distributed.layout import RankLayout
-from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError
-from megalm.models.build import build_stage
-from megalm.zero.engine import kept_buffers, shard_of
+from megalm.models.build import whole_tensors
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
@@ -180,6 +175,7 @@ def _factors(shape: Shape, split: Shape) -> list[Shape]:
             own.append(rest.pop(0))
         assert prod(own) == size, f"{split} does not split {shape}"
         factors.append(tuple(own))
+    factors[-1] += tuple(rest)  # of size 1
     return factors
 
 
@@ -235,16 +231,3 @@ def bind(rows: Sequence[Row], model: ModelSection, vocab: int) -> dict[str, Boun
         layout = found.layout(model, spec.global_shape)
         bound[name] = Bound(spec, layout, found.names(values, len(layout.theirs)))
     return bound
-
-
-def whole_tensors(model: ModelSection, vocab: int) -> dict[str, ShardSpec]:
-    """Return the tensors of a whole model by logical name, from a model on the meta device."""
-    kept: dict[str, Any] = {"kernels": "reference", "flash_attention": True}  # the fused ones ask for a device
-    if model.position == "rotary":
-        kept["sequence"] = 1  # no shape but the tables' depends on it
-    training = {"train": {"steps": 1, "global_batch": 1, "micro_batch": 1}, "optim": {"lr": 1.0}}
-    config = RunConfig.model_validate({**training, "model": model.model_dump()})
-    config = config.model_copy(update={"model": model.model_copy(update=kept)})
-    stage = build_stage(config, vocab, ParallelMesh.on_meta(RankLayout(), 0), document_start=0)
-    specs = [shard_of(tensor) for tensor in (*stage.parameters(), *kept_buffers(stage))]
-    return {spec.name: ShardSpec.whole(spec.name, spec.global_shape) for spec in specs}

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 import torch
@@ -173,7 +173,7 @@ def _stored(path: Path, name: str, value: Any, base: int) -> StoredTensor:
     raise CheckpointError(f"{path}: {name!r:.80} {problem}; take the file anew")
 
 
-def _counts(value: Any, most: int) -> bool:
+def _counts(value: Any, most: int) -> TypeGuard[list[int]]:
     return isinstance(value, list) and len(value) <= most and all(type(n) is int and 0 <= n < 2**48 for n in value)
 
 
@@ -213,7 +213,7 @@ def _read_runs(descriptor: int, path: Path, offsets: Any, out: Any, run: int) ->
         if run < DIRECT_BYTES:
             last = int(np.searchsorted(offsets, offsets[first] + BLOCK_BYTES - run, side="right"))
         span = int(offsets[last - 1] - offsets[first]) + run
-        if last - first > 1 and span <= 16 * (last - first) * run:
+        if last - first > 1 and span <= 4 * (last - first) * run:
             block = np.empty(span, np.uint8)
             read_into(descriptor, path, int(offsets[first]), block)
             windows = np.lib.stride_tricks.sliding_window_view(block, run)
