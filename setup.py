@@ -51,6 +51,7 @@ setup(
         "sinks": ["tensorboard>=2.14", "wandb>=0.22,!=0.31.0"],  # for log.sinks; that release requires a beta
         "8bit": ["torchao>=0.17"],  # for optim.kind=adamw8bit
         "fp8": ["torchao>=0.17,<0.19"],  # for train.fp8, which uses what is below torchao's public modules
+        "hf": ["transformers>=5,<6"],  # for export-hf, which compares what it writes with it
         "dev": [
             "allpairspy>=2.5",
             "hypothesis>=6",

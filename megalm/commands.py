@@ -97,7 +97,11 @@ def train(args: Namespace) -> int:
     check_rules(config, data)
     restarted = _is_restart()
     fresh = args.fresh and not restarted
-    check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)
+    before = check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)
+    if config.train.init_from is not None and (before is None or fresh):
+        from megalm.models.start import check_start
+
+        check_start(config, config.model.vocab or data.vocabulary)
     if starts_workers:
         if interruption.received:  # from here on signals are passed on to the workers
             raise Interrupted(f"{signal.Signals(interruption.received).name} came before anything was started")

@@ -141,6 +141,9 @@ class TrainSection(Section):
     scores where they are kept; in each `recompute_every`-th block. With `offload_activations` what is kept of the
     blocks waits in the host's memory for its backward pass. `compile` has torch.compile make one program of each block.
 
+    A new run starts with the weights at `init_from`, a run, one of its checkpoints, or a Hugging Face directory; its
+    optimizer and its steps begin anew.
+
     `fp8` rounds the operands of the products of the blocks' linear layers to 8 bits, by a recipe of torchao's: with one
     scale a matrix (tensorwise), or one a row (rowwise), of which the last leaves weights' gradients in bf16.
     """
@@ -160,6 +163,7 @@ class TrainSection(Section):
     offload_activations: bool = False
     compile: bool = False
     fp8: Annotated[str, one_of("fp8")] = "none"
+    init_from: Text | None = None
 
 
 class BatchRampSection(Section):

@@ -33,7 +33,7 @@ from megalm.dry_run.world import pretended_mesh
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.build import DTYPES, build_stage
 from megalm.train.optimizers import freeze
-from megalm.train.run_directory import CONFIG_FILE, IDENTITY_FILE, run_identity
+from megalm.train.run_directory import CONFIG_FILE, IDENTITY_FILE, read_identity, run_identity
 from megalm.zero.engine import counted_here, kept_buffers, shard_of
 from megalm.zero.saving import saved_by_stage, saved_range
 
@@ -188,9 +188,8 @@ def _make_run(reader: CheckpointReader, config: RunConfig, layout: RankLayout, o
     files = FileSystem()
     run = reader.directory.parent.parent
     parameters = sum(_elements(reader, name) for name in reader.names("weight"))
-    identity = run_identity(
-        config, reader.state["data_fingerprint"], reader.state["tokenizer_fingerprint"], layout.world_size, parameters
-    )
+    data, tokenizer = (reader.state[f"{name}_fingerprint"] for name in ("data", "tokenizer"))
+    identity = run_identity(config, data, tokenizer, layout.world_size, parameters, read_identity(run) or {})
     texts = {IDENTITY_FILE: (json.dumps(identity, indent=1) + "\n").encode(), CONFIG_FILE: dump_yaml(config).encode()}
     try:
         if (run / TOKENIZER).is_file():

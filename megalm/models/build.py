@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from megalm.config.model import ModelSection
 from megalm.config.run import RunConfig
 from megalm.context_parallel.attention import ContextParallel
+from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.sharding import ShardSpec
 from megalm.models import offload
 from megalm.models.transformer import StagePlan, Transformer
 from megalm.pipeline_parallel.executor import PipelineExecutor
@@ -20,6 +24,7 @@ from megalm.pipeline_parallel.weight_gradients import WeightGradients
 from megalm.tensor_parallel.float8 import Float8Products
 from megalm.tensor_parallel.initialize import Initializer
 from megalm.tensor_parallel.linear import Linear
+from megalm.zero.engine import kept_buffers, shard_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -110,3 +115,16 @@ def build_executor(config: RunConfig, module: nn.Module, mesh: ParallelMesh) -> 
 
     dtype, ahead = DTYPES[config.precision], config.overlap.messages
     return PipelineExecutor(module, schedule, mesh, hidden_shape, dtype, weight_gradients, ahead)
+
+
+def whole_tensors(model: ModelSection, vocab: int) -> dict[str, ShardSpec]:
+    """Return the tensors of a whole model by logical name, from a model on the meta device."""
+    kept: dict[str, Any] = {"kernels": "reference", "flash_attention": True}  # the fused ones ask for a device
+    if model.position == "rotary":
+        kept["sequence"] = 1  # no shape but the tables' depends on it
+    training = {"train": {"steps": 1, "global_batch": 1, "micro_batch": 1}, "optim": {"lr": 1.0}}
+    config = RunConfig.model_validate({**training, "model": model.model_dump()})
+    config = config.model_copy(update={"model": model.model_copy(update=kept)})
+    stage = build_stage(config, vocab, ParallelMesh.on_meta(RankLayout(), 0), document_start=0)
+    specs = [shard_of(tensor) for tensor in (*stage.parameters(), *kept_buffers(stage))]
+    return {spec.name: ShardSpec.whole(spec.name, spec.global_shape) for spec in specs}

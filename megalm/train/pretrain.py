@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.world import joined_mesh
 from megalm.errors import CheckpointError, DistributedError, Interrupted
 from megalm.models.build import DTYPES, build_executor, build_stage
+from megalm.models.start import check_start, notes
 from megalm.models.transformer import Transformer
 from megalm.preflight.gate import preflight
 from megalm.train.callbacks import Evaluate, LogMetrics, StopEarly
@@ -107,7 +108,9 @@ def _train(
         loader = Loader(data.train, windows, order, mesh.coordinates.data, mesh.size("data"))
         executor = build_executor(config, engine.module, mesh)
         trainer = Trainer(config, mesh, executor, engine, loader, TrainState(), clock)
-        interrupted = _fit(recipe, trainer, model, data, windows, memory, manager, reader, interruption)
+        starts_from = config.train.init_from if reader is None else None
+        begins = [] if starts_from is None else _start(config, vocab, trainer, directory)
+        interrupted = _fit(recipe, trainer, model, data, windows, memory, manager, reader, begins, interruption)
     if interrupted is not None:
         raise Interrupted(
             f"{interrupted.name}: saved at step {trainer.state.step} of {trainer.last_step}; start again to go on"
@@ -123,9 +126,13 @@ def _fit(
     memory: Memory,
     manager: CheckpointManager,
     reader: CheckpointReader | None,
+    begins: Sequence[str],
     interruption: Interruption | None,
 ) -> signal.Signals | None:
-    """Train from `reader` on, if there is one, with all that happens after a step; return what interrupted it."""
+    """Train from `reader` on, if there is one, with all that happens after a step; return what interrupted it.
+
+    `begins` are lines on where the first weights come from.
+    """
     config, mesh, engine = trainer.config, trainer.mesh, trainer.engine
     run, vocab = Path(config.run.dir), vocabulary(config, data)
     facts = {
@@ -144,6 +151,8 @@ def _fit(
         tracker.header(dump_yaml(recipe), run_facts(config, data, windows, vocab, mesh, peak))
         if reader is not None:
             _tell_of_resume(tracker, manager, reader, recipe, mesh)
+        for line in begins:
+            tracker.note(line)
         held_out_windows = all_windows(data.validation, config.model.sequence, config.data.rows)
         held_out = HeldOut(data.validation, held_out_windows, config.evaluate.sequences)
         evaluate = Evaluate(tracker, meter, model, held_out, data.tokenizer().byte_lengths, config.evaluate.every)
@@ -261,6 +270,22 @@ def _claim(directory: RunDirectory | None, data: PreparedData) -> None:
         except Exception as caught:
             error = caught
     agree(error, world_group())
+
+
+def _start(config: RunConfig, vocab: int, trainer: Trainer, directory: RunDirectory | None) -> list[str]:
+    """Set the weights from `train.init_from`; all ranks fail together. Return what is to be said of it, in lines."""
+    error, lines = None, []
+    try:
+        if directory is not None:
+            directory.check_source()
+        source = check_start(config, vocab)
+        with closing(source):
+            trainer.engine.load_weights(source.read_flat)
+            lines = notes(config, source)
+    except Exception as caught:
+        error = caught
+    agree(error, world_group())
+    return lines
 
 
 def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:

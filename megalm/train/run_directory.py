@@ -23,8 +23,9 @@ from megalm.config.load import dump_yaml
 from megalm.config.optim import OptimRule
 from megalm.config.run import RunConfig, section_types
 from megalm.config.storage import masters_dtype, wide_dtype
-from megalm.errors import ConfigError
+from megalm.errors import CheckpointError, ConfigError
 from megalm.files import require_regular, write_durably
+from megalm.models.sources import fingerprint
 from megalm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ _OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl", *_TABLES)
 _OWNED_DIRECTORIES = ("checkpoints", "profile", "tensorboard", "wandb")
 
 # What may differ from one start of a run to the next. First where and how it is computed; the data's path is free
-# because its fingerprint is held instead, so prepared data may be moved.
+# because its fingerprint is held instead, so prepared data may be moved, and so is that of first weights.
 FREE_SECTIONS = frozenset(
     {
         *("run", "parallel", "zero", "overlap", "log", "checkpoint", "evaluate", "stability", "profile", "inspect"),
@@ -56,6 +57,7 @@ FREE_KEYS = frozenset(
         "train.offload_activations",
         "train.compile",
         "data.path",
+        "train.init_from",
         "model.kernels",
         "model.flash_attention",
         "loss.fused_head",
@@ -96,6 +98,15 @@ class RunDirectory:
         write_durably(self.path / IDENTITY_FILE, (json.dumps(self._identity, indent=1) + "\n").encode())
         write_durably(self.path / CONFIG_FILE, dump_yaml(self._config).encode())
 
+    def check_source(self) -> None:
+        """Raise CheckpointError where the weights at `train.init_from` are no longer those that the run began with."""
+        begun = self._identity["init_from"]
+        if begun is not None and (found := fingerprint(Path(begun["path"]))) != begun["fingerprint"]:
+            raise CheckpointError(
+                f"train.init_from={begun['path']}: its fingerprint is {found[:12]}, not {begun['fingerprint'][:12]} "
+                "when this run, which has saved nothing yet, began; begin anew with --fresh"
+            )
+
     def close(self) -> None:
         """Give the directory free; safe to call twice."""
         self._lock.close()
@@ -114,7 +125,7 @@ def check_run(
     if before is not None and fresh:
         _refuse_links(path)
     elif before is not None:
-        _refuse_other_run(path, before, _identity(config, data_fingerprint, tokenizer_fingerprint))
+        _refuse_other_run(path, before, _identity(config, data_fingerprint, tokenizer_fingerprint, before))
     return before
 
 
@@ -158,31 +169,53 @@ def open_run(
     except BaseException:
         lock.close()
         raise
-    identity = run_identity(config, data_fingerprint, tokenizer_fingerprint, world, model_parameters)
+    begun = None if fresh else before
+    identity = run_identity(config, data_fingerprint, tokenizer_fingerprint, world, model_parameters, begun)
     return RunDirectory(path, before is not None and not fresh, lock, config, identity, fresh)
 
 
 def run_identity(
-    config: RunConfig, data_fingerprint: str, tokenizer_fingerprint: str, world: int, model_parameters: int
+    config: RunConfig,
+    data_fingerprint: str,
+    tokenizer_fingerprint: str,
+    world: int,
+    model_parameters: int,
+    before: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return what `run.json` holds of a run."""
+    """Return what `run.json` holds of a run, which goes on with the one that `before` describes (None: a new one)."""
     return {
         "format": FORMAT,
         "megalm": __version__,
         "world": world,
         "model_parameters": model_parameters,
-        **_identity(config, data_fingerprint, tokenizer_fingerprint),
+        **_identity(config, data_fingerprint, tokenizer_fingerprint, before),
     }
 
 
-def _identity(config: RunConfig, data_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
+def _identity(
+    config: RunConfig, data_fingerprint: str, tokenizer_fingerprint: str, before: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return the part of a run's identity that a resume is compared with."""
     return {
+        "init_from": _first_weights(config, before),
         "data_fingerprint": data_fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint,
         "data_path": config.data.path,
         "fixed": fixed_settings(config),
     }
+
+
+def _first_weights(config: RunConfig, before: dict[str, Any] | None) -> dict[str, str] | None:
+    """Return path and fingerprint of the weights that a run starts with.
+
+    A run that was begun keeps those of its start: what has become of their source is nothing to a resume, so only
+    another path is looked at.
+    """
+    path = config.train.init_from
+    known: dict[str, str] | None = (before or {}).get("init_from")
+    if path is None or (known is not None and known["path"] == path):
+        return None if path is None else known
+    return {"path": path, "fingerprint": fingerprint(Path(path))}
 
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
@@ -270,6 +303,9 @@ def _refuse_other_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -
                 f"{label} fingerprint {before[name][:12]} there ({before['data_path']}), "
                 f"{now[name][:12]} here ({now['data_path']})"
             )
+    weights = [(each.get("init_from") or {}).get("fingerprint", "none") for each in (before, now)]
+    if weights[0] != weights[1]:
+        differences.append(f"first weights (train.init_from) {weights[0][:12]} there, {weights[1][:12]} here")
     if differences:
         raise ConfigError(
             f"run.dir={path} holds another run: {'; '.join(differences)}; choose another run.dir, "

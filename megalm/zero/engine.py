@@ -89,6 +89,10 @@ class ZeroEngine(ABC):
         """Set master weights, the optimizer state of `kinds`, and the weights; `steps` updates have been made."""
 
     @abstractmethod
+    def load_weights(self, read: ReadFragment) -> None:
+        """Set master weights and weights from "weight"; the optimizer stays as a new run's."""
+
+    @abstractmethod
     def masters_and_states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield the master weights that this rank updates, each with its optimizer state."""
 

@@ -216,6 +216,14 @@ class ReplicatedEngine(ZeroEngine):
         self.frozen.load(read)
         self.spread_weights()
 
+    @torch.no_grad()
+    def load_weights(self, read: ReadFragment) -> None:
+        """Read whole local tensors."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.view(-1).copy_(read(shard_of(weight), "weight", 0, master.numel()))
+        self.frozen.load(read)
+        self.spread_weights()
+
     def masters_and_states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield every master weight: stage 0 divides nothing."""
         for master in self.masters:

@@ -291,6 +291,16 @@ class ShardedEngine(ZeroEngine):
             self.frozen.load(read)
             self.spread_weights()
 
+    @torch.no_grad()
+    def load_weights(self, read: ReadFragment) -> None:
+        """Fill this rank's partition of the master weights, and give every rank the weights that follow from it."""
+        for piece in self.pieces:
+            at = slice(piece.offset, piece.offset + piece.length)
+            values = read(piece.shard, "weight", piece.start, piece.start + piece.length)
+            self.flats[piece.flat].view(-1)[at].copy_(values)
+        self.frozen.load(read)
+        self.spread_weights()
+
     def masters_and_states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield the flat tensors of this rank's partition."""
         for flat in self.flats:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megalm.config.model import ModelSection
 from megalm.config.patterns import BlockPattern
 from megalm.models import losses, transformer
-from megalm.nn import activations, attention, pattern_attention, positions, rotary
+from megalm.nn import activations, attention, norms, pattern_attention, positions, rotary
 from megalm.nn.dropout import StochasticDepth
 from megalm.train import adafactor, gradients, muon, optimizers, trainer
 from megalm.zero import replicated, wholes
@@ -50,6 +50,14 @@ def layers_counted_from_the_stage_s_first() -> Patches:
 
 def shared_key_and_value_see_one_ranks_heads_only() -> Patches:
     yield mock.patch.object(attention, "sum_gradient", _identity)
+
+
+def scores_divided_by_the_root_of_a_heads_size_all_the_same() -> Patches:
+    yield mock.patch.object(ModelSection, "query_factor", property(lambda self: 1.0))
+
+
+def weights_around_zero_taken_for_factors() -> Patches:
+    yield mock.patch.object(norms.ZeroCenteredRMSNorm, "normalise", norms.RMSNorm.normalise)
 
 
 def head_norms_see_one_ranks_heads_only() -> Patches:
@@ -298,6 +306,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(layers_counted_from_the_stage_s_first, Case(2, 1, 1, WINDOW)),
     Mutant(shared_key_and_value_see_one_ranks_heads_only, Case(1, 1, 2, MULTI_QUERY)),
     Mutant(head_norms_see_one_ranks_heads_only, Case(1, 1, 2, {"model.qk_norm": True, **SEQUENCE})),
+    Mutant(scores_divided_by_the_root_of_a_heads_size_all_the_same, Case(1, 1, 2, {"model.scores_head_dim": 7})),
+    Mutant(weights_around_zero_taken_for_factors, Case(1, 1, 2, {"model.norm": "rmsnorm_zero_centered", **SEQUENCE})),
     Mutant(sinks_in_the_numerator, Case(1, 1, 2, {"model.attention_sinks": True})),
     Mutant(documents_known_on_the_first_stage_only, Case(2, 1, 1, {"model.document_mask": True})),
     Mutant(samples_of_a_microbatch_counted_from_0, Case(1, 2, 1, {"model.stochastic_depth": 0.5})),
