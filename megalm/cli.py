@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from megalm.config.choices import CHOICES
 from megalm.errors import Interrupted, MegalmError, UserError
 from megalm.registry import nearest
 from megalm.version import __version__
@@ -177,6 +178,8 @@ def _add_run_commands(commands: _Commands) -> None:
     generate.add_argument("--top-p", type=_fraction, metavar="X", help="draw from the likeliest of probability X only")
     generate.add_argument("--seed", type=_number(0), default=0, metavar="N", help="of the draws (default: %(default)s)")
 
+    _add_exchange_commands(commands)
+
     inspect = commands.add("inspect", "inspect", "draw what a run noted of its layers (inspect.every)")
     inspect.add_argument("run", metavar="RUN", help="a run's directory")
     inspect.add_argument("--json", action="store_true", help="write the result as JSON")
@@ -186,6 +189,27 @@ def _add_run_commands(commands: _Commands) -> None:
     for parser in (train, evaluate, generate):
         parser.add_argument("--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)")
         parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+
+
+def _add_exchange_commands(commands: _Commands) -> None:
+    incoming = commands.add(
+        "import-hf", "models.huggingface.commands.import_hf", "make a run of a model of Hugging Face transformers"
+    )
+    incoming.add_argument("directory", metavar="DIR", help="with config.json, *.safetensors, tokenizer.json")
+    incoming.add_argument("--out", required=True, metavar="RUN", help="the run's directory to make")
+    incoming.add_argument(
+        "--precision", choices=CHOICES["precision"], help="of the recipe (default: that of the files)"
+    )
+    outgoing = commands.add(
+        "export-hf", "models.huggingface.commands.export_hf", "write a run's model for transformers, and check it"
+    )
+    outgoing.add_argument("run", metavar="RUN", help="a run's directory")
+    outgoing.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
+    outgoing.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema_decay)")
+    outgoing.add_argument("--dtype", choices=CHOICES["precision"], help="of the files (default: the run's precision)")
+    outgoing.add_argument("--family", metavar="NAME", help="a model_type (default: the first that has the model)")
+    for parser in (incoming, outgoing):
+        parser.add_argument("--json", action="store_true", help="write the result as JSON")
 
 
 def _add_dry_run(parser: _Parser) -> None:

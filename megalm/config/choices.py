@@ -12,7 +12,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "fp8": ("none", "tensorwise", "rowwise", "rowwise_with_gw_hp"),
     "reduce_dtype": ("fp32", "bf16"),
     "kernels": ("auto", "fused", "reference"),
-    "norm": ("layernorm", "rmsnorm"),
+    "norm": ("layernorm", "rmsnorm", "rmsnorm_zero_centered"),
     "norm_place": ("pre", "post", "sandwich"),
     "activation": ("relu", "relu2", "gelu", "gelu_erf", "silu", "geglu", "swiglu"),
     "position": ("none", "learned", "sinusoidal", "rotary", "alibi", "t5"),

@@ -79,3 +79,13 @@ def _states_by_parameter_need_all_ranks(config: RunConfig) -> Iterator[str]:
             f"optim.kind={config.optim.kind} takes all replicas to hold the same matrices, which those of "
             f"parallel.expert={config.parallel.expert} do not; use another kind, or parallel.expert=1"
         )
+
+
+@rule("model.scores_head_dim", "model.mup_base_head_dim")
+def _scores_have_one_divisor(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.scores_head_dim is not None and model.mup_base_head_dim is not None:
+        yield (
+            f"model.scores_head_dim={model.scores_head_dim} and model.mup_base_head_dim={model.mup_base_head_dim} "
+            "both say what scores are divided by; leave one of them out"
+        )

@@ -23,7 +23,8 @@ class ModelSection(Section):
     Attention: a query sees the last `window` tokens in the layers that are S in `window_pattern`, which repeats, and
     all of them in those that are L; with `document_mask` its own document only. `attention_sinks` add a learned term
     to the denominator of each head's softmax, `attention_gate` multiplies what a head gives by a sigmoid of the
-    layer's input. The caps bound scores and logits by tanh.
+    layer's input. The caps bound scores and logits by tanh. Scores are divided by the root of `scores_head_dim` (None:
+    of a head's size).
 
     With the `attention_pattern` strided a query sees blocks of `block_size` tokens: the last `local_blocks`, its own
     included, and each `block_stride`-th before its own; and the first `global_tokens` tokens. With hierarchical it sees
@@ -38,8 +39,9 @@ class ModelSection(Section):
     from it, which is given the embedding of the token before (DeepSeek-V3, 2024); see `loss.mtp`.
 
     Block: the norm stands before each half (pre), after the sum (post), or before and after the half (sandwich); with
-    `parallel_residual` both halves read the same input. What a half adds is multiplied by `residual_scale`, and left
-    out for whole samples with a probability that grows over the layers to `stochastic_depth`.
+    `parallel_residual` both halves read the same input. The norm rmsnorm_zero_centered multiplies by 1 + weight. What a
+    half adds is multiplied by `residual_scale`, and left out for whole samples with a probability that grows over the
+    layers to `stochastic_depth`.
 
     Mixture of experts: behind the first `dense_layers` an MLP is `experts` of `expert_ffn` features, without biases, of
     which a token goes to `experts_per_token`, those with the highest `router_score` of its router. `shared_experts`
@@ -81,6 +83,7 @@ class ModelSection(Section):
     activation: Annotated[str, one_of("activation")] = "gelu"
     bias: bool = True
     qkv_bias: bool | None = None
+    out_bias: bool | None = None
     embedding_norm: bool = False
     embedding_scale: AboveZero = 1.0
     residual_scale: AboveZero = 1.0
@@ -104,6 +107,7 @@ class ModelSection(Section):
     global_tokens: Count = 0
     document_mask: bool = False
     qk_norm: bool = False
+    scores_head_dim: Positive | None = None
     attention_softcap: AboveZero | None = None
     attention_sinks: bool = False
     attention_gate: bool = False
@@ -208,6 +212,11 @@ class ModelSection(Section):
         return not self.is_latent and (self.bias if self.qkv_bias is None else self.qkv_bias)
 
     @property
+    def has_out_bias(self) -> bool:
+        """Whether attention's projection back has a bias: `out_bias`, else `bias`."""
+        return self.bias if self.out_bias is None else self.out_bias
+
+    @property
     def probability_dropout(self) -> float:
         """The rate at which attention probabilities are dropped: `attention_dropout`, else `dropout`."""
         return self.dropout if self.attention_dropout is None else self.attention_dropout
@@ -272,7 +281,9 @@ class ModelSection(Section):
 
     @property
     def query_factor(self) -> float:
-        """What queries are multiplied by, so that scores are divided by a head's size and not by its root."""
+        """What queries are multiplied by: under muP scores are divided by a head's size and not by its root."""
+        if self.scores_head_dim is not None:
+            return math.sqrt(self.head_size / self.scores_head_dim)
         return 1.0 if self.mup_base_head_dim is None else math.sqrt(self.mup_base_head_dim / self.head_size)
 
     @property

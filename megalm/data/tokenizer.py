@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE.
+"""Text to token ids and back: byte-level BPE, and BPE of others that falls back to bytes.
 
 Owns training, loading and the fingerprint of a tokenizer. Where the text comes from and where the tokens go
 is left to `corpus` and `datasets`. Sources: Sennrich et al. 2016 (BPE); Radford et al. 2019 (on bytes), so
@@ -25,6 +25,8 @@ from megalm.files import require_regular, write_durably
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+"""What parts documents, by the names that GPT-2 and Qwen, Llama 3, Llama 2 and Mistral, and Gemma gave it."""
 FILE_NAME = "tokenizer.json"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
 LARGEST_VOCABULARY = 1 << 20
@@ -37,12 +39,19 @@ LARGEST_TRAINING_CHARACTERS = 1 << 29
 # The trainer reads some hundred texts ahead; long ones are given to it in pieces.
 TRAINING_PIECE_CHARACTERS = 1 << 16
 
+_BYTES = frozenset(f"<0x{number:02X}>" for number in range(256))
+_SPACE = "\u2581"  # stands for a space in tokenizers that fall back to bytes
+
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 USERS_PARALLELISM = os.environ.get(PARALLELISM)
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer with an end-of-text token; `decode(encode(text)) == text` for every text."""
+    """A BPE tokenizer with an end-of-text token that has tokens for every text.
+
+    Of those made here `decode(encode(text)) == text`. One that marks words by a character in place of a space, as Llama
+    2 has it, may lose a space in front of a text.
+    """
 
     def __init__(self, serialized: bytes, source: str = "the tokenizer") -> None:
         """Read a `tokenizer.json`. Raises DataError, naming `source`, if it is not one of this kind."""
@@ -53,9 +62,13 @@ class Tokenizer:
             raise DataError(
                 f"{source} is not a tokenizer.json: {reason}; make one with megalm tokenizer train"
             ) from error
-        end = self._inner.token_to_id(END_OF_TEXT)
-        if end is None:
-            raise DataError(f"{source} has no {END_OF_TEXT} token, which parts documents; add it to the tokenizer")
+        self.end_token = _end_of_text(self._inner)
+        end = None if self.end_token is None else self._inner.token_to_id(self.end_token)
+        if self.end_token is None or end is None:
+            raise DataError(
+                f"{source} has no {END_OF_TEXT} token, which parts documents (nor a special token "
+                f"{', '.join(ENDS_OF_TEXT[1:])}); add it to the tokenizer"
+            )
         # Text may spell out a special token; it is then text, and must not become a boundary between
         # documents.
         self._inner.encode_special_tokens = True
@@ -64,6 +77,8 @@ class Tokenizer:
         self.serialized = serialized
         self.end_of_text: int = end
         self.byte_lengths = _byte_lengths(self._inner, source)
+        # Where a mark is put in front of every text, a piece of a text has other tokens than in the whole.
+        self._may_be_cut = self.encode("a b") == self.encode("a") + self.encode(" b")
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -115,7 +130,7 @@ class Tokenizer:
             last_of_text.clear()
 
         for text in texts:
-            for piece, is_last in pieces(text, BATCH_CHARACTERS):
+            for piece, is_last in pieces(text, BATCH_CHARACTERS if self._may_be_cut else len(text)):
                 batch.append(piece)
                 last_of_text.append(is_last)
                 characters += len(piece)
@@ -226,19 +241,33 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
             return
 
 
+def _end_of_text(inner: tokenizers.Tokenizer) -> str | None:
+    """Return the token that parts documents: ours wherever it stands, another's name only as a special token."""
+    if inner.token_to_id(END_OF_TEXT) is not None:
+        return END_OF_TEXT
+    special = {token.content for token in inner.get_added_tokens_decoder().values() if token.special}
+    return next((name for name in ENDS_OF_TEXT if name in special), None)
+
+
 def _byte_lengths(inner: tokenizers.Tokenizer, source: str) -> NDArray[np.int64]:
     """Return how many bytes of text each id stands for, int64 [vocabulary]; 0 for special tokens."""
     special = inner.get_added_tokens_decoder()
     vocabulary = inner.get_vocab()
+    if max(vocabulary.values()) >= LARGEST_VOCABULARY:
+        raise DataError(f"{source} has token {max(vocabulary.values())}; at most {LARGEST_VOCABULARY} tokens are read")
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    falls_back = all(token in vocabulary for token in _BYTES)
     lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
     for token, number in vocabulary.items():
         if number in special:
             lengths[number] = 0 if special[number].special else len(token.encode())
+        elif falls_back:
+            lengths[number] = 1 if token in _BYTES else len(token.replace(_SPACE, " ").encode())
         elif alphabet.issuperset(token):
             lengths[number] = len(token)
         else:
             raise DataError(
-                f"{source} is not a byte-level tokenizer (token {token[:40]!r}); make one with megalm tokenizer train"
+                f"{source} is neither a byte-level tokenizer nor one that falls back to bytes (token {token[:40]!r}); "
+                "make one with megalm tokenizer train"
             )
     return lengths

@@ -80,7 +80,7 @@ class Attention(nn.Module):
             init=init,
             std=config.matrix_std,
             shrink=config.residual_shrink,
-            bias=config.bias,
+            bias=config.has_out_bias,
             sequence=sequence,
         )
         self.dropout = Dropout(f"{name}.probabilities", config.probability_dropout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ class Norm(nn.Module):
     `group` is the tensor group under sequence parallelism, otherwise None: then every rank sees every token.
     """
 
+    first_weight = 1.0
+
     def __init__(
         self,
         name: str,
@@ -40,7 +43,7 @@ class Norm(nn.Module):
         self.eps = eps
         self.group = group
         self.operations = operations
-        self.weight = init.constant(ShardSpec.whole(f"{name}.weight", (hidden,)), 1.0)
+        self.weight = init.constant(ShardSpec.whole(f"{name}.weight", (hidden,)), self.first_weight)
         self.bias = init.constant(ShardSpec.whole(f"{name}.bias", (hidden,)), 0.0) if bias else None
 
     def shared(self, parameter: Tensor) -> Tensor:
@@ -97,6 +100,18 @@ class RMSNorm(Norm):
     def normalise(self, x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor | None, **addition: Any) -> Any:
         """Normalise over D, after the residual addition where there is one."""
         return self.operations.rms_norm(x_BTD, weight_D, eps=self.eps, **addition)
+
+
+@NORMS.register("rmsnorm_zero_centered")
+class ZeroCenteredRMSNorm(RMSNorm):
+    """RMSNorm times 1 + weight, added in fp32 or wider: around zero a weight of 16 bits has more digits (Gemma)."""
+
+    first_weight = 0.0
+
+    def normalise(self, x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor | None, **addition: Any) -> Any:
+        """Normalise over D, after the residual addition where there is one."""
+        factor_D = 1.0 + weight_D.to(torch.promote_types(weight_D.dtype, torch.float32))
+        return super().normalise(x_BTD, factor_D, bias_D, **addition)
 
 
 def build_norm(

@@ -51,7 +51,7 @@ def count_parameters(model: ModelSection, vocab: int) -> ParameterCount:
     """Return the exact parameter count of each part, from the recipe alone. `vocab` is unpadded."""
     norm = model.hidden * (2 if model.norm == "layernorm" and model.bias else 1)
     attention = sum(model.attention_matrices.values())
-    attention += model.projected_width * model.has_qkv_bias + model.hidden * model.bias
+    attention += model.projected_width * model.has_qkv_bias + model.hidden * model.has_out_bias
     attention += model.heads * model.attention_sinks
     if model.position == "t5":
         layers = sum(model.knows_positions(layer) for layer in range(model.blocks))

@@ -38,7 +38,8 @@ def test_gradients_of_norm_weights_cover_the_tokens_of_all_ranks_under_sequence_
 def test_a_norm_begins_as_the_plain_normalisation() -> None:
     for kind in NORMS.names():
         norm = NORMS.get(kind)("n", 5, eps=1e-5, bias=True, group=None, init=INIT, operations=OPERATIONS)
-        assert torch.equal(norm.weight, torch.ones(5, dtype=torch.float64))
+        assert torch.equal(norm.weight, torch.full((5,), norm.first_weight, dtype=torch.float64))
+        assert norm.first_weight == float(kind != "rmsnorm_zero_centered")
         assert norm.bias is None or not norm.bias.any()
 
 

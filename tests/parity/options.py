@@ -87,7 +87,7 @@ FACTORS: dict[str, list[Any]] = {
         {**HIERARCHICAL, "model.block_size": 4, "model.local_blocks": 1},
     ],
     "norm place": one("model.norm_place", "post", "sandwich"),
-    "norm": one("model.norm", "rmsnorm"),
+    "norm": one("model.norm", "rmsnorm", "rmsnorm_zero_centered"),
     "parallel": one("model.parallel_residual", True),
     "experts": [
         NONE,
@@ -98,7 +98,7 @@ FACTORS: dict[str, list[Any]] = {
         {**EXPERTS, "parallel.expert": 2},
         {**BALANCED, **FULL, "parallel.expert": 2},
     ],
-    "bias": [NONE, {"model.bias": False}, {"model.bias": False, "model.qkv_bias": True}],
+    "bias": [NONE, {"model.bias": False}, {"model.bias": False, "model.qkv_bias": True}, {"model.out_bias": False}],
     "dropout": [
         NONE,
         {"model.dropout": 0.1},
@@ -109,6 +109,7 @@ FACTORS: dict[str, list[Any]] = {
     "nope": one("model.nope_every", 2),
     "documents": [NONE, {"model.document_mask": True}, {"data.rows": "documents"}],
     "qk_norm": one("model.qk_norm", True),
+    "score scale": one("model.scores_head_dim", 7),
     "caps": [NONE, {"model.attention_softcap": 3.0, "model.logit_softcap": 4.0}],
     "sinks": one("model.attention_sinks", True),
     "gate": one("model.attention_gate", True),

@@ -112,7 +112,8 @@ def initial_parameter(config: RunConfig, name: str, shape: tuple[int, ...]) -> T
     if name.endswith((".bias", ".sinks")):
         return torch.zeros(shape, dtype=torch.float64)
     if len(shape) == 1:  # the weight of a norm
-        return torch.ones(shape, dtype=torch.float64)
+        around_zero = model.norm == "rmsnorm_zero_centered" and not name.endswith(reference_model.HEADS_NORMS)
+        return torch.full(shape, 0.0 if around_zero else 1.0, dtype=torch.float64)
     std = model.init_std
     if name not in ("embedding.weight", "head.weight", "position.weight") and not name.endswith(TABLES):
         if model.init == "xavier":

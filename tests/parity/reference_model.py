@@ -19,6 +19,8 @@ from tests.parity.reference_latent import latent_heads, latent_shapes, latent_si
 from tests.parity.reference_masks import visible
 
 Weights = dict[str, Tensor]
+HEADS_NORMS = ("q_norm.weight", "k_norm.weight", "latent_norm.weight")
+"""The norms of heads and latents, which are RMSNorms whatever the recipe's norm is."""
 Drop = Callable[[Tensor, str, float, int], Tensor]
 """(x, site, rate, dims) -> x with elements dropped; the mask has the first `dims` dims of x."""
 
@@ -47,6 +49,7 @@ def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ..
     if model.embedding_norm:
         norm("embedding_norm")
     qkv_bias = model.bias if model.qkv_bias is None else model.qkv_bias
+    out_bias = model.bias if model.out_bias is None else model.out_bias
     for i in range(model.layers + model.mtp_depth):
         attention = f"blocks.{i}.attention"
         norm(f"{attention}_norm")
@@ -63,7 +66,8 @@ def parameter_shapes(model: ModelSection, vocab: int) -> dict[str, tuple[int, ..
             shapes[f"{attention}.q_norm.weight"] = shapes[f"{attention}.k_norm.weight"] = (size,)
         if model.attention_sinks:
             shapes[f"{attention}.sinks"] = (heads,)
-        linear(f"{attention}.out", (width,), heads * (size if model.kv_rank is None else latent_sizes(model)[2]))
+        values = heads * (size if model.kv_rank is None else latent_sizes(model)[2])
+        linear(f"{attention}.out", (width,), values, out_bias)
         norm(f"blocks.{i}.mlp_norm")
         if model.experts is not None and i >= model.dense_layers:
             shapes |= reference_experts.shapes(model, f"blocks.{i}.mlp")
@@ -176,10 +180,12 @@ class Formulas:
     def norm(self, x: Tensor, name: str) -> Tensor:
         """Return LayerNorm or RMSNorm over the last dim."""
         wide = x.to(self.wide)
-        if self.model.norm == "layernorm" and not name.endswith(("q_norm", "k_norm", "latent_norm")):
+        if self.model.norm == "layernorm" and not f"{name}.weight".endswith(HEADS_NORMS):
             wide = wide - wide.mean(dim=-1, keepdim=True)
         wide = wide / torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + self.model.norm_eps)
-        wide = wide * self.w[f"{name}.weight"].to(self.wide)
+        weight = self.w[f"{name}.weight"].to(self.wide)
+        around_zero = self.model.norm == "rmsnorm_zero_centered" and not f"{name}.weight".endswith(HEADS_NORMS)
+        wide = wide * (1.0 + weight if around_zero else weight)
         if f"{name}.bias" in self.w:
             wide = wide + self.w[f"{name}.bias"].to(self.wide)
         return wide.to(x.dtype)
@@ -205,7 +211,8 @@ class Formulas:
         places = torch.arange(length, dtype=self.wide)[:, None]
         if model.attention_pattern == "hierarchical":
             k, v, places = (summarised(x, model.block_size) for x in (k, v, places))  # T below grows by their number
-        scores = (q @ k.transpose(-1, -2)).to(self.wide) / math.sqrt(q.shape[-1])  # [rows,H,T,T]
+        divisor = q.shape[-1] if model.scores_head_dim is None else model.scores_head_dim
+        scores = (q @ k.transpose(-1, -2)).to(self.wide) / math.sqrt(divisor)  # [rows,H,T,T]
         if model.mup_base_head_dim is not None:  # sqrt(base) / size in all
             scores = scores * math.sqrt(model.mup_base_head_dim) / math.sqrt(q.shape[-1])
         if model.attention_softcap is not None:

@@ -1,0 +1,243 @@
+"""`megalm export-hf`: a run's weights become a Hugging Face directory, tensor by tensor.
+
+Owns the choice of the family and the files; `checking` compares what was written. A directory appears by a rename,
+once it is whole, on the disk, and found to give the same logits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm.checkpoint.files import FileSystem
+from megalm.checkpoint.manager import latest_checkpoint
+from megalm.checkpoint.reader import CheckpointReader
+from megalm.checkpoint.tensor_file import BLOCK_BYTES, DTYPE_NAMES, as_bytes
+from megalm.checkpoint.writer import storage_error
+from megalm.config.model import ModelSection
+from megalm.config.trained import trained_config
+from megalm.data.tokenizer import FILE_NAME, Tokenizer
+from megalm.errors import CheckpointError, ConfigError
+from megalm.models.build import DTYPES
+from megalm.models.huggingface.checking import check_logits, require_transformers
+from megalm.models.huggingface.configs import differences
+from megalm.models.huggingface.families import FAMILIES, Family
+from megalm.models.huggingface.mapping import Bound, Part, bind
+from megalm.models.huggingface.safetensors_files import INDEX, SINGLE
+from megalm.models.huggingface.tokenizer_files import tokenizer_files
+from megalm.models.imported import SOURCE_FILE, publish, require_free
+
+SHARD_BYTES = 5_000_000_000  # of one file, as the peers have it; a tensor that is larger has a file of its own
+_ALONE = ("run.device=cpu", "model.kernels=reference")
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """One tensor to be written: its name and shape, and the parts of ours that fill it."""
+
+    name: str
+    shape: tuple[int, ...]
+    bound: Bound
+    parts: tuple[Part, ...]
+
+
+def export_model(
+    run: Path,
+    out: Path,
+    averaged: bool = False,
+    dtype: str | None = None,
+    family: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write the newest weights of a run (`averaged`: their average) as a Hugging Face directory `out`.
+
+    `dtype` is that of the files (None: the recipe's precision), `family` a model_type (None: the one that fits). Keys
+    of the result: out, family, step, weights, dtype, parameters, files, largest_difference, tolerance. Raises
+    ConfigError for a model that the family cannot express, naming what it is, CheckpointError where the written model
+    differs.
+    """
+    require_free(out)
+    require_transformers()
+    config = trained_config(run, _ALONE)
+    reader = latest_checkpoint(run)
+    if reader is None:
+        raise CheckpointError(f"{run}: no checkpoint yet; train the run until it has saved one")
+    tokenizer = Tokenizer.load(run) if (run / FILE_NAME).exists() else None
+    vocab = config.model.vocab or (0 if tokenizer is None else tokenizer.vocabulary)
+    chosen, values = choose(config.model, vocab, family or _imported_from(run))
+    dtype = dtype or config.precision
+    files, partial = FileSystem(), out.with_name(f".{out.name}.partial")
+    try:
+        files.make_directory(partial.parent)
+        files.remove_tree(partial)
+        files.make_directory(partial)
+        tensors = list(theirs(chosen, config.model, vocab))
+        names = write_weights(files, partial, tensors, reader, averaged, DTYPES[dtype], shard_bytes)
+        extras = tokenizer_files(tokenizer, config.model.sequence)
+        tokens = {} if tokenizer is None else {"bos_token_id": tokenizer.end_of_text} | _ends(tokenizer)
+        # Both words for the dtype: the older is the one that every version reads.
+        extras["config.json"] = _json({**values, **tokens, "torch_dtype": _torch_name(dtype)})
+        extras["generation_config.json"] = _json({"_from_model_config": True, **tokens})
+        for name, text in extras.items():
+            files.write_file(partial / name, text)
+        found = check_logits(partial, config, vocab, reader, averaged, DTYPES[dtype])
+        publish(files, partial, out)
+    except OSError as error:
+        raise storage_error(error, partial) from error
+    finally:
+        reader.close()
+        files.remove_tree(partial)
+    return {
+        "out": str(out),
+        "family": chosen.name,
+        "step": reader.step,
+        "weights": "averaged" if averaged else "last",
+        "dtype": dtype,
+        "parameters": sum(prod(tensor.shape) for tensor in tensors),
+        "files": len(names),
+        **found,
+    }
+
+
+def _ends(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"eos_token_id": tokenizer.end_of_text}
+
+
+def _torch_name(dtype: str) -> str:
+    return str(DTYPES[dtype]).removeprefix("torch.")
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _imported_from(run: Path) -> str | None:
+    """Return the model_type that a run was imported from, so that it leaves as what it came."""
+    try:
+        source = json.loads((run / SOURCE_FILE).read_text(encoding="utf-8"))
+        return str(source["model_type"]) if source["model_type"] in FAMILIES else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def choose(model: ModelSection, vocab: int, preferred: str | None) -> tuple[Family, dict[str, Any]]:
+    """Return the first family that expresses a model, `preferred` before all others, and its config.json.
+
+    Raises ConfigError where none does, naming what the nearest one lacks.
+    """
+    order = [FAMILIES[preferred]] if preferred else []
+    order += [family for family in FAMILIES.values() if family.model_type != preferred]
+    lacks: dict[str, list[str]] = {}
+    for family in order:
+        values = family.config(model, vocab)
+        try:
+            lacks[family.name] = differences(
+                model.model_copy(update={"vocab": vocab}), family.section(values, "the model section")
+            )
+        except ConfigError as error:
+            lacks[family.name] = [str(error)]
+        if not lacks[family.name]:
+            return family, values
+    nearest = order[0].name if preferred else min(lacks, key=lambda name: len(lacks[name]))
+    raise ConfigError(
+        f"no family of transformers that megalm writes has {', '.join(lacks[nearest])} ({nearest} has all else); "
+        "megalm evaluate and megalm generate take the run as it is"
+    )
+
+
+def theirs(family: Family, model: ModelSection, vocab: int) -> Iterator[Theirs]:
+    """Yield the tensors to be written, in the order of the model."""
+    for bound in bind(family.rows, model, vocab).values():
+        for index, (name, shape) in enumerate(zip(bound.names, bound.layout.theirs, strict=True)):
+            yield Theirs(name, shape, bound, tuple(part for part in bound.layout.parts if part.index == index))
+
+
+def write_weights(
+    files: FileSystem,
+    directory: Path,
+    tensors: list[Theirs],
+    reader: CheckpointReader,
+    averaged: bool,
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> list[str]:
+    """Write the safetensors files and their index; return their names. Raises OSError and CheckpointError."""
+    with_average = set(reader.names("ema")) if averaged else set()
+    if averaged and not with_average:
+        raise CheckpointError(f"{reader.directory}: no averaged weights; train with optim.ema_decay, or without --ema")
+    groups: list[list[Theirs]] = []
+    room = 0
+    for tensor in tensors:
+        size = prod(tensor.shape) * dtype.itemsize
+        if size > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(tensor)
+        room -= size
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    weight_map = {}
+    for name, group in zip(names, groups, strict=True):
+        _write_file(files, directory / name, group, reader, with_average, dtype)
+        weight_map |= {tensor.name: name for tensor in group}
+    if count > 1:
+        total = sum(prod(tensor.shape) for tensor in tensors) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files.write_file(directory / INDEX, _json(index))
+    return names
+
+
+def _write_file(
+    files: FileSystem,
+    path: Path,
+    tensors: list[Theirs],
+    reader: CheckpointReader,
+    with_average: set[str],
+    dtype: torch.dtype,
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + prod(tensor.shape) * dtype.itemsize
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    descriptor = files.create(path)
+    try:
+        files.write(descriptor, len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            kind = "ema" if tensor.bound.spec.name in with_average else "weight"
+            values = read_theirs(reader, tensor, kind).to(dtype).reshape(-1)
+            for block in torch.split(values, BLOCK_BYTES // dtype.itemsize):
+                files.write(descriptor, as_bytes(block).data)
+        files.sync(descriptor)
+    finally:
+        files.close(descriptor)
+
+
+def read_theirs(reader: CheckpointReader, tensor: Theirs, kind: str) -> Tensor:
+    """Return one of their tensors; of ours the range is read from its first number to its last."""
+    layout, out = tensor.bound.layout, None
+    strides = [prod(layout.shape[dim + 1 :]) for dim in range(len(layout.shape))]
+    for part in tensor.parts:
+        sizes = part.view.shape
+        low = sum(at * stride for at, stride in zip(part.at, strides, strict=True))
+        high = low + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
+        flat = reader.read_flat(tensor.bound.spec, kind, low, high)
+        if out is None:
+            out = torch.empty(tensor.shape, dtype=flat.dtype)
+        place = out.as_strided(sizes, part.view.stride(), part.view.storage_offset())
+        place.copy_(flat.as_strided(sizes, strides))
+    assert out is not None, tensor.name
+    return out
