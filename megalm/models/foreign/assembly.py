@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from megalm.config.model import ModelSection
@@ -143,6 +144,16 @@ class Assembly:
                 raise CheckpointError(
                     f"{self.path}: {copy.source} differs from the embedding to which it is tied; one of them is damaged"
                 )
+
+
+def section_of(values: Mapping[str, Any], path: str) -> ModelSection:
+    """Return the section `model` of its values. Raises CheckpointError for one that a recipe does not allow."""
+    try:
+        return ModelSection.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: its arguments give model.{key}={first['input']!r}: {first['msg']}") from error
 
 
 def expected_shapes(model: ModelSection) -> dict[str, tuple[int, ...]]:

@@ -32,7 +32,7 @@ def import_deepspeed(args: Namespace) -> int:
 
 
 def _import(args: Namespace, read: Callable[[Path, int | None], ForeignModel]) -> int:
-    directory, out = Path(args.directory), Path(args.out)
+    directory, out = Path(args.directory).resolve(), Path(args.out)  # links below are refused
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is no directory; name one with checkpoints")
     if not args.trust:

@@ -20,7 +20,7 @@ from typing import Any
 from megalm.config.model import ModelSection
 from megalm.distributed.sharding import Fragment
 from megalm.errors import CheckpointError
-from megalm.models.foreign.assembly import Assembly
+from megalm.models.foreign.assembly import Assembly, section_of
 from megalm.models.foreign.imported_model import ForeignModel, latest
 from megalm.models.foreign.megatron import arguments, facts_of, precision_of, vocabulary
 from megalm.models.foreign.megatron_arguments import model_of, zero_centered
@@ -80,7 +80,7 @@ def read_universal(directory: Path, vocab: int | None = None) -> ForeignModel:
     _check_gates(parameters, given, directory)
     rows = sum(item.tensor(WEIGHTS).shape[0] for item in parameters if item.place is EMBEDDING)
     section["vocab"] = vocabulary(rows, vocab, str(directory))
-    model = ModelSection.model_validate(section)
+    model = section_of(section, str(directory))
     weights = _assembly(parameters, WEIGHTS, directory, model, zero_centered(given))
     steps = {item.step for item in parameters}
     moments: list[tuple[str, Assembly]] = []

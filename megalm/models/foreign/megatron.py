@@ -16,9 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megalm.config.model import ModelSection
 from megalm.errors import CheckpointError
-from megalm.models.foreign.assembly import Assembly
+from megalm.models.foreign.assembly import Assembly, section_of
 from megalm.models.foreign.imported_model import ForeignModel, latest
 from megalm.models.foreign.megatron_arguments import model_of, zero_centered
 from megalm.models.foreign.names import EMBEDDING, Place, is_no_weight, place_of
@@ -67,7 +66,7 @@ def read_megatron(directory: Path, vocab: int | None = None) -> ForeignModel:
     tensors = _merged({rank: _chunks(contents[rank], ranks[rank]) for rank in ranks}, section["layers"], directory)
     padded = sum(part.shape[0] for _, place, parts in tensors.values() for part in parts if place is EMBEDDING)
     section["vocab"] = vocabulary(padded, vocab, str(directory))
-    assembly = Assembly(str(directory), ModelSection.model_validate(section), zero_centered(given))
+    assembly = Assembly(str(directory), section_of(section, str(directory)), zero_centered(given))
     for (layer, _), (source, place, parts) in tensors.items():
         assembly.add(source, layer, place, parts)
     assembly.check()

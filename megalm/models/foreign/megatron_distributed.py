@@ -10,8 +10,8 @@ so does what Adam keeps, in the formats that keep it by parameter (not `dp_resha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from megalm.config.model import ModelSection
 from megalm.distributed.sharding import Fragment
 from megalm.errors import CheckpointError
-from megalm.models.foreign.assembly import Assembly
+from megalm.models.foreign.assembly import Assembly, section_of
 from megalm.models.foreign.imported_model import ForeignModel
 from megalm.models.foreign.megatron import arguments, facts_of, precision_of, vocabulary
 from megalm.models.foreign.megatron_arguments import model_of, zero_centered
@@ -42,11 +42,13 @@ Region = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass
 class ChunkedTensor:
-    """A tensor in chunks, each in a file; `layer` (None: all of it) is the one of its first dim that is meant."""
+    """A tensor in chunks; `layer` (None: all of it) is the one of its first dim that is meant."""
 
     name: str
     size: tuple[int, ...]
-    chunks: Mapping[Region, Piece]
+    places: Mapping[Region, Piece]
+    chunks: dict[Region, StoredTensor] = field(default_factory=dict)
+    """Filled by `find_chunks`, for all tensors together."""
     layer: int | None = None
 
     @property
@@ -55,25 +57,28 @@ class ChunkedTensor:
         return self.size if self.layer is None else self.size[1:]
 
     def read(self) -> Tensor:
-        """Return the whole, or its one layer. Raises CheckpointError where a chunk is not what the index says."""
-        wanted = [
-            (begin, length, piece)
-            for (begin, length), piece in self.chunks.items()
-            if self.layer is None or begin[0] <= self.layer < begin[0] + length[0]
-        ]
+        """Return the whole, or its one layer."""
         whole: Tensor | None = None
-        for (begin, length, piece), stored in zip(wanted, read_files([item[2] for item in wanted]), strict=True):
-            if not isinstance(stored, StoredTensor) or stored.shape != length:
-                raise CheckpointError(f"{piece.path}: a chunk of {self.name} is no tensor of {list(length)}")
+        for (begin, length), stored in self.chunks.items():
+            if self.layer is not None and not begin[0] <= self.layer < begin[0] + length[0]:
+                continue
             values = stored.read()
             if self.layer is not None:
                 values, begin = values[self.layer - begin[0]], begin[1:]
             if whole is None:
                 whole = torch.empty(self.shape, dtype=values.dtype)
             whole[tuple(slice(at, at + count) for at, count in zip(begin, values.shape, strict=True))] = values
-        if whole is None:
-            raise CheckpointError(f"{self.name}: no chunk holds layer {self.layer}")
+        assert whole is not None, f"{self.name}: chunks are the whole of it, so one has layer {self.layer}"
         return whole
+
+
+def find_chunks(tensors: Iterable[ChunkedTensor]) -> None:
+    """Find each chunk's numbers in its file. Raises CheckpointError where one is not what the index says."""
+    wanted = [(tensor, region, piece) for tensor in tensors for region, piece in tensor.places.items()]
+    for (tensor, region, piece), stored in zip(wanted, read_files([item[2] for item in wanted]), strict=True):
+        if not isinstance(stored, StoredTensor) or stored.shape != region[1]:
+            raise CheckpointError(f"{piece.path}: a chunk of {tensor.name} is no tensor of {list(region[1])}")
+        tensor.chunks[region] = stored
 
 
 def read_distributed(directory: Path, vocab: int | None = None) -> ForeignModel:
@@ -86,19 +91,22 @@ def read_distributed(directory: Path, vocab: int | None = None) -> ForeignModel:
     given = arguments(common.get("args"), str(directory / "common.pt"))
     section = model_of(given, str(directory))
     kinds = _by_kind(_index(directory), section["layers"], directory)
+    if not all(kind in kinds for kind in MOMENTS):
+        kinds = {kind: tensors for kind, tensors in kinds.items() if kind not in MOMENTS}
+    if MASTERS in kinds:
+        del kinds[""]
     weights = kinds.get(MASTERS) or kinds.get("", [])
     rows = sum(tensor.shape[0] for _, _, place, tensor in weights if place is EMBEDDING)
     section["vocab"] = vocabulary(rows, vocab, str(directory))
-    model = ModelSection.model_validate(section)
+    model = section_of(section, str(directory))
     assembly = _assembly(weights, directory, model, zero_centered(given))
     moments = [(kind, _assembly(kinds[kind], directory, model, False)) for kind in MOMENTS if kind in kinds]
+    find_chunks({id(found[3].places): found[3] for tensors in kinds.values() for found in tensors}.values())
     step = common.get("iteration")
     step = step if type(step) is int and step >= 0 else 0
     facts = facts_of(given, "Megatron-LM", step, rows)
-    if len(moments) == len(MOMENTS):
+    if moments:
         facts |= {"optimizer_steps": _updates(common, step)}
-    else:
-        moments = []
 
     def optimizer() -> Iterator[Fragment]:
         return chain.from_iterable(part.fragments(kind) for kind, part in moments)
@@ -144,7 +152,7 @@ def _by_kind(tensors: Mapping[str, ChunkedTensor], layers: int, directory: Path)
                 raise CheckpointError(
                     f"{directory}: holds {source} {list(tensor.size)}, which a recipe has no tensor for"
                 )
-            whole = tensor if layer is None else ChunkedTensor(source, tensor.size, tensor.chunks, layer)
+            whole = tensor if layer is None else replace(tensor, layer=layer)
             kinds.setdefault(kind, []).append((source, *place, whole))
     return kinds
 
@@ -166,7 +174,7 @@ def _tensors(index: Opaque, directory: Path) -> Iterator[tuple[str, ChunkedTenso
         if not about.name.endswith("TensorStorageMetadata"):
             continue
         size = _numbers(about.state["size"])
-        chunks = {}
+        chunks: dict[Region, Piece] = {}
         for chunk in about.state["chunks"]:
             begin, length = _numbers(chunk.state["offsets"]), _numbers(chunk.state["sizes"])
             if len(begin) != len(size) or any(a + n > whole for a, n, whole in zip(begin, length, size, strict=True)):

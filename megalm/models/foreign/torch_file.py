@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _FILES_A_PROCESS = 200
 _PIECES_A_PROCESS = 1000
-_MOST_ANSWER_BYTES = 1 << 30
+_MOST_ANSWER_BYTES = 256 << 20
 _SECONDS = 900
 _PROGRAM = "import sys; sys.path.append({root!r}); from megalm.models.foreign.confinement import main; main()"
 MAPPING = "builtins.dict"

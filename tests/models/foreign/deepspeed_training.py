@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.distributed.mesh import ParallelMesh
 from tests.models.foreign.gpt import LEGACY, Shape, Weights, arguments, random_weights, renamed, tensor_rank
 
-STEPS, LR, TARGET, VOCAB = 3, 1e-2, 0.1, 21
+STEPS, LR, TARGET, VOCAB, TENSOR = 3, 1e-2, 0.1, 21, 2
 SHAPE = Shape(layers=2, groups=2, rms=True, swiglu=True, rope=True, bias=False, qkv_bias=False, tied=False)
 PATTERNS = {
     "universal_checkpoint_version": 0.2,
@@ -42,7 +41,7 @@ PATTERNS = {
 
 
 def gradient(weight: Tensor) -> Tensor:
-    """Return that of the mean of the data ranks' losses, (1 and 2) * (weight - target)^2."""
+    """Return that of the loss, 1.5 (weight - target)^2."""
     return 3.0 * (weight - TARGET)
 
 
@@ -71,52 +70,56 @@ def megatron_deepspeed_arguments(shape: Shape, tensor: int) -> argparse.Namespac
 
 
 class Unit:
-    """The process groups, as DeepSpeed asks for them."""
+    """The process groups of one tensor rank of several, as DeepSpeed asks for them; each is of this process alone.
 
-    def __init__(self, mesh: ParallelMesh) -> None:
-        groups = {"data": "data", "model": "tensor", "tensor_model": "tensor"}
-        for theirs, ours in groups.items():
-            group = mesh.group(ours)  # type: ignore[arg-type]
-            setattr(self, f"get_{theirs}_parallel_group", lambda group=group: group)
-            setattr(self, f"get_{theirs}_parallel_world_size", lambda group=group: group.size())
-            setattr(self, f"get_{theirs}_parallel_rank", lambda group=group: group.rank())
+    Nothing is summed over tensor ranks in what is trained here, so they may come one after the other.
+    """
+
+    def __init__(self, mesh: ParallelMesh, rank: int) -> None:
+        for name, index, size in (("data", 0, 1), ("model", rank, TENSOR), ("tensor_model", rank, TENSOR)):
+            setattr(self, f"get_{name}_parallel_group", lambda: mesh.group("data"))
+            setattr(self, f"get_{name}_parallel_world_size", lambda size=size: size)
+            setattr(self, f"get_{name}_parallel_rank", lambda index=index: index)
 
 
 def train_and_convert(mesh: ParallelMesh, directory: str) -> None:
-    """Train a few steps under ZeRO 1 over the mesh's ranks, save, and convert on rank 0."""
+    """Train a few steps of each tensor rank under ZeRO 1, save, and convert."""
     from megalm.zero import deepspeed_engine as ours  # which keeps DeepSpeed from compiling, and forgets its world
 
     ours._join(mesh)
-    import deepspeed
     from deepspeed.checkpoint.ds_to_universal import main
 
-    torch.manual_seed(0)
-    rank, size = mesh.index("tensor"), mesh.size("tensor")
+    saved = Path(directory) / f"global_step{STEPS}"
+    for rank in range(TENSOR):
+        _train(mesh, rank, saved)
+    convert = argparse.Namespace(input_folder=str(saved), output_folder=f"{saved}_universal", strict=True)
+    vars(convert).update(num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False)
+    main(argparse.Namespace(**vars(convert), inject_missing_state=False))
+
+
+def _train(mesh: ParallelMesh, rank: int, saved: Path) -> None:
+    import deepspeed
+
+    from megalm.zero import deepspeed_engine as ours
+
     model = nn.Module()
-    tensors = renamed(tensor_rank(SHAPE, random_weights(SHAPE, torch.float32), rank, size), LEGACY)
+    tensors = renamed(tensor_rank(SHAPE, random_weights(SHAPE, torch.float32), rank, TENSOR), LEGACY)
     for name, tensor in tensors.items():
         add(model, f"language_model.{name}", tensor)
-    model.forward = lambda factor: sum((factor * (p - TARGET) ** 2).sum() for p in model.parameters())  # type: ignore
+    model.forward = lambda: sum((1.5 * (p - TARGET) ** 2).sum() for p in model.parameters())  # type: ignore
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
         "zero_allow_untested_optimizer": True,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=Unit(mesh), config=config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=Unit(mesh, rank), config=config)
     ours._ENGINES.add(engine)
     for _ in range(STEPS):
-        engine.backward(engine(float(1 + mesh.index("data"))))
+        engine.backward(engine())
         engine.step()
-    client: dict[str, Any] = {"args": megatron_deepspeed_arguments(SHAPE, size), "iteration": STEPS}
-    saved = Path(directory) / f"global_step{STEPS}"
-    engine.save_checkpoint(directory, saved.name, {**client, "universal_checkpoint_info": PATTERNS})
-    dist.barrier()
-    if dist.get_rank() == 0:
-        convert = argparse.Namespace(input_folder=str(saved), output_folder=f"{saved}_universal", strict=True)
-        vars(convert).update(num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False)
-        main(argparse.Namespace(**vars(convert), inject_missing_state=False))
-    dist.barrier()
+    client: dict[str, Any] = {"args": megatron_deepspeed_arguments(SHAPE, TENSOR), "iteration": STEPS}
+    engine.save_checkpoint(str(saved.parent), saved.name, {**client, "universal_checkpoint_info": PATTERNS})
 
 
 def add(module: nn.Module, name: str, tensor: Tensor) -> None:
