@@ -110,6 +110,7 @@ def _train(mesh: ParallelMesh, rank: int, saved: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     config = {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
         "zero_allow_untested_optimizer": True,
     }

@@ -51,7 +51,7 @@ def check(run: Path, kind: str, expected: Weights) -> None:
 
 def test_a_model_of_deepspeeds_trains_on_with_its_masters_and_moments(pool: WorkerPool, tmp_path: Path) -> None:
     directory, run = tmp_path / "deepspeed", tmp_path / "run"
-    pool.run(train_and_convert, str(directory), layout=RankLayout(), timeout_s=600)
+    pool.run(train_and_convert, str(directory), layout=RankLayout(), timeout_s=1200)
     found = read_foreign_deepspeed(directory)
     assert found.step == STEPS and found.facts["optimizer_steps"] == STEPS
     import_model(found, run, None)

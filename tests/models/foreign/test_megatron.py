@@ -12,7 +12,9 @@ from torch import Tensor
 
 from megalm.cli import main
 from megalm.errors import CheckpointError
+from megalm.models.foreign import names
 from megalm.models.foreign.command import import_model
+from megalm.models.foreign.names import gated_rows
 from megalm.models.foreign.read import read_foreign_megatron
 from tests.models.foreign.gpt import (
     LEGACY,
@@ -164,3 +166,18 @@ def test_the_command_asks_for_trust_and_says_what_it_means(tmp_path: Path, capsy
     assert "Megatron-LM" in capsys.readouterr().out
     assert tensors_of(tmp_path / "run")["embedding.weight"].shape == (23, 16)
     assert main([*command, "--trust"]) == 2 and "is there already" in capsys.readouterr().err
+
+
+FAULTS: dict[str, Any] = {
+    "gates joined one behind the other": ("gated_rows", lambda parts: torch.cat(list(parts)).unflatten(0, (2, -1))),
+    "ranks in the other order": ("gated_rows", lambda parts: gated_rows(list(parts)[::-1])),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_logits_tell_of_a_wrong_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Shapes are right with these faults, so nothing else would."""
+    monkeypatch.setattr(names, *FAULTS[fault])
+    weights = random_weights(LLAMA)
+    run = imported(save_megatron(tmp_path / "megatron", LLAMA, weights, tensor=2), tmp_path / "run")
+    assert (logits_of(run, TOKENS) - logits(LLAMA, weights, TOKENS)).abs().max() > 1e-3
