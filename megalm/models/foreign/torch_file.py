@@ -23,7 +23,6 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-import megalm
 from megalm.checkpoint.tensor_file import DTYPES, open_regular, read_exactly
 from megalm.errors import CheckpointError
 
@@ -166,7 +165,7 @@ def _open(path: Path) -> IO[bytes]:
 
 def _ask(requests: list[list[Any]]) -> list[Any]:
     """Return the answers of a process of its own, which has nothing but the files that are open."""
-    program = _PROGRAM.format(root=str(Path(megalm.__file__).resolve().parents[1]))
+    program = _PROGRAM.format(root=str(Path(__file__).resolve().parents[3]))
     command = [sys.executable, "-I", "-S", "-B", "-c", program, json.dumps(requests)]
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
