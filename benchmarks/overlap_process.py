@@ -149,9 +149,11 @@ def step(trainer: Trainer, links: Links | None) -> tuple[float, float, float]:
     own_s, waited_s = time.perf_counter() - begin, result.times.communication_s
     if links is not None:
         waited_s, links.waited_s = links.waited_s, 0.0
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (own_s, waited_s / own_s))
-    return max(seconds for seconds, _ in seen), sum(share for _, share in seen) / len(seen), result.loss
+    own = torch.tensor([own_s, waited_s / own_s], dtype=torch.float64, device=trainer.mesh.device)
+    seen = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(seen, own)
+    seconds, shares = torch.stack(seen).unbind(dim=1)
+    return seconds.max().item(), shares.mean().item(), result.loss
 
 
 def work(job_path: Path) -> None:

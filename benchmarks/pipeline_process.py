@@ -135,18 +135,20 @@ class Stage:
         self.clock.busy_s = 0.0
         begin = agreed_begin()
         self._run(microbatches)
-        seen: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(seen, (time.perf_counter() - begin, self.clock.busy_s))
-        step_s = max(end for end, _ in seen)
-        return {"step_s": step_s, "bubble": 1.0 - sum(busy for _, busy in seen) / (len(seen) * step_s)}
+        own = torch.tensor([time.perf_counter() - begin, self.clock.busy_s], dtype=torch.float64)
+        seen = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(seen, own)
+        ends, busy = torch.stack(seen).unbind(dim=1)
+        step_s = ends.max().item()
+        return {"step_s": step_s, "bubble": 1.0 - busy.mean().item() / step_s}
 
 
 def agreed_begin() -> float:
     """Wait until a moment that all ranks of this machine take for the begin; its monotonic clock is one for all."""
-    moment = [time.perf_counter() + HEAD_START_S]
-    dist.broadcast_object_list(moment, src=0)
-    time.sleep(max(0.0, moment[0] - time.perf_counter()))
-    return moment[0]
+    moment = torch.tensor([time.perf_counter() + HEAD_START_S], dtype=torch.float64)
+    dist.broadcast(moment, src=0)
+    time.sleep(max(0.0, moment.item() - time.perf_counter()))
+    return moment.item()
 
 
 def work(job_path: Path) -> None:

@@ -149,6 +149,7 @@ def build_parser() -> _Parser:
     _add_run_commands(commands)
     _add_data_commands(commands)
     _add_look_commands(commands)
+    _add_foreign_commands(commands)
     _add_doctor_command(commands)
     _add_launch_commands(commands)
     _add_bench_commands(commands)
@@ -293,6 +294,20 @@ def _add_look_commands(commands: _Commands) -> None:
     reshard.add_argument("--out", required=True, metavar="DIR", help="a new run's directory")
     reshard.add_argument("--ranks", type=_number(1), metavar="N", help="of that run (default: as few as it needs)")
     for parser in (diff, reshard):
+        parser.add_argument("--json", action="store_true", help="write the result as JSON")
+
+
+def _add_foreign_commands(commands: _Commands) -> None:
+    for name, text in (
+        ("megatron", "make a run of a checkpoint of Megatron-LM"),
+        ("deepspeed", "make a run of a DeepSpeed universal checkpoint of Megatron-DeepSpeed"),
+    ):
+        parser = commands.add(f"import-{name}", f"models.foreign.command.import_{name}", text)
+        parser.add_argument("directory", metavar="DIR", help="where it was saved, or one checkpoint in there")
+        parser.add_argument("--out", required=True, metavar="RUN", help="the run's directory to make")
+        parser.add_argument("--trust", action="store_true", help="its files are pickles and you know who made them")
+        parser.add_argument("--tokenizer", metavar="FILE", help="the model's tokenizer.json, for the run")
+        parser.add_argument("--vocab", type=_number(1), metavar="N", help="leave out rows of padding beyond N tokens")
         parser.add_argument("--json", action="store_true", help="write the result as JSON")
 
 
