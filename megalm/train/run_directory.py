@@ -23,6 +23,7 @@ from megalm.config.load import dump_yaml
 from megalm.config.optim import OptimRule
 from megalm.config.run import RunConfig, section_types
 from megalm.config.storage import masters_dtype, wide_dtype
+from megalm.config.yaml_text import sealed
 from megalm.errors import ConfigError
 from megalm.files import require_regular, write_durably
 from megalm.version import __version__
@@ -34,6 +35,7 @@ CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
 FORMAT = "megalm-run-1"
 _POLL_S = 0.5
+_LARGEST_IDENTITY = 4 << 20
 _OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl", "rank_times.tsv", "inspect.jsonl", "inspect.png")
 _OWNED_DIRECTORIES = ("checkpoints", "profile", "tensorboard", "wandb")
 
@@ -82,7 +84,7 @@ class RunDirectory:
         if self._fresh and read_identity(self.path) is not None:
             _remove_run(self.path)
         write_durably(self.path / IDENTITY_FILE, (json.dumps(self._identity, indent=1) + "\n").encode())
-        write_durably(self.path / CONFIG_FILE, dump_yaml(self._config).encode())
+        write_durably(self.path / CONFIG_FILE, sealed(dump_yaml(self._config)).encode())
 
     def close(self) -> None:
         """Give the directory free; safe to call twice."""
@@ -185,10 +187,14 @@ def read_identity(path: Path) -> dict[str, Any] | None:
     """Return a run directory's `run.json`, None where there is none. Raises ConfigError for a foreign one."""
     try:
         require_regular(path / IDENTITY_FILE)
-        identity = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
+        with (path / IDENTITY_FILE).open(encoding="utf-8") as file:
+            text = file.read(_LARGEST_IDENTITY + 1)
+        if len(text) > _LARGEST_IDENTITY:
+            raise ValueError(f"longer than {_LARGEST_IDENTITY} characters")
+        identity = json.loads(text)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path / IDENTITY_FILE}: cannot be read ({reason}); choose another run.dir") from error
     parts = {"data_fingerprint": str, "tokenizer_fingerprint": str, "data_path": str, "fixed": dict}
