@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -140,9 +141,10 @@ class Manifest:
         path = directory / MANIFEST
         try:
             with open_regular(path) as file:
-                data = file.read(MANIFEST_LIMIT_BYTES)
-                while more := file.read(MANIFEST_LIMIT_BYTES):
-                    data += more
+                size = os.fstat(file.fileno()).st_size
+                if size > MANIFEST_LIMIT_BYTES:
+                    raise CheckpointError(f"{path}: {size} bytes, more than a manifest has; {DAMAGED}")
+                data = file.read()
         except OSError as error:
             raise unreadable(path, error) from error
         tail = _TAIL.search(data[-96:])

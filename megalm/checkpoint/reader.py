@@ -34,6 +34,7 @@ from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError
 
 VERIFY_THREADS = 4
+STATE_LIMIT_BYTES = 64 << 20
 RECIPE = "use the recipe that wrote it (config.yaml of its run)"
 
 
@@ -173,6 +174,8 @@ class CheckpointReader:
         if record is None:
             raise CheckpointError(f"{self.directory}: the manifest does not name {STATE}; {DAMAGED}")
         self._check_size(STATE, record.size)
+        if record.size > STATE_LIMIT_BYTES:
+            raise CheckpointError(f"{path}: {record.size} bytes, more than a state has; {DAMAGED}")
         try:
             with open_regular(path) as file:
                 data = read_exactly(file.fileno(), path, 0, record.size)

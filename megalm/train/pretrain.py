@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megalm.checkpoint.manager import CheckpointManager
+from megalm.checkpoint.manifest import STATE
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.load import dump_yaml
 from megalm.config.ramps import samples_before, sequence_at
@@ -36,7 +37,7 @@ from megalm.train.optimizers import build_optimizer, freeze
 from megalm.train.profiling import Profile
 from megalm.train.recovery import GoBack
 from megalm.train.replicas import CompareReplicas
-from megalm.train.run_directory import RunDirectory, open_run
+from megalm.train.run_directory import RunDirectory, differing_settings, open_run
 from megalm.train.run_facts import run_facts
 from megalm.train.sinks import Sinks
 from megalm.train.stragglers import NameStragglers
@@ -203,17 +204,34 @@ def _claim(directory: RunDirectory | None, data: PreparedData) -> None:
 
 
 def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:
-    """Set weights, optimizer and progress from a checkpoint of the same data and tokenizer."""
+    """Set weights, optimizer and progress from a checkpoint of the same run, data and tokenizer."""
+    try:
+        _refuse_another_run(trainer.config, reader, facts)
+        progress = TrainState(**reader.state["progress"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{reader.directory / STATE}: not the state of a run ({type(error).__name__}: {error}); "
+            "delete this checkpoint to resume from an older one, or restore it from a copy"
+        ) from error
+    kinds = [kind for kind in reader.kinds() if kind != "weight"]
+    trainer.state = progress
+    trainer.engine.load(reader.read_flat, kinds, trainer.state.updates)
+    trainer.engine.module.further_sums.zero_()  # type: ignore[operator]
+
+
+def _refuse_another_run(config: RunConfig, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a checkpoint of other data, another tokenizer or other fixed settings, with both."""
     for name in ("data_fingerprint", "tokenizer_fingerprint"):
         if reader.state[name] != facts[name]:
             raise CheckpointError(
                 f"{reader.directory} was trained with {name} {reader.state[name][:12]}, data.path has "
                 f"{facts[name][:12]}; give the data it was trained with, or another run.dir"
             )
-    kinds = [kind for kind in reader.kinds() if kind != "weight"]
-    trainer.state = TrainState(**reader.state["progress"])
-    trainer.engine.load(reader.read_flat, kinds, trainer.state.updates)
-    trainer.engine.module.further_sums.zero_()  # type: ignore[operator]
+    differences = differing_settings(reader.state.get("config", {}), config)
+    if differences:
+        raise CheckpointError(
+            f"{reader.directory} is of another run: {'; '.join(differences)}; take it out of this run's directory"
+        )
 
 
 def _describe(config: RunConfig, mesh: ParallelMesh) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -170,17 +171,41 @@ def _identity(config: RunConfig, data_fingerprint: str, tokenizer_fingerprint: s
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """Return, by dotted key, the settings that make a run what it is and that may not change on a resume."""
+    kept = _fixed(config.model_dump(mode="json"))
+    masters = masters_dtype(config)
+    return kept if masters == wide_dtype(config) else {**kept, "master weights": masters}
+
+
+def _fixed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, by dotted key, the fixed settings of a recipe given as JSON values."""
     flat: dict[str, Any] = {}
-    for name, section in config.model_dump(mode="json").items():
+    for name, section in recipe.items():
         if name in FREE_SECTIONS:
             continue
         if isinstance(section, dict):
             flat.update({f"{name}.{key}": value for key, value in section.items()})
         else:
             flat[name] = section
-    kept = {key: value for key, value in flat.items() if key not in FREE_KEYS}
-    masters = masters_dtype(config)
-    return kept if masters == wide_dtype(config) else {**kept, "master weights": masters}
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
+
+
+def differing_settings(recipe: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Return the fixed settings in which a checkpoint's recipe (JSON values) differs from `config`, with both values.
+
+    A key that only one of them has is as if it had its default there; an empty recipe differs in nothing.
+    """
+    if not recipe:
+        return []
+    return _differences(_fixed(recipe), _fixed(config.model_dump(mode="json")), "in the checkpoint")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], place: str) -> list[str]:
+    old, new = _with_defaults(before), _with_defaults(now)
+    return [
+        f"{key}={_show(old.get(key))} {place}, {_show(new.get(key))} here"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
 
 
 def read_identity(path: Path) -> dict[str, Any] | None:
@@ -242,12 +267,7 @@ def _refuse_other_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -
 
     A key that the run was started without, as it came later, had what is its default now.
     """
-    old, new = (_with_defaults(each["fixed"]) for each in (before, now))
-    differences = [
-        f"{key}={_show(old.get(key))} there, {_show(new.get(key))} here"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
+    differences = _differences(before["fixed"], now["fixed"], "there")
     for name, label in (("data_fingerprint", "data"), ("tokenizer_fingerprint", "tokenizer")):
         if before[name] != now[name]:
             differences.append(
