@@ -249,7 +249,7 @@ def kill_and_compare(workplace: Path, layout: Layout, kills: int, seed: int, for
     """Train once unbroken and once with `kills` kills; `seed` decides whom they hit and when."""
     make_workplace(workplace)
     outcome, choose = Outcome(), random.Random(seed)
-    options = [f"train.steps={12 + 3 * kills}", *FORKED * forked]
+    options = [f"train.steps={12 + 2 * kills}", *FORKED * forked]
 
     def begin(run: str, more: Sequence[str] = ()) -> Start:
         return Start(workplace, run, layout, [*options, *more], forked)
@@ -272,6 +272,7 @@ def kill_and_compare(workplace: Path, layout: Layout, kills: int, seed: int, for
             continue
         assert kill is not None, f"the run ended after {len(outcome.kills)} kills, make it longer; {start.said()}"
         outcome.kills.append(kill)
+        print(line(len(outcome.kills), kill), flush=True)
         outcome.differences += _broken_promises(start, kill)
     last = begin("broken")
     while last.process.wait(TIMEOUT_S) and last.lost_its_port():
@@ -366,14 +367,13 @@ def _same(one: CheckpointReader, other: CheckpointReader, kind: str, name: str) 
     return found[0].shape == found[1].shape and found[0].dtype == found[1].dtype and torch.equal(*bits)
 
 
-def table(outcome: Outcome) -> str:
-    """Return a line a kill."""
-    lines = ["kill  of          after    where it fell          steps  newest checkpoint"]
-    lines += [
-        f"{number:4}  {kill.target:<9} {kill.seconds:6.2f} s  {kill.where:<21} {kill.steps:6} {kill.checkpoint:18}"
-        for number, kill in enumerate(outcome.kills, start=1)
-    ]
-    return "\n".join(lines)
+HEADING = "kill  of          after    where it fell          steps  newest checkpoint"
+
+
+def line(number: int, kill: Kill) -> str:
+    """Return a kill's line below the heading."""
+    place = f"{kill.where:<21} {kill.steps:6} {kill.checkpoint:18}"
+    return f"{number:4}  {kill.target:<9} {kill.seconds:6.2f} s  {place}"
 
 
 def shares(kills: int, runs: int) -> list[int]:
@@ -397,9 +397,9 @@ def main(arguments: list[str] | None = None) -> int:
     begin, differences = time.monotonic(), 0
     found = dict.fromkeys(WHERE, 0)
     for number, (layout, kills) in enumerate(zip(layouts, shares(parsed.kills, len(layouts)), strict=True)):
+        print(layout, HEADING, sep="\n", flush=True)
         with tempfile.TemporaryDirectory(prefix="kill-") as directory:
             outcome = kill_and_compare(Path(directory), layout, kills, parsed.seed + number, not parsed.exec)
-        print(layout, table(outcome), sep="\n")
         for where in WHERE:
             found[where] += outcome.count(where)
         print(f"{outcome.tensors} tensors and {outcome.batches} batches compared bit for bit, ", end="")
