@@ -25,9 +25,9 @@ from megalm.errors import CheckpointError
 FORMAT, VERSION = "megalm-checkpoint", 1
 MANIFEST, STATE = "manifest.json", "state.json"
 MANIFEST_LIMIT_BYTES = 4 << 30
-CHECKPOINT_NAME = re.compile(r"step-(\d{8,18})")
-HIDDEN_NAME = re.compile(r"\.(step-(\d{8,18}))\.(partial|replaced|deleted)")
-FILE_NAME = re.compile(r"rank-(\d{5,9})-(?:weight|optimizer)(?:-\d+)?\.safetensors")
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
+HIDDEN_NAME = re.compile(r"\.(step-(\d{8,18}))\.(partial|replaced|deleted)", re.ASCII)
+FILE_NAME = re.compile(r"rank-(\d{5,9})-(?:weight|optimizer)(?:-\d+)?\.safetensors", re.ASCII)
 KIND = re.compile(r"[A-Za-z0-9_.-]+")
 _TAIL = re.compile(rb'\n"checksum": "([0-9a-f]{64})"\n}\n\Z')
 

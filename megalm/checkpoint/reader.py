@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.geometry import Offsets, Piece, overlap
-from megalm.checkpoint.manifest import CHECKPOINT_NAME, STATE, Entry, Manifest, piece_problem
+from megalm.checkpoint.manifest import CHECKPOINT_NAME, MANIFEST, STATE, Entry, Manifest, piece_problem
 from megalm.checkpoint.tensor_file import (
     DAMAGED,
     DTYPES,
@@ -122,7 +122,7 @@ class CheckpointReader:
                 entries = self.manifest.entries(kind, shard.name)
             except (KeyError, TypeError, ValueError) as error:
                 raise CheckpointError(
-                    f"{self.directory}: index of {shard.name} ({kind}): {error}; {DAMAGED}"
+                    f"{self.directory / MANIFEST}: index of {shard.name} ({kind}): {error}; {DAMAGED}"
                 ) from error
             bounds = np.array([entry.piece.bounds() for entry in entries], np.int64)
             self._index[key] = (entries, bounds[:, 0], bounds[:, 1])
