@@ -13,7 +13,8 @@ export OMP_NUM_THREADS ?= 1
 OLD_TRITON_VERSION := 3.6.0
 OLD_TRITON := .triton-3.6
 
-.PHONY: help install quickstart test test-slurm lint parity mutants fuzz bench kernels-compile kernels-bench clean
+.PHONY: help install quickstart test test-slurm lint parity mutants fuzz fuzz-checkpoints kill-loop fault-storage malicious \
+	reshard-pairs ledger bench kernels-compile kernels-bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +44,24 @@ fuzz: $(STAMP)  ## 500 random recipes in random layouts, trained as one plain pr
 
 mutants: $(STAMP)  ## planted faults, each of which the parity gate must catch, as a table
 	$(BIN)/python -m tests.parity.mutants $(ARGS)
+
+fuzz-checkpoints: $(STAMP)  ## 10,000 flipped bits and 1,000 cuts in every region of a run's files: none loads in silence
+	$(BIN)/python -m tests.checkpoint.fuzz $(ARGS)
+
+kill-loop: $(STAMP)  ## 100 SIGKILLs, most of them inside saves: each run ends with the unbroken one's bits
+	$(BIN)/python -m tests.end_to_end.kill $(ARGS)
+
+fault-storage: $(STAMP)  ## full, read-only, vanishing and failing disks: no checkpoint is lost, none claimed
+	$(BIN)/python -m tests.checkpoint.fault_storage $(ARGS)
+
+malicious: $(STAMP)  ## checkpoints that attackers made: nothing runs, memory stays bounded
+	$(BIN)/python -m tests.checkpoint.malicious
+
+reshard-pairs: $(STAMP)  ## checkpoints of 14 layouts in each of the others, bit for bit, and ten losses, as a matrix
+	$(BIN)/python -m tests.checkpoint.reshard_pairs $(ARGS)
+
+ledger: $(STAMP)  ## the samples of a run over 50 resumes in changing layouts: none repeated, none skipped
+	$(BIN)/python -m tests.checkpoint.ledger $(ARGS)
 
 bench: $(STAMP)  ## our training step against a plain PyTorch loop
 	$(BIN)/python benchmarks/train_step.py $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,9 +26,9 @@ from megalm.errors import CheckpointError
 FORMAT, VERSION = "megalm-checkpoint", 2
 MANIFEST, STATE = "manifest.json", "state.json"
 MANIFEST_LIMIT_BYTES = 4 << 30
-CHECKPOINT_NAME = re.compile(r"step-(\d{8,18})")
-HIDDEN_NAME = re.compile(r"\.(step-(\d{8,18}))\.(partial|replaced|deleted)")
-FILE_NAME = re.compile(r"rank-(\d{5,9})-(?:weight|optimizer)(?:-\d+)?\.safetensors")
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
+HIDDEN_NAME = re.compile(r"\.(step-(\d{8,18}))\.(partial|replaced|deleted)", re.ASCII)
+FILE_NAME = re.compile(r"rank-(\d{5,9})-(?:weight|optimizer)(?:-\d+)?\.safetensors", re.ASCII)
 KIND = re.compile(r"[A-Za-z0-9_.-]+")
 _TAIL = re.compile(rb'\n"checksum": "([0-9a-f]{64})"\n}\n\Z')
 
@@ -141,9 +142,10 @@ class Manifest:
         path = directory / MANIFEST
         try:
             with open_regular(path) as file:
-                data = file.read(MANIFEST_LIMIT_BYTES)
-                while more := file.read(MANIFEST_LIMIT_BYTES):
-                    data += more
+                size = os.fstat(file.fileno()).st_size
+                if size > MANIFEST_LIMIT_BYTES:
+                    raise CheckpointError(f"{path}: {size} bytes, more than a manifest has; {DAMAGED}")
+                data = file.read()
         except OSError as error:
             raise unreadable(path, error) from error
         tail = _TAIL.search(data[-96:])

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from megalm.checkpoint.blocks import DAMAGED, BlockCache, FileRecord, hash_file, open_regular, read_exactly, unreadable
 from megalm.checkpoint.geometry import Offsets, Piece, overlap
-from megalm.checkpoint.manifest import CHECKPOINT_NAME, STATE, Entry, Manifest, piece_problem
+from megalm.checkpoint.manifest import CHECKPOINT_NAME, MANIFEST, STATE, Entry, Manifest, piece_problem
 from megalm.checkpoint.tensor_file import CHUNK_BYTES, DTYPES, Read, TensorFile
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError
 
 READ_THREADS = 4
 OPEN_FILES = 64  # at once
+STATE_LIMIT_BYTES = 64 << 20
 RECIPE = "use the recipe that wrote it (config.yaml of its run)"
 
 
@@ -126,7 +127,7 @@ class CheckpointReader:
                 entries = self.manifest.entries(kind, shard.name)
             except (KeyError, TypeError, ValueError) as error:
                 raise CheckpointError(
-                    f"{self.directory}: index of {shard.name} ({kind}): {error}; {DAMAGED}"
+                    f"{self.directory / MANIFEST}: index of {shard.name} ({kind}): {error}; {DAMAGED}"
                 ) from error
             bounds = np.array([entry.piece.bounds() for entry in entries], np.int64)
             self._index[key] = (entries, bounds[:, 0], bounds[:, 1])
@@ -206,6 +207,8 @@ class CheckpointReader:
         if record is None:
             raise CheckpointError(f"{self.directory}: the manifest does not name {STATE}; {DAMAGED}")
         self._check_size(STATE, record.size)
+        if record.size > STATE_LIMIT_BYTES:
+            raise CheckpointError(f"{path}: {record.size} bytes, more than a state has; {DAMAGED}")
         try:
             with open_regular(path) as file:
                 data = read_exactly(file.fileno(), path, 0, record.size)

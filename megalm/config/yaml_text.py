@@ -6,6 +6,7 @@ one, the line.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Hashable
@@ -21,6 +22,7 @@ LARGEST_FILE_BYTES = 1 << 20
 FLOAT_TAG = "tag:yaml.org,2002:float"
 # YAML 1.1, which PyYAML reads, takes 1e-4 for text because it has no point; YAML 1.2 takes it for a number.
 EXPONENT_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_SEAL = "# SHA-256 of the lines below: "
 
 
 class _Loader(yaml.SafeLoader):
@@ -73,7 +75,7 @@ def parse(text: str, source: str) -> Any:
 
 
 def read(path: Path) -> dict[Any, Any]:
-    """Return the mapping that the file holds. Raises ConfigError where there is none."""
+    """Return the mapping that the file holds. Raises ConfigError where there is none, or a seal that does not fit."""
     try:
         require_regular(path)
         with path.open("rb") as file:
@@ -84,6 +86,11 @@ def read(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a readable file") from error
     if len(content) > LARGEST_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {LARGEST_FILE_BYTES} bytes, so no recipe; give a YAML file")
+    if content.startswith(_SEAL.encode()) and content != _with_seal(content.partition(b"\n")[2]):
+        raise ConfigError(
+            f"{path}: is not as it was written, the SHA-256 in its first line is of another text; "
+            "restore it from a copy, or take that line out if you changed the file yourself"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -99,6 +106,18 @@ def read(path: Path) -> dict[Any, Any]:
 def dump(mapping: dict[str, Any]) -> str:
     """Return `mapping` as YAML that `parse` reads back to the same values."""
     return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
+
+
+def sealed(text: str) -> str:
+    """Return YAML text with its checksum in front, in a comment: a program wrote it, and `read` sees any damage.
+
+    In front, because a file that lost its end would lose a checksum that stands there, and still be YAML.
+    """
+    return _with_seal(text.encode()).decode()
+
+
+def _with_seal(text: bytes) -> bytes:
+    return f"{_SEAL}{hashlib.sha256(text).hexdigest()}\n".encode() + text
 
 
 def _first_line(error: Exception) -> str:

@@ -12,6 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from megalm.checkpoint.manifest import STATE
+from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.ramps import samples_before, steps_for
 from megalm.config.run import RunConfig, key_fields
 from megalm.errors import CheckpointError, ConfigError
@@ -20,12 +22,21 @@ from megalm.train.trainer import TrainState
 _UNTOLD = frozenset({"run.dir"})
 
 
-def progress_of(state: Mapping[str, Any]) -> TrainState:
-    """Return the progress that a checkpoint's state holds. Raises CheckpointError for that of a newer program."""
-    progress = state["progress"]
-    unknown = sorted({*progress} - {field.name for field in fields(TrainState)})
+def progress_of(reader: CheckpointReader) -> TrainState:
+    """Return the progress that a checkpoint's state holds.
+
+    Raises CheckpointError where there is none, and for that of a newer program.
+    """
+    path, progress = reader.directory / STATE, reader.state.get("progress")
+    known = {field.name for field in fields(TrainState)}
+    if not isinstance(progress, dict) or "samples" not in progress:
+        raise CheckpointError(
+            f"{path}: holds no progress of a run; delete this checkpoint to resume from an older one, or restore it "
+            "from a copy"
+        )
+    unknown = sorted({*progress} - known)
     if unknown:
-        raise CheckpointError(f"the checkpoint's progress has {', '.join(unknown)}, of a newer megalm; use that one")
+        raise CheckpointError(f"{path}: its progress has {', '.join(unknown)}, of a newer megalm; use that one")
     return TrainState(**{"planned": progress["samples"], **progress})
 
 

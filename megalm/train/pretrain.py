@@ -43,7 +43,7 @@ from megalm.train.optimizers import build_optimizer, freeze
 from megalm.train.profiling import Profile
 from megalm.train.recovery import GoBack
 from megalm.train.replicas import CompareReplicas
-from megalm.train.run_directory import RunDirectory, open_run
+from megalm.train.run_directory import RunDirectory, differing_settings, open_run
 from megalm.train.run_facts import run_facts
 from megalm.train.saving import SaveCheckpoints
 from megalm.train.sinks import Sinks
@@ -196,7 +196,7 @@ def _saving(config: RunConfig, mesh: ParallelMesh) -> Iterator[CheckpointManager
 
 def _continued(config: RunConfig, reader: CheckpointReader) -> RunConfig:
     """Return the recipe from the checkpoint on. The ranks have the same of both, and raise alike."""
-    return continued(config, progress_of(reader.state), reader.directory)
+    return continued(config, progress_of(reader), reader.directory)
 
 
 def _tell_of_resume(
@@ -289,17 +289,28 @@ def _start(config: RunConfig, vocab: int, trainer: Trainer, directory: RunDirect
 
 
 def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:
-    """Set weights, optimizer and progress from a checkpoint of the same data and tokenizer."""
-    for name in ("data_fingerprint", "tokenizer_fingerprint"):
-        if reader.state[name] != facts[name]:
-            raise CheckpointError(
-                f"{reader.directory} was trained with {name} {reader.state[name][:12]}, data.path has "
-                f"{facts[name][:12]}; give the data it was trained with, or another run.dir"
-            )
+    """Set weights, optimizer and progress from a checkpoint of the same run, data and tokenizer."""
+    _refuse_another_run(trainer.config, reader, facts)
     kinds = [kind for kind in reader.kinds() if kind != "weight"]
-    trainer.state = progress_of(reader.state)
+    trainer.state = progress_of(reader)
     trainer.engine.load(reader.read_flat, kinds, trainer.state.updates)
     trainer.engine.module.further_sums.zero_()  # type: ignore[operator]
+
+
+def _refuse_another_run(config: RunConfig, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a checkpoint of other data, another tokenizer or other fixed settings, with both."""
+    for name in ("data_fingerprint", "tokenizer_fingerprint"):
+        found = str(reader.state.get(name))
+        if found != facts[name]:
+            raise CheckpointError(
+                f"{reader.directory} was trained with {name} {found[:12]}, data.path has "
+                f"{facts[name][:12]}; give the data it was trained with, or another run.dir"
+            )
+    differences = differing_settings(reader.state.get("config", {}), config)
+    if differences:
+        raise CheckpointError(
+            f"{reader.directory} is of another run: {'; '.join(differences)}; take it out of this run's directory"
+        )
 
 
 def _describe(config: RunConfig, mesh: ParallelMesh) -> dict[str, Any]:

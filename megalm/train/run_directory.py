@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,7 @@ from megalm.config.load import dump_yaml
 from megalm.config.optim import OptimRule
 from megalm.config.run import RunConfig, section_types
 from megalm.config.storage import masters_dtype, wide_dtype
+from megalm.config.yaml_text import sealed
 from megalm.errors import CheckpointError, ConfigError
 from megalm.files import require_regular, write_durably
 from megalm.models.sources import fingerprint
@@ -35,6 +37,7 @@ CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
 FORMAT = "megalm-run-1"
 _POLL_S = 0.5
+_LARGEST_IDENTITY = 4 << 20
 _TABLES = ("rank_times.tsv", "rank_memory.tsv", "inspect.jsonl", "inspect.png")
 _OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl", *_TABLES)
 _OWNED_DIRECTORIES = ("checkpoints", "profile", "tensorboard", "wandb")
@@ -96,7 +99,7 @@ class RunDirectory:
         if self._fresh and read_identity(self.path) is not None:
             _remove_run(self.path)
         write_durably(self.path / IDENTITY_FILE, (json.dumps(self._identity, indent=1) + "\n").encode())
-        write_durably(self.path / CONFIG_FILE, dump_yaml(self._config).encode())
+        write_durably(self.path / CONFIG_FILE, sealed(dump_yaml(self._config)).encode())
 
     def check_source(self) -> None:
         """Raise CheckpointError where the weights at `train.init_from` are no longer those that the run began with."""
@@ -220,15 +223,39 @@ def _first_weights(config: RunConfig, before: dict[str, Any] | None) -> dict[str
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """Return, by dotted key, the settings that make a run what it is and that may not change on a resume."""
+    kept = _fixed(config.model_dump(mode="json"))
+    masters = masters_dtype(config)
+    return kept if masters == wide_dtype(config) else {**kept, "master weights": masters}
+
+
+def _fixed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, by dotted key, the fixed settings of a recipe given as JSON values."""
     flat: dict[str, Any] = {}
-    for name, section in config.model_dump(mode="json").items():
+    for name, section in recipe.items():
         if isinstance(section, dict):
             flat.update({f"{name}.{key}": value for key, value in section.items()})
         else:
             flat[name] = section
-    kept = {key: value for key, value in flat.items() if _is_fixed(key)}
-    masters = masters_dtype(config)
-    return kept if masters == wide_dtype(config) else {**kept, "master weights": masters}
+    return {key: value for key, value in flat.items() if _is_fixed(key)}
+
+
+def differing_settings(recipe: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Return the fixed settings in which a checkpoint's recipe (JSON values) differs from `config`, with both values.
+
+    A key that only one of them has is as if it had its default there; an empty recipe differs in nothing.
+    """
+    if not recipe:
+        return []
+    return _differences(_fixed(recipe), _fixed(config.model_dump(mode="json")), "in the checkpoint")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], place: str) -> list[str]:
+    old, new = _with_defaults(before), _with_defaults(now)
+    return [
+        f"{key}={_show(old.get(key))} {place}, {_show(new.get(key))} here"
+        for key in sorted({*old, *new})
+        if _is_fixed(key) and old.get(key) != new.get(key)
+    ]
 
 
 def _is_fixed(key: str) -> bool:
@@ -239,10 +266,14 @@ def read_identity(path: Path) -> dict[str, Any] | None:
     """Return a run directory's `run.json`, None where there is none. Raises ConfigError for a foreign one."""
     try:
         require_regular(path / IDENTITY_FILE)
-        identity = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
+        with (path / IDENTITY_FILE).open(encoding="utf-8") as file:
+            text = file.read(_LARGEST_IDENTITY + 1)
+        if len(text) > _LARGEST_IDENTITY:
+            raise ValueError(f"longer than {_LARGEST_IDENTITY} characters")
+        identity = json.loads(text)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path / IDENTITY_FILE}: cannot be read ({reason}); choose another run.dir") from error
     parts = {"data_fingerprint": str, "tokenizer_fingerprint": str, "data_path": str, "fixed": dict}
@@ -291,12 +322,7 @@ def _refuse_other_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -
     A key that the run was started without, as it came later, had what is its default now; one that may change by now
     does not count.
     """
-    old, new = (_with_defaults(each["fixed"]) for each in (before, now))
-    differences = [
-        f"{key}={_show(old.get(key))} there, {_show(new.get(key))} here"
-        for key in sorted({*old, *new})
-        if _is_fixed(key) and old.get(key) != new.get(key)
-    ]
+    differences = _differences(before["fixed"], now["fixed"], "there")
     for name, label in (("data_fingerprint", "data"), ("tokenizer_fingerprint", "tokenizer")):
         if before[name] != now[name]:
             differences.append(

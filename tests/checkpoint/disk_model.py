@@ -9,6 +9,7 @@ NFS promise.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +27,13 @@ class RecordingFileSystem(FileSystem):
     def __init__(self, root: Path) -> None:
         self.root = root
         self.calls: Calls = []
+        self.times_ns: list[int] = []
+        """When each call had been made, by a clock that all processes share."""
         self._paths: dict[int, Path] = {}
 
     def _note(self, call: str, path: Path, more: str | bytes = "") -> None:
         self.calls.append((call, str(path.relative_to(self.root)), more))
+        self.times_ns.append(time.monotonic_ns())
 
     def make_directory(self, path: Path) -> None:
         if not path.is_dir():

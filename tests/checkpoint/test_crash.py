@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megalm.checkpoint.commands import verify
 from megalm.checkpoint.manager import CheckpointManager, latest_checkpoint
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.errors import CheckpointError
 from tests.checkpoint.disk_model import Calls, RecordingFileSystem, crashes
+from tests.worker_pool import WorkerPool
 
 SPEC = ShardSpec.whole("x", (64,))
+STEPS = (1, 2, 2, 3)
+"""What is saved: a first step, another (which the first gives way to), the same again, and one more."""
+Record = tuple[Calls, list[int]]
+"""Calls, and how many had been made when each save returned."""
 
 
 def save(manager: CheckpointManager, step: int, mark: int) -> None:
@@ -50,22 +59,65 @@ def mark_of(run: Path) -> int | None:
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> tuple[Calls, list[int]]:
-    """Return the calls of four saves (step 2 twice; keep=1), and how many had been made after each."""
+def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """Return the calls of four saves by one process; keep=1."""
     root = tmp_path_factory.mktemp("record")
     files = RecordingFileSystem(root)
     manager = CheckpointManager(root / "run", 1, files=files)
     done = [0]
-    for mark, step in enumerate([1, 2, 2, 3], 1):
+    for mark, step in enumerate(STEPS, 1):
         save(manager, step, mark)
         done.append(len(files.calls))
     return files.calls, done
 
 
-def broken_promises(calls: Calls, done: list[int], directory: Path, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
+def record_rank(rank: int, root: str) -> tuple[Calls, list[int], list[int]]:
+    """Save as one of two ranks, each half of every tensor; return the calls, their times, and those of the returns."""
+    files = RecordingFileSystem(Path(root))
+    manager = CheckpointManager(Path(root) / "run", 1, dist.group.WORLD, files=files)
+    returned = []
+    for mark, step in enumerate(STEPS, 1):
+        half = torch.full((32,), float(mark))
+        manager.save(step, [Fragment(SPEC, kind, 32 * rank, half) for kind in ("weight", "exp_avg")], {"mark": mark})
+        returned.append(time.monotonic_ns())
+    return files.calls, files.times_ns, returned
+
+
+@pytest.fixture(scope="module")
+def records_of_two(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    """Return what two ranks did, in the order in which they did it, and in others that they might have taken."""
+    ranks = pool.run(record_rank, str(tmp_path_factory.mktemp("two")), world=2)
+    timed = [
+        (at, rank, call) for rank, (calls, times, _) in enumerate(ranks) for at, call in zip(times, calls, strict=True)
+    ]
+    timed.sort(key=lambda item: item[0])
+    done = [0, *(sum(at <= end for at, _, _ in timed) for end in ranks[0][2])]
+    merged = [(rank, call) for _, rank, call in timed]
+    assert {rank for rank, _ in merged} == {0, 1} and done[-1] == len(merged)
+    return [([call for _, call in one], done) for one in (merged, *(reordered(merged, seed) for seed in range(2)))]
+
+
+def reordered(merged: list[tuple[int, Any]], seed: int) -> list[tuple[int, Any]]:
+    """Return the calls with those on the ranks' own files, between which no rank waits, interleaved anew."""
+    choose, out, block = random.Random(seed), [], []
+    for item in [*merged, None]:
+        if item is not None and Path(item[1][1]).name.startswith("rank-"):
+            block.append(item)
+            continue
+        parts = [[own for own in block if own[0] == rank] for rank in (0, 1)]
+        while any(parts):
+            out.append(choose.choice([part for part in parts if part]).pop(0))
+        block = []
+        out += [item] if item is not None else []
+    return out
+
+
+def broken_promises(
+    calls: Calls, done: list[int], directory: Path, caplog: pytest.LogCaptureFixture, tries: int = 6
+) -> Iterator[str]:
     """Yield what goes wrong after a crash at some point: a lost save, a damaged checkpoint, an error."""
     caplog.set_level(logging.WARNING)
-    for made, finished, disk in crashes(calls, done, directory, tries=6):
+    for made, finished, disk in crashes(calls, done, directory, tries):
         last = calls[made - 1][:2]
         caplog.clear()
         try:
@@ -84,13 +136,23 @@ def broken_promises(calls: Calls, done: list[int], directory: Path, caplog: pyte
 
 
 def test_every_crash_leaves_the_old_or_the_new_checkpoint(
-    record: tuple[Calls, list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    record: Record, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert list(broken_promises(*record, tmp_path, caplog)) == []
     assert len(list(tmp_path.iterdir())) > 200, "different states of the disk"
 
 
-def second_save_without(record: tuple[Calls, list[int]], call: str, name: str) -> tuple[Calls, list[int]]:
+def test_every_crash_of_two_ranks_leaves_the_old_or_the_new_checkpoint(
+    records_of_two: list[Record], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len({str(calls) for calls, _ in records_of_two}) > 1, "orders that differ"
+    for number, (calls, done) in enumerate(records_of_two):
+        (tmp_path / str(number)).mkdir()
+        assert list(broken_promises(calls, done, tmp_path / str(number), caplog, tries=2)) == []
+    assert len(list((tmp_path / "0").iterdir())) > 200
+
+
+def second_save_without(record: Record, call: str, name: str) -> Record:
     """Return the record up to the second save, without the fsyncs of one file or directory in that save."""
     calls, done = record
     kept = [
@@ -114,9 +176,17 @@ def second_save_without(record: tuple[Calls, list[int]], call: str, name: str) -
     ],
 )
 def test_each_fsync_is_needed(
-    record: tuple[Calls, list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture, call: str, name: str
+    record: Record, tmp_path: Path, caplog: pytest.LogCaptureFixture, call: str, name: str
 ) -> None:
     calls, done = second_save_without(record, call, name)
+    assert next(broken_promises(calls, done, tmp_path, caplog), None) is not None
+
+
+@pytest.mark.parametrize("name", ["rank-00001-weight.safetensors", "rank-00001-optimizer.safetensors"])
+def test_each_fsync_of_another_rank_is_needed(
+    records_of_two: list[Record], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    calls, done = second_save_without(records_of_two[0], "fsync", name)
     assert next(broken_promises(calls, done, tmp_path, caplog), None) is not None
 
 

@@ -1,19 +1,14 @@
-"""The checkpoints of a run: retention, falling back, left-overs, disks that refuse; and the two commands."""
+"""The checkpoints of a run: retention, falling back, left-overs; and the two commands."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from megalm.checkpoint.commands import inspect, verify
-from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.manager import CheckpointManager, find_checkpoints, latest_checkpoint
 from megalm.checkpoint.manifest import hidden
 from megalm.distributed.sharding import Fragment, ShardSpec
@@ -119,102 +114,6 @@ def test_what_was_set_aside_for_an_unfinished_replacement_comes_back(tmp_path: P
     assert latest is not None and latest.state["mark"] == 1.0
     CheckpointManager(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001"]
-
-
-class FailingFileSystem(FileSystem):
-    """Refuses the nth call of those that change the disk."""
-
-    def __init__(self, fail_at: int, code: int) -> None:
-        self.left, self.code = fail_at, code
-
-    def _count(self, path: object) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise OSError(self.code, os.strerror(self.code), str(path) if isinstance(path, Path) else None)
-
-    def make_directory(self, path: Path) -> None:
-        self._count(path)
-        super().make_directory(path)
-
-    def create(self, path: Path) -> int:
-        self._count(path)
-        return super().create(path)
-
-    def write(self, descriptor: int, data: bytes | memoryview) -> None:
-        self._count(descriptor)
-        super().write(descriptor, data)
-
-    def sync(self, descriptor: int) -> None:
-        self._count(descriptor)
-        super().sync(descriptor)
-
-    def sync_directory(self, path: Path) -> None:
-        self._count(path)
-        super().sync_directory(path)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._count(source)
-        super().rename(source, target)
-
-
-@pytest.mark.parametrize("step", [7, 6])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
-def test_every_refused_call_is_an_error_with_path_and_cause_and_loses_nothing(
-    tmp_path: Path, step: int, code: int
-) -> None:
-    failures = 0
-    for fail_at in range(1, 60):
-        run = tmp_path / str(fail_at)
-        save(CheckpointManager(run, 1), 6, 1.0)
-        files = FailingFileSystem(fail_at, code)
-        try:
-            save(CheckpointManager(run, 1, files=files), step, 2.0)
-        except CheckpointError as error:
-            failures += 1
-            assert os.strerror(code) in str(error) and str(run) in str(error) and "\n" not in str(error)
-            accepted = {1.0, 2.0} if "checkpoints: cannot" in str(error) else {1.0}
-        else:
-            accepted = {2.0}
-        latest = latest_checkpoint(run)
-        assert latest is not None and latest.state["mark"] in accepted
-        assert latest.read_local(SPEC, "weight").eq(latest.state["mark"]).all()
-        if files.left > 0:
-            break
-        assert not [name for name in names(run) if name.endswith(".partial")]
-    assert failures >= 12 and files.left > 0
-
-
-FULL_DISK = """
-import sys, torch
-from pathlib import Path
-from tests.checkpoint.test_manager import *
-manager = CheckpointManager(Path(sys.argv[1]) / "run", 2)
-save(manager, 1, 1.0)
-big = ShardSpec.whole("x.weight", (1 << 19,))
-try:
-    manager.save(2, [Fragment(big, "weight", 0, torch.zeros(1 << 19))], {})
-except CheckpointError as error:
-    print(error)
-assert names(manager.run_dir) == ["step-00000001"], names(manager.run_dir)
-assert manager.latest().step == 1
-save(manager, 3, 3.0)
-assert manager.latest().step == 3
-"""
-
-
-def test_a_full_disk_keeps_the_last_checkpoint_and_the_next_save_works(tmp_path: Path) -> None:
-    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m none "$1" && shift && exec "$@"', "sh"]
-    try:
-        probe = subprocess.run([*mount, str(tmp_path), "true"], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no unshare command for a small tmpfs")
-    if probe.returncode:
-        pytest.skip(f"no tmpfs of one's own here: {probe.stderr.strip()}")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*mount, str(tmp_path), sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0, ended.stderr
-    assert "rank-00000-weight.safetensors: cannot save the checkpoint: No space left on device" in ended.stdout
 
 
 def test_a_failing_source_of_fragments_leaves_no_partial_directory(tmp_path: Path) -> None:

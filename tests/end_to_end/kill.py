@@ -1,9 +1,11 @@
 """A training run killed with SIGKILL at random moments, started again each time, beside the same run unbroken.
 
-    python -m tests.end_to_end.kill --kills 20 --layout t2p2z1 --seed 1
+    python -m tests.end_to_end.kill --kills 100 --layout t2 --layout d2z1 --layout t1 --seed 1
 
-prints where each kill fell and ends with 1 if the two runs differ in a bit of a weight or of optimizer state, or in a
-logged loss. t2p2d1z1 is tensor 2 x pipeline 2 x data 1 with ZeRO 1; what is left out is 1, and z is 0.
+prints where each kill fell and ends with 1 if the two runs differ in a bit of a weight or of optimizer state, in a
+batch that a rank was given, or in a figure of metrics.jsonl other than times. t2p2d1z1 is tensor 2 x pipeline 2 x
+data 1 with ZeRO 1; what is left out is 1, and z is 0. Each layout has a run of its own, and the first ones more of
+the kills. Processes are forks of this one (`forked.py`); --exec starts the real command line each time, without ledger.
 """
 
 from __future__ import annotations
@@ -17,25 +19,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints
 from megalm.checkpoint.manifest import HIDDEN_NAME
 from megalm.checkpoint.reader import CheckpointReader
+from megalm.config.run import CheckpointSection
 from megalm.distributed.sharding import ShardSpec
 from megalm.train.tracking import METRICS_FILE, read_metrics
+from tests.end_to_end.forked import LEDGER, Forked, import_everything, read_ledger
 from tests.end_to_end.workplace import PROGRAM, environment, make_workplace
 
 STARTING, STEPPING, SAVING = "before its first step", "among its steps", "inside a save"
 WHERE = (STARTING, STEPPING, SAVING)
 TIMEOUT_S = 300.0
+FORKED = ("run.hang_timeout_s=0", "run.preflight=false")
+"""Of a forked start: no watcher, which is a program of its own, and no preflight, which takes longer than a step."""
 _POLL_S = 0.005
 _POLL_SAVE_S = 0.0005  # a save of a tiny model takes some ten milliseconds
+_OF_THE_CLOCK = ("time/", "perf/", "memory/")
+# A start may save in the background, where the recipe has a key for that.
+_BACKGROUND = [f"checkpoint.{name}" for name in CheckpointSection.model_fields if "async" in name]
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,8 @@ class Outcome:
     differences: list[str] = field(default_factory=list)
     tensors: int = 0
     """Tensors that were compared, weights and optimizer state."""
+    batches: int = 0
+    """Batches of all ranks that were compared."""
     first_step_s: float = 0.0
     """What the unbroken run took until its first step was logged."""
 
@@ -98,23 +110,29 @@ class Outcome:
 class Start:
     """One start of the training, a launcher and its workers, and what it has done so far."""
 
-    def __init__(self, workplace: Path, run: str, layout: Layout) -> None:
+    def __init__(
+        self, workplace: Path, run: str, layout: Layout, options: Sequence[str] = (), forked: bool = False
+    ) -> None:
         self.directory = workplace / run
         self.log = workplace / f"{run}.log"
         self.begin = time.monotonic()
         self.resumes_at = newest_step(self.directory)
         self._old_lines = set(self._lines())
         self._old_rests = self._rests()
-        command = [*PROGRAM, "train", "recipe.yaml", f"run.dir={run}", *layout.arguments()]
+        command = [*PROGRAM, "train", "recipe.yaml", f"run.dir={run}", *layout.arguments(), *options]
+        start: Any = Forked if forked else subprocess.Popen
+        env = {**environment(), LEDGER: str(workplace / f"{run}.ledger")}
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=workplace, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self.process = start(command, cwd=workplace, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def steps(self) -> list[int]:
         """Return the steps that this start has logged."""
         new = [line for line in self._lines() if line not in self._old_lines]
         return [int(match[1]) for line in new if (match := re.match(r'\{"step": (\d+), "tokens"', line))]
+
+    def has_stepped(self) -> bool:
+        """Say whether this start has logged a step."""
+        return bool(self.steps())
 
     def saving(self) -> bool:
         """Say whether a save of this start is on its way, or was when it ended."""
@@ -125,9 +143,12 @@ class Start:
         found = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
-                if int(stat.read_text().rsplit(")", 1)[1].split()[1]) != self.process.pid:
+                name, rest = stat.read_text().rsplit(")", 1)
+                if int(rest.split()[1]) != self.process.pid:
                     continue
+                # A fork says its rank by its name, a program by the environment that it was started with.
                 rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", (stat.parent / "environ").read_bytes())
+                rank = re.search(r"\(rank-(\d+)$", name) or rank  # type: ignore[assignment]
             except OSError:
                 continue  # it has just ended
             if rank:
@@ -176,6 +197,10 @@ class Start:
         where = SAVING if saving else STEPPING if steps else STARTING
         return Kill(target, where, seconds, len(steps), newest_step(self.directory))
 
+    def lost_its_port(self) -> bool:
+        """Say whether it ended because another program took the port that the launcher had found free."""
+        return "Address already in use" in self.log.read_text(errors="replace")
+
     def said(self) -> str:
         """Return the end of what it printed."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
@@ -220,28 +245,43 @@ def newest_step(run: Path) -> int:
     return int(re.sub(r"\D", "", found[0].name)) if found else 0
 
 
-def kill_and_compare(workplace: Path, layout: Layout, kills: int, seed: int) -> Outcome:
+def kill_and_compare(workplace: Path, layout: Layout, kills: int, seed: int, forked: bool = True) -> Outcome:
     """Train once unbroken and once with `kills` kills; `seed` decides whom they hit and when."""
     make_workplace(workplace)
     outcome, choose = Outcome(), random.Random(seed)
-    unbroken = Start(workplace, "unbroken", layout)
-    unbroken.wait_for(lambda: bool(unbroken.steps()))
+    options = [f"train.steps={12 + 2 * kills}", *FORKED * forked]
+
+    def begin(run: str, more: Sequence[str] = ()) -> Start:
+        return Start(workplace, run, layout, [*options, *more], forked)
+
+    unbroken = begin("unbroken")
+    while not unbroken.wait_for(unbroken.has_stepped):
+        assert unbroken.lost_its_port(), unbroken.said()
+        unbroken = begin("unbroken")
     outcome.first_step_s = time.monotonic() - unbroken.begin
     finish(unbroken)
     # Kills that were meant for a save may miss it by a little, so more of them are meant for one.
-    aims = [(STARTING, STEPPING, SAVING, SAVING)[number % 4] for number in range(kills)]
+    aims = [(SAVING, STEPPING, SAVING, STARTING, SAVING)[number % 5] for number in range(kills)]
     choose.shuffle(aims)
     while len(outcome.kills) < kills:
-        start = Start(workplace, "broken", layout)
+        background = [f"{key}={choose.choice(['true', 'false'])}" for key in _BACKGROUND]
+        start = begin("broken", background)
         _wait_for_moment(start, aims[len(outcome.kills)], choose, outcome.first_step_s)
         kill = start.kill(choose.choice(["all", "launcher", f"rank {choose.randrange(layout.world)}"]))
+        if kill is None and start.lost_its_port():
+            continue
         assert kill is not None, f"the run ended after {len(outcome.kills)} kills, make it longer; {start.said()}"
         outcome.kills.append(kill)
+        print(line(len(outcome.kills), kill), flush=True)
         outcome.differences += _broken_promises(start, kill)
-    last = Start(workplace, "broken", layout)
+    last = begin("broken")
+    while last.process.wait(TIMEOUT_S) and last.lost_its_port():
+        last = begin("broken")
     finish(last)
     outcome.differences += _wrong_resume(last)
     compare(workplace / "unbroken", workplace / "broken", outcome)
+    if forked:
+        compare_ledgers(workplace, layout.world, outcome)
     return outcome
 
 
@@ -291,13 +331,28 @@ def compare(unbroken: Path, broken: Path, outcome: Outcome) -> None:
         names = sorted({*one.manifest.tensors, *other.manifest.tensors})
         outcome.tensors = len(names)
         outcome.differences += [f"{name} ({kind})" for kind, name in names if not _same(one, other, kind, name)]
-    metrics = [read_metrics(run / METRICS_FILE) for run in (unbroken, broken)]
-    keys = ("step", "tokens", "train/loss", "optim/lr", "optim/grad_norm", "evaluate/loss")
-    logged = [[{key: record[key] for key in keys if key in record} for record in records] for records in metrics]
+    logged = [[_figures(record) for record in read_metrics(run / METRICS_FILE)] for run in (unbroken, broken)]
     if logged[0] != logged[1]:
         pairs = zip(*logged, strict=False)
         first = next((pair for pair in pairs if pair[0] != pair[1]), f"{len(logged[0])} and {len(logged[1])} lines")
         outcome.differences.append(f"{METRICS_FILE}: {first}")
+
+
+def _figures(record: dict[str, float]) -> dict[str, str]:
+    """Return what a line of metrics says but times and memory; a NaN equals itself."""
+    return {key: repr(value) for key, value in record.items() if not key.startswith(_OF_THE_CLOCK)}
+
+
+def compare_ledgers(workplace: Path, world: int, outcome: Outcome) -> None:
+    """Add every rank's batches that differ between the runs, or from one start of the broken run to the next."""
+    for rank in range(world):
+        whole, broken = (read_ledger(workplace / f"{run}.ledger", rank) for run in ("unbroken", "broken"))
+        outcome.batches += len(whole)
+        outcome.differences += [
+            f"rank {rank}, samples from {first}: {whole.get(first)} and {broken.get(first)}"
+            for first in sorted({*whole, *broken})
+            if whole.get(first) != broken.get(first) or len(whole[first]) != 1
+        ]
 
 
 def _same(one: CheckpointReader, other: CheckpointReader, kind: str, name: str) -> bool:
@@ -312,31 +367,48 @@ def _same(one: CheckpointReader, other: CheckpointReader, kind: str, name: str) 
     return found[0].shape == found[1].shape and found[0].dtype == found[1].dtype and torch.equal(*bits)
 
 
-def table(outcome: Outcome) -> str:
-    """Return a line a kill."""
-    lines = ["kill  of          after    where it fell          steps  newest checkpoint"]
-    lines += [
-        f"{number:4}  {kill.target:<9} {kill.seconds:6.2f} s  {kill.where:<21} {kill.steps:6} {kill.checkpoint:18}"
-        for number, kill in enumerate(outcome.kills, start=1)
-    ]
-    return "\n".join(lines)
+HEADING = "kill  of          after    where it fell          steps  newest checkpoint"
+
+
+def line(number: int, kill: Kill) -> str:
+    """Return a kill's line below the heading."""
+    place = f"{kill.where:<21} {kill.steps:6} {kill.checkpoint:18}"
+    return f"{number:4}  {kill.target:<9} {kill.seconds:6.2f} s  {place}"
+
+
+def shares(kills: int, runs: int) -> list[int]:
+    """Return how many of the kills each of the runs gets: the first ones more."""
+    weights = [runs + 2 - place for place in range(runs)]
+    parts = [kills * weight // sum(weights) for weight in weights]
+    return [parts[0] + kills - sum(parts), *parts[1:]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Kill, print the table and what differs; 0 if nothing does."""
+    """Kill, print the tables and what differs; 0 if nothing does."""
     parser = argparse.ArgumentParser(prog="python -m tests.end_to_end.kill", description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--layout", type=Layout.parse, default=Layout(tensor=2))
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--layout", type=Layout.parse, action="append", metavar="t2p2d1z1")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--exec", action="store_true", help="start the real command line instead of forks")
     parsed = parser.parse_args(arguments)
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kill-") as directory:
-        outcome = kill_and_compare(Path(directory), parsed.layout, parsed.kills, parsed.seed)
-    print(table(outcome))
-    print(f"{', '.join(f'{outcome.count(where)} {where}' for where in WHERE)}; {time.monotonic() - begin:.0f} s")
-    print(f"{outcome.tensors} tensors compared bit for bit, {len(outcome.differences)} differences")
-    print("\n".join(outcome.differences[:20]))
-    return 1 if outcome.differences else 0
+    layouts = parsed.layout or [Layout(tensor=2), Layout(data=2, zero=1), Layout()]
+    if not parsed.exec:
+        import_everything()
+    begin, differences = time.monotonic(), 0
+    found = dict.fromkeys(WHERE, 0)
+    for number, (layout, kills) in enumerate(zip(layouts, shares(parsed.kills, len(layouts)), strict=True)):
+        print(layout, HEADING, sep="\n", flush=True)
+        with tempfile.TemporaryDirectory(prefix="kill-") as directory:
+            outcome = kill_and_compare(Path(directory), layout, kills, parsed.seed + number, not parsed.exec)
+        for where in WHERE:
+            found[where] += outcome.count(where)
+        print(f"{outcome.tensors} tensors and {outcome.batches} batches compared bit for bit, ", end="")
+        print(f"{len(outcome.differences)} differences (seed {parsed.seed + number})", flush=True)
+        print(*outcome.differences[:20], sep="\n", end="\n" * bool(outcome.differences))
+        differences += len(outcome.differences)
+    counts = ", ".join(f"{count} {where}" for where, count in found.items())
+    print(f"{parsed.kills} kills: {counts}; {differences} differences; {time.monotonic() - begin:.0f} s")
+    return 1 if differences else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,11 +61,18 @@ def test_a_length_that_is_behind_the_run_is_refused() -> None:
     assert continued(of_tokens(20, train={"global_batch": 4}), done, HERE).steps == 10, "done, as tokens were enough"
 
 
+def holding(progress: Any) -> Any:
+    return SimpleNamespace(directory=HERE, state={"progress": progress})
+
+
 def test_progress_of_older_checkpoints_and_of_newer_ones() -> None:
-    assert progress_of({"progress": {"step": 3, "samples": 12}}).planned == 12
-    assert progress_of({"progress": {"step": 3, "samples": 12, "planned": 8}}).planned == 8
-    with pytest.raises(CheckpointError, match="the checkpoint's progress has warp, of a newer megalm"):
-        progress_of({"progress": {"step": 3, "samples": 12, "warp": 9}})
+    assert progress_of(holding({"step": 3, "samples": 12})).planned == 12
+    assert progress_of(holding({"step": 3, "samples": 12, "planned": 8})).planned == 8
+    with pytest.raises(CheckpointError, match="state.json: its progress has warp, of a newer megalm"):
+        progress_of(holding({"step": 3, "samples": 12, "warp": 9}))
+    for nothing in (None, [], {"step": 3}):
+        with pytest.raises(CheckpointError, match=r"state.json: holds no progress of a run; delete this checkpoint"):
+            progress_of(holding(nothing))
 
 
 def test_every_change_is_told_with_both_values() -> None:

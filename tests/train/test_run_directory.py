@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from megalm.errors import ConfigError
-from megalm.train.run_directory import RunDirectory, open_run
+from megalm.train.run_directory import RunDirectory, differing_settings, open_run
 from tests.train.recipes import small_recipe
 
 DATA, TOKENIZER = "d" * 64, "t" * 64
@@ -221,3 +221,15 @@ def test_what_a_killed_writer_left_is_swept_up(tmp_path: Path) -> None:
         "run.json",
         "run.lock",
     ]
+
+
+def test_a_recipe_differs_in_what_is_fixed_and_not_in_what_is_free() -> None:
+    config = small_recipe(seed=1, train={"micro_batch": 1})
+    before = small_recipe(train={"steps": 90}).model_dump(mode="json")
+    assert differing_settings(before, config) == [
+        "seed=1234 in the checkpoint, 1 here",
+        "train.steps=90 in the checkpoint, 100 here",
+    ]
+    del before["model"]["rotary_base"]  # as a version wrote it that had no such key
+    assert len(differing_settings(before, config)) == 2
+    assert differing_settings({}, config) == differing_settings(config.model_dump(mode="json"), config) == []

@@ -23,7 +23,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.tensor_file import DTYPES, open_regular, read_exactly
+from megalm.checkpoint.blocks import open_regular, read_exactly
+from megalm.checkpoint.tensor_file import DTYPES
 from megalm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,76 @@
+"""Damage of every kind in every file of a run: `make fuzz-checkpoints` in short."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from megalm.checkpoint import reader
+from megalm.errors import CheckpointError
+from megalm.train.pretrain import train
+from tests.checkpoint.forge import reseal
+from tests.checkpoint.fuzz import damage, prepare, table
+from tests.checkpoint.subject import Subject
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, Path]:
+    return prepare(tmp_path_factory.mktemp("fuzz"))
+
+
+def test_no_damage_loads_in_silence(runs: tuple[Subject, Path]) -> None:
+    result = damage(*runs, flips=270, cuts=30, seed=1)
+    print(table(result))
+    assert result.wrong == []
+    regions = {region.split(":")[0] for region in result.trials}
+    assert regions >= {
+        "weights",
+        "optimizer",
+        "manifest.json",
+        "state.json",
+        "run.json",
+        "config.yaml",
+        "metrics.jsonl",
+    }
+    assert {"weights: payload", "optimizer: header padding", "manifest.json: checksum"} <= result.trials.keys()
+    assert {"deleted", "swapped", "doubled over another", "of another run", "future version"} <= result.trials.keys()
+
+
+def test_a_reader_that_skips_checksums_is_found_out(
+    runs: tuple[Subject, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "hash_file", lambda *_: None)
+    found = damage(*runs, flips=10, cuts=0, seed=2).wrong
+    assert any("of another run" in line and "SILENT" in line for line in found), found
+
+
+def resume_with(subject: Subject, source: Path) -> str:
+    """Return the error of a run that finds a copy of `source` in the place of its newest checkpoint."""
+    place = subject.places()[0]
+    kept = place.rename(place.with_name("kept"))
+    try:
+        shutil.copytree(source, place)
+        with pytest.raises(CheckpointError) as caught, redirect_stdout(StringIO()):
+            train(subject.config)
+    finally:
+        shutil.rmtree(place)
+        kept.rename(place)
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_both_values(runs: tuple[Subject, Path]) -> None:
+    said = resume_with(*runs)
+    assert "step-00000004 is of another run: seed=1 in the checkpoint, 0 here; " in said
+
+
+def test_a_state_that_is_not_a_runs_is_refused_by_its_name(runs: tuple[Subject, Path], tmp_path: Path) -> None:
+    forged = shutil.copytree(runs[0].places()[0], tmp_path / "step-00000004")
+    for state in ({**runs[0].state, "progress": {"steps": 4}}, {"progress": None}):
+        (forged / "state.json").write_text(json.dumps(state))
+        reseal(forged)
+        assert "step-00000004/state.json: not the state of a run" in resume_with(runs[0], forged)
