@@ -68,10 +68,10 @@ def holding(progress: Any) -> Any:
 def test_progress_of_older_checkpoints_and_of_newer_ones() -> None:
     assert progress_of(holding({"step": 3, "samples": 12})).planned == 12
     assert progress_of(holding({"step": 3, "samples": 12, "planned": 8})).planned == 8
-    with pytest.raises(CheckpointError, match="state.json: its progress has warp, of a newer megalm"):
+    with pytest.raises(CheckpointError, match=r"state\.json: its progress has warp, of a newer megalm"):
         progress_of(holding({"step": 3, "samples": 12, "warp": 9}))
     for nothing in (None, [], {"step": 3}):
-        with pytest.raises(CheckpointError, match=r"state.json: holds no progress of a run; delete this checkpoint"):
+        with pytest.raises(CheckpointError, match=r"state\.json: holds no progress of a run; delete this checkpoint"):
             progress_of(holding(nothing))
 
 
