@@ -34,15 +34,15 @@ def test_no_fault_of_the_system_costs_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_save_that_hides_its_failure_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = manager.write_checkpoint
+    write = manager.write_and_count
 
-    def hide(directory: Path, step: int, *args: Any, **more: Any) -> Path:
+    def hide(directory: Path, step: int, *args: Any, **more: Any) -> tuple[Path, int]:
         try:
             return write(directory, step, *args, **more)
         except StorageError:
-            return directory / checkpoint_name(step)
+            return directory / checkpoint_name(step), 0
 
-    monkeypatch.setattr(manager, "write_checkpoint", hide)
+    monkeypatch.setattr(manager, "write_and_count", hide)
     result = Result()
     of_calls(tmp_path, result, steps=(7,), codes=())
     assert any("save 1.0 after a save that returned" in line for line in result.wrong)
