@@ -77,7 +77,7 @@ def check_loop(mesh: ParallelMesh) -> None:
     trainer.fit([Diary("a", notes), Diary("b", notes)])
     assert notes == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", "end"), ("b", "end")]
     state = vars(trainer.state) | {"losses": []}
-    assert state == vars(TrainState(step=2, samples=16, tokens=16 * 8)) and len(trainer.state.losses) == 2
+    assert state == vars(TrainState(step=2, samples=16, planned=16, tokens=16 * 8)) and len(trainer.state.losses) == 2
     notes.clear()
     trainer.fit([Diary("a", notes)])
     assert notes == [("a", "end")] and trainer.state.step == 2
