@@ -43,7 +43,7 @@ FORKED = ("run.hang_timeout_s=0", "run.preflight=false")
 """Of a forked start: no watcher, which is a program of its own, and no preflight, which takes longer than a step."""
 _POLL_S = 0.005
 _POLL_SAVE_S = 0.0005  # a save of a tiny model takes some ten milliseconds
-_OF_THE_CLOCK = ("time/", "perf/", "memory/")
+_OF_THE_CLOCK = ("time/", "perf/", "memory/", "checkpoint/")
 # A start may save in the background, where the recipe has a key for that.
 _BACKGROUND = [f"checkpoint.{name}" for name in CheckpointSection.model_fields if "async" in name]
 
