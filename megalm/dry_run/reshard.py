@@ -24,6 +24,7 @@ from megalm.checkpoint.writer import RankWriter, encode_state, finish, storage_e
 from megalm.config.load import dump_yaml, load_values
 from megalm.config.run import RunConfig
 from megalm.config.storage import wide_dtype
+from megalm.config.yaml_text import sealed
 from megalm.data.tokenizer import FILE_NAME as TOKENIZER
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.sharding import Fragment, ShardSpec
@@ -34,7 +35,7 @@ from megalm.errors import CheckpointError, ConfigError
 from megalm.models.build import DTYPES, build_stage
 from megalm.train.optimizers import freeze
 from megalm.train.run_directory import CONFIG_FILE, IDENTITY_FILE, read_identity, run_identity
-from megalm.zero.engine import counted_here, kept_buffers, shard_of
+from megalm.zero.engine import counted_here, kept_buffers, replicas_of, shard_of
 from megalm.zero.saving import saved_by_stage, saved_range
 
 logger = logging.getLogger(__name__)
@@ -114,9 +115,10 @@ def saved_pieces(config: RunConfig, layout: RankLayout, rank: int, vocab: int) -
                     offset += tensor.numel()
         yield from (piece for tensor, piece in pieces if counted_here(tensor, mesh, tied) and piece.start < piece.stop)
         for tensor in whole:
-            start, stop = saved_range(_as_saved(tensor, config), shard_of(tensor), mesh)
+            shard = shard_of(tensor)
+            start, stop = saved_range(_as_saved(tensor, config), shard, replicas_of(shard), mesh)
             if saved_by_stage(tensor, mesh, tied) and start < stop:
-                yield Saved(shard_of(tensor), start, stop)
+                yield Saved(shard, start, stop)
 
 
 def _as_saved(tensor: Tensor, config: RunConfig) -> Tensor:
@@ -190,7 +192,10 @@ def _make_run(reader: CheckpointReader, config: RunConfig, layout: RankLayout, o
     parameters = sum(_elements(reader, name) for name in reader.names("weight"))
     data, tokenizer = (reader.state[f"{name}_fingerprint"] for name in ("data", "tokenizer"))
     identity = run_identity(config, data, tokenizer, layout.world_size, parameters, read_identity(run) or {})
-    texts = {IDENTITY_FILE: (json.dumps(identity, indent=1) + "\n").encode(), CONFIG_FILE: dump_yaml(config).encode()}
+    texts = {
+        IDENTITY_FILE: (json.dumps(identity, indent=1) + "\n").encode(),
+        CONFIG_FILE: sealed(dump_yaml(config)).encode(),
+    }
     try:
         if (run / TOKENIZER).is_file():
             texts[TOKENIZER] = (run / TOKENIZER).read_bytes()

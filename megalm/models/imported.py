@@ -19,6 +19,7 @@ from megalm.checkpoint.manager import CHECKPOINTS
 from megalm.checkpoint.writer import write_checkpoint
 from megalm.config.load import dump_yaml
 from megalm.config.run import RunConfig
+from megalm.config.yaml_text import sealed
 from megalm.data.tokenizer import FILE_NAME, read_tokenizer_file
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.errors import CheckpointError, StorageError
@@ -70,7 +71,7 @@ def write_run(
         )
         if tokenizer is not None:
             files.write_file(partial / FILE_NAME, read_tokenizer_file(tokenizer))
-        files.write_file(partial / "config.yaml", dump_yaml(config).encode())
+        files.write_file(partial / "config.yaml", sealed(dump_yaml(config)).encode())
         files.write_file(partial / SOURCE_FILE, (json.dumps(dict(source), indent=1) + "\n").encode())
         publish(files, partial, out)
     except OSError as error:

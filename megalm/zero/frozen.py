@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment
-from megalm.zero.engine import ReadFragment, counted_here, shard_of
+from megalm.zero.engine import ReadFragment, counted_here, replicas_of, shard_of
 from megalm.zero.saving import saved_by_stage, saved_range
 
 
@@ -30,7 +30,7 @@ class FrozenWeights:
                     start, values = self._own_part(parameter)
                     yield Fragment(shard, "weight", start, values)
             elif saved_by_stage(parameter, self.mesh, self.tied_weight):
-                start, stop = saved_range(parameter, shard, self.mesh)
+                start, stop = saved_range(parameter, shard, replicas_of(shard), self.mesh)
                 if start < stop:
                     yield Fragment(shard, "weight", start, parameter.detach().flatten()[start:stop])
 

@@ -195,7 +195,8 @@ class ReplicatedEngine(ZeroEngine):
         for weight, master in zip(self.weights, self.masters, strict=True):
             if not saved_by_stage(weight, self.mesh, self.tied_weight):
                 continue
-            start, stop = saved_range(master, shard_of(weight), self.mesh)
+            shard = shard_of(weight)
+            start, stop = saved_range(master, shard, replicas_of(shard), self.mesh)
             own = {"weight": master.detach(), **dict(tensor_states(self.optimizer.state[master], master.numel()))}
             for kind, values in own.items() if start < stop else ():
                 yield Fragment(shard_of(weight), kind, start, values.flatten()[start:stop])
@@ -208,13 +209,11 @@ class ReplicatedEngine(ZeroEngine):
         states = restore_optimizer(self.optimizer, alike, steps)
         with torch.no_grad():
             for weight, master in zip(self.weights, self.masters, strict=True):
-                for kind in ("weight", *(kind for kind in alike if kind in states[master])):
-                    target = master if kind == "weight" else states[master][kind]
-                    target.view(-1).copy_(read(shard_of(weight), kind, 0, master.numel()))
+                for kind in (kind for kind in alike if kind in states[master]):
+                    states[master][kind].view(-1).copy_(read(shard_of(weight), kind, 0, master.numel()))
             for _, shard, kind, values in own_states(self.optimizer):
                 values.view(-1).copy_(read(shard, kind, 0, values.numel()))
-        self.frozen.load(read)
-        self.spread_weights()
+        self.load_weights(read)
 
     @torch.no_grad()
     def load_weights(self, read: ReadFragment) -> None:

@@ -26,12 +26,11 @@ def part_of(name: str, numel: int, itemsize: int, index: int, count: int) -> tup
     return numel * place // parts, numel * (place + 1) // parts
 
 
-def saved_range(tensor: Tensor, shard: ShardSpec, mesh: ParallelMesh) -> tuple[int, int]:
-    """Return which elements this rank saves of a tensor of a shape with its shard, which all its replicas hold.
+def saved_range(tensor: Tensor, shard: ShardSpec, axis: Axis, mesh: ParallelMesh) -> tuple[int, int]:
+    """Return which elements this rank saves of a tensor of a shape with its shard, which all ranks of an axis hold.
 
     All tensor ranks hold it too where that axis does not divide it.
     """
-    axis: Axis = "replica" if shard.first_expert is None else "expert_replica"
     index, count = mesh.index(axis), mesh.size(axis)
     if shard.dim is None:
         index, count = index * mesh.size("tensor") + mesh.index("tensor"), count * mesh.size("tensor")

@@ -282,14 +282,12 @@ class ShardedEngine(ZeroEngine):
             for piece in self.pieces:
                 flat = self.flats[piece.flat]
                 at = slice(piece.offset, piece.offset + piece.length)
-                for kind in ("weight", *(kind for kind in alike if kind in states[flat])):
-                    target = flat if kind == "weight" else states[flat][kind]
+                for kind in (kind for kind in alike if kind in states[flat]):
                     stop = piece.start + piece.length
-                    target.view(-1)[at].copy_(read(piece.shard, kind, piece.start, stop))
+                    states[flat][kind].view(-1)[at].copy_(read(piece.shard, kind, piece.start, stop))
             for _, shard, kind, values in own_states(self.optimizer.optimizer):
                 values.view(-1).copy_(read(shard, kind, 0, values.numel()))
-            self.frozen.load(read)
-            self.spread_weights()
+        self.load_weights(read)
 
     @torch.no_grad()
     def load_weights(self, read: ReadFragment) -> None:
