@@ -5,12 +5,12 @@
 
 Rows of up to TILE columns (of the launch table) are read once, several short ones a program. Longer ones go through in
 blocks twice, the second time from the cache: first each lane keeps a maximum and a sum of its own, then the values are
-computed from those put together. Computed in fp32, with powers of 2; kept for the backward pass is y alone.
+computed from those put together. Computed in fp32, in natural powers: those of 2 would round scale x log2(e), and that
+shows in the largest. Kept for the backward pass is y alone.
 What lies right of the diagonal of a causal softmax is not read, but for what shares 16 elements with the visible part.
 Sources: Milakov and Gimelshein 2018 for the running maximum; Megatron-LM has the same operation as a CUDA kernel.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def _near(column, end, keys):
 
 @triton.jit
 def _logits(x, mask, mask_step, column, end, keys, scale):
-    """z in units of log(2) at [ROWS, BLOCK]; x and mask point to the rows."""
+    """z at [ROWS, BLOCK]; x and mask point to the rows."""
     near = _near(column, end, keys)
     visible = column < end[:, None]
     if mask is not None:
@@ -104,7 +104,7 @@ def _forward(
     real = (row < rows)[:, None]
     if WHOLE:
         z = _logits(x, mask, mask_step, lane, end, keys, scale)
-        power = tl.exp2(z - _finite(tl.max(z, 1))[:, None])
+        power = tl.exp(z - _finite(tl.max(z, 1))[:, None])
         total = tl.sum(power, 1)
         share = 1.0 / tl.where(total == 0.0, 1.0, total)
         tl.store(y[:, None] + lane, (power * share[:, None]).to(y.dtype.element_ty), mask=real & (lane < keys))
@@ -115,15 +115,15 @@ def _forward(
             z = _logits(x, mask, mask_step, first + lane, end, keys, scale)
             higher = tl.maximum(tops, z)
             shift = _finite(higher)
-            totals = totals * tl.exp2(tops - shift) + tl.exp2(z - shift)
+            totals = totals * tl.exp(tops - shift) + tl.exp(z - shift)
             tops = higher
         top = _finite(tl.max(tops, 1))[:, None]
-        total = tl.sum(totals * tl.exp2(tops - top), 1)
+        total = tl.sum(totals * tl.exp(tops - top), 1)
         share = 1.0 / tl.where(total == 0.0, 1.0, total)
         for first in tl.range(0, keys, BLOCK, num_stages=STAGES):
             column = first + lane
             z = _logits(x, mask, mask_step, column, end, keys, scale)
-            value = tl.exp2(z - top) * share[:, None]
+            value = tl.exp(z - top) * share[:, None]
             tl.store(y[:, None] + column, value.to(y.dtype.element_ty), mask=real & (column < keys))
 
 
@@ -233,7 +233,7 @@ def _forward_op(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> T
         keys,
         *planes.stride()[:2],
         *mask_places,
-        scale * math.log2(math.e),
+        scale,
         CAUSAL=causal,
         **chosen,
     )
