@@ -99,7 +99,7 @@ def train(args: Namespace) -> int:
     fresh = args.fresh and not restarted
     before = check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)
     if config.train.init_from is not None and (before is None or fresh):
-        from megalm.models.start import check_start
+        from megalm.train.start import check_start
 
         check_start(config, config.model.vocab or data.vocabulary)
     if starts_workers:

@@ -114,11 +114,11 @@ class Store:
         """Return the kinds that were given."""
         return {kind for _, kind in self.wholes}
 
-    def read(self, spec: ShardSpec, kind: str, start: int, stop: int) -> Tensor:
-        """Return a range of a flattened local tensor; padding is zero."""
+    def read(self, spec: ShardSpec, kind: str, start: int, stop: int, out: Tensor) -> None:
+        """Fill `out` with a range of a flattened local tensor; padding is zero."""
         whole = self.wholes[spec.name, kind]
         at = global_indices(spec)[start:stop]
-        return torch.where(at >= 0, whole[at.clamp_min(0)], torch.zeros((), dtype=whole.dtype))
+        out.copy_(torch.where(at >= 0, whole[at.clamp_min(0)], torch.zeros((), dtype=whole.dtype)))
 
     def assert_same(self, other: Store) -> None:
         """Fail unless the other holds the same tensors, bit for bit."""

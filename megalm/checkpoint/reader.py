@@ -76,8 +76,8 @@ class CheckpointReader:
     def read_flat(self, shard: ShardSpec, kind: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return elements [start, stop) of `shard`'s row-major flattened local tensor; padding is zero.
 
-        They are read straight into `out`, a contiguous 1-D CPU tensor of that many elements and the stored dtype, where
-        one is given. What it holds after an error is undefined.
+        `out`, where it is given, is filled and returned, 1-D of that many elements: straight from the file if it is on
+        the CPU, contiguous and of the stored dtype, else by a copy. What it holds after an error is undefined.
         """
         entries, low, high = self._entries(shard, kind)
         problem = piece_problem(shard, start, stop)
@@ -86,11 +86,14 @@ class CheckpointReader:
         target = Piece(shard, start, stop)
         wanted = target.count()
         dtype = DTYPES[entries[0].dtype]
-        if out is None:
+        if out is not None:
+            if out.shape != (stop - start,):
+                problem = f"{stop - start} elements for out {tuple(out.shape)}"
+                raise CheckpointError(f"read of {shard.name} ({kind}): {problem}; correct the caller")
+            if out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
+                return out.copy_(self.read_flat(shard, kind, start, stop))
+        else:
             out = _new(stop - start, dtype)
-        elif out.shape != (stop - start,) or out.dtype != dtype or not out.is_contiguous() or out.device.type != "cpu":
-            given = f"{tuple(out.shape)}, {out.dtype} on {out.device}"
-            raise CheckpointError(f"read of {shard.name} ({kind}): out is {given}, not {dtype}; correct the caller")
         if wanted < stop - start:
             out.zero_()
         begin, end = target.bounds()
@@ -98,7 +101,8 @@ class CheckpointReader:
         found = 0
         for first in range(0, len(chosen), OPEN_FILES):
             copies = [(entry, list(overlap(entry.piece, target))) for entry in chosen[first : first + OPEN_FILES]]
-            self._run([read for entry, some in copies if some for read in self._file(entry).plan(entry.key, some, out)])
+            plans = (self._file(entry).plan(entry.key, some, out.detach()) for entry, some in copies if some)
+            self._run([read for plan in plans for read in plan])
             found += sum(copy.length * copy.repeat for _, some in copies for copy in some)
         if found != wanted:
             problem = f"{found} of {wanted} elements listed"

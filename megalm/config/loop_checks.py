@@ -25,6 +25,12 @@ def _one_key_says_how_long(config: RunConfig) -> Iterator[str]:
         yield f"{' and '.join(found)} say twice how long the run is; keep one, and make the others null"
 
 
+@rule("train.init_from", "train.init_optimizer")
+def _optimizer_comes_from_somewhere(config: RunConfig) -> Iterator[str]:
+    if config.train.init_optimizer and config.train.init_from is None:
+        yield "train.init_optimizer=true says not whose state it is to start with; set train.init_from to a run of its"
+
+
 @rule("batch_ramp.start", "batch_ramp.every", "sequence_warmup.start", "sequence_warmup.every")
 def _ramps_say_when(config: RunConfig) -> Iterator[str]:
     for key in ("batch_ramp", "sequence_warmup"):

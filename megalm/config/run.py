@@ -142,7 +142,7 @@ class TrainSection(Section):
     blocks waits in the host's memory for its backward pass. `compile` has torch.compile make one program of each block.
 
     A new run starts with the weights at `init_from`, a run, one of its checkpoints, or a Hugging Face directory; its
-    optimizer and its steps begin anew.
+    steps begin anew, and so does its optimizer but for `init_optimizer`, with which state and updates are the source's.
 
     `fp8` rounds the operands of the products of the blocks' linear layers to 8 bits, by a recipe of torchao's: with one
     scale a matrix (tensorwise), or one a row (rowwise), of which the last leaves weights' gradients in bf16.
@@ -164,6 +164,7 @@ class TrainSection(Section):
     compile: bool = False
     fp8: Annotated[str, one_of("fp8")] = "none"
     init_from: Text | None = None
+    init_optimizer: bool = False
 
 
 class BatchRampSection(Section):

@@ -29,7 +29,6 @@ from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.world import joined_mesh
 from megalm.errors import CheckpointError, DistributedError, Interrupted
 from megalm.models.build import DTYPES, build_executor, build_stage
-from megalm.models.start import check_start, notes
 from megalm.models.transformer import Transformer
 from megalm.preflight.gate import preflight
 from megalm.train.callbacks import Evaluate, LogMetrics, StopEarly
@@ -47,6 +46,7 @@ from megalm.train.run_directory import RunDirectory, differing_settings, open_ru
 from megalm.train.run_facts import run_facts
 from megalm.train.saving import SaveCheckpoints
 from megalm.train.sinks import Sinks
+from megalm.train.start import check_start, notes, set_start
 from megalm.train.stragglers import NameStragglers
 from megalm.train.tracking import Tracker
 from megalm.train.trainer import Trainer, TrainState
@@ -280,7 +280,7 @@ def _start(config: RunConfig, vocab: int, trainer: Trainer, directory: RunDirect
             directory.check_source()
         source = check_start(config, vocab)
         with closing(source):
-            trainer.engine.load_weights(source.read_flat)
+            set_start(config, trainer.engine, source)
             lines = notes(config, source)
     except Exception as caught:
         error = caught

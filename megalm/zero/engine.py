@@ -22,8 +22,8 @@ from megalm.zero.parts import PlacedOptimizer
 MakeOptimizer = Callable[[Sequence[tuple[ShardSpec, Tensor]]], torch.optim.Optimizer]
 """Builds the optimizer over tensors, given with the spec of the logical tensor that each one is a part of."""
 
-ReadFragment = Callable[[ShardSpec, str, int, int], Tensor]
-"""(shard, kind, start, stop) -> 1-D values of that range of the flattened local tensor."""
+ReadFragment = Callable[[ShardSpec, str, int, int, Tensor], object]
+"""(shard, kind, start, stop, out): fill `out`, 1-D, with that range of the flattened local tensor; its dtype stays."""
 
 
 LARGEST_NORM = 1.8e19

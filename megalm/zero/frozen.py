@@ -41,7 +41,7 @@ class FrozenWeights:
             start, values = 0, parameter.view(-1)
             if hasattr(parameter, "ds_tensor"):
                 start, values = self._own_part(parameter)
-            values.copy_(read(shard_of(parameter), "weight", start, start + values.numel()))
+            read(shard_of(parameter), "weight", start, start + values.numel(), values)
 
     def _own_part(self, parameter: Tensor) -> tuple[int, Tensor]:
         """Return where this rank's part of a divided parameter starts, and its values without padding."""

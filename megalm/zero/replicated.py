@@ -210,16 +210,16 @@ class ReplicatedEngine(ZeroEngine):
         with torch.no_grad():
             for weight, master in zip(self.weights, self.masters, strict=True):
                 for kind in (kind for kind in alike if kind in states[master]):
-                    states[master][kind].view(-1).copy_(read(shard_of(weight), kind, 0, master.numel()))
+                    read(shard_of(weight), kind, 0, master.numel(), states[master][kind].view(-1))
             for _, shard, kind, values in own_states(self.optimizer):
-                values.view(-1).copy_(read(shard, kind, 0, values.numel()))
+                read(shard, kind, 0, values.numel(), values.view(-1))
         self.load_weights(read)
 
     @torch.no_grad()
     def load_weights(self, read: ReadFragment) -> None:
         """Read whole local tensors."""
         for weight, master in zip(self.weights, self.masters, strict=True):
-            master.view(-1).copy_(read(shard_of(weight), "weight", 0, master.numel()))
+            read(shard_of(weight), "weight", 0, master.numel(), master.view(-1))
         self.frozen.load(read)
         self.spread_weights()
 

@@ -284,9 +284,9 @@ class ShardedEngine(ZeroEngine):
                 at = slice(piece.offset, piece.offset + piece.length)
                 for kind in (kind for kind in alike if kind in states[flat]):
                     stop = piece.start + piece.length
-                    states[flat][kind].view(-1)[at].copy_(read(piece.shard, kind, piece.start, stop))
+                    read(piece.shard, kind, piece.start, stop, states[flat][kind].view(-1)[at])
             for _, shard, kind, values in own_states(self.optimizer.optimizer):
-                values.view(-1).copy_(read(shard, kind, 0, values.numel()))
+                read(shard, kind, 0, values.numel(), values.view(-1))
         self.load_weights(read)
 
     @torch.no_grad()
@@ -294,8 +294,7 @@ class ShardedEngine(ZeroEngine):
         """Fill this rank's partition of the master weights, and give every rank the weights that follow from it."""
         for piece in self.pieces:
             at = slice(piece.offset, piece.offset + piece.length)
-            values = read(piece.shard, "weight", piece.start, piece.start + piece.length)
-            self.flats[piece.flat].view(-1)[at].copy_(values)
+            read(piece.shard, "weight", piece.start, piece.start + piece.length, self.flats[piece.flat].view(-1)[at])
         self.frozen.load(read)
         self.spread_weights()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from megalm.checkpoint.manifest import MANIFEST
 from megalm.checkpoint.reader import CheckpointReader
@@ -108,9 +109,13 @@ def test_another_model_is_told_the_tensor_and_both_shapes(checkpoint: Path) -> N
 
 def test_memory_that_does_not_fit_is_not_read_into(checkpoint: Path) -> None:
     reader, spec = CheckpointReader(checkpoint), ShardSpec.whole("final_norm.weight", (8,))
-    for out in (torch.ones(9), torch.ones(8).double(), torch.ones(16)[::2], torch.ones(2, 4)):
+    for out in (torch.ones(9), torch.ones(7), torch.ones(2, 4)):
         fails(lambda out=out: reader.read_flat(spec, "weight", 0, 8, out=out), "correct the caller")  # type: ignore[misc]
         assert out.eq(1).all()
+    right = reader.read_flat(spec, "weight", 0, 8)
+    for out in (torch.ones(8), torch.ones(8, dtype=torch.float64), torch.ones(16)[::2], nn.Parameter(torch.ones(8))):
+        with torch.no_grad():
+            assert reader.read_flat(spec, "weight", 0, 8, out=out) is out and torch.equal(out.float(), right)
 
 
 def fragment(start: int, stop: int, index: int = 0, dtype: torch.dtype = torch.float32) -> Fragment:

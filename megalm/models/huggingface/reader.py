@@ -74,10 +74,14 @@ class HuggingFaceReader:
         """Return the local tensor of `shard`, a CPU tensor of the stored dtype; padding is zero."""
         return self.read_flat(shard, kind, 0, prod(shard.local_shape)).reshape(shard.local_shape)
 
-    def read_flat(self, shard: ShardSpec, kind: str, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of `shard`'s row-major flattened local tensor; padding is zero."""
+    def read_flat(self, shard: ShardSpec, kind: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return elements [start, stop) of `shard`'s row-major flattened local tensor; padding is zero.
+
+        `out`, where it is given, is filled and returned: contiguous, 1-D, of any dtype, to which numbers are cast.
+        """
         bound = self._bound(shard, kind)
-        out = torch.zeros(stop - start, dtype=self.dtype(shard.name))
+        out = torch.empty(stop - start, dtype=self.dtype(shard.name)) if out is None else out
+        out.zero_()
         at = 0
         for box in flat_boxes(shard.local_shape, start, stop):
             sizes = [high - low for low, high in box]

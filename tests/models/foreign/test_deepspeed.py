@@ -16,6 +16,7 @@ from megalm.errors import CheckpointError
 from megalm.models.build import build_stage
 from megalm.models.foreign.command import import_model
 from megalm.models.foreign.read import read_foreign_deepspeed
+from megalm.train.start import updates_of
 from megalm.zero.engine import shard_of
 from megalm.zero.replicated import ReplicatedEngine
 from tests.models.foreign.deepspeed_training import (
@@ -84,7 +85,7 @@ def next_update(run: Path) -> dict[str, Tensor]:
             grad_norm=lambda tensors, squared: torch.stack([t.square().sum() for t in tensors]).sum(),
             overlap=False,
         )
-        engine.load(reader.read_flat, ["exp_avg", "exp_avg_sq"], reader.state["imported"]["optimizer_steps"])
+        engine.load(reader.read_flat, ["exp_avg", "exp_avg_sq"], updates_of(reader))
         engine.begin(1)
         for parameter in model.parameters():
             parameter.grad = gradient(parameter.detach())

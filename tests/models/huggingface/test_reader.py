@@ -77,6 +77,9 @@ def test_a_shard_is_its_part_of_the_whole(readers: dict[str, HuggingFaceReader],
         size = part.numel()
         for start, stop in ((0, size // 3), (size // 3, size - 1), (size - 1, size), (size, size)):
             assert torch.equal(reader.read_flat(spec, "weight", start, stop), part.flatten()[start:stop]), spec
+            wide = torch.full((stop - start,), 7.0, dtype=torch.float64)
+            assert reader.read_flat(spec, "weight", start, stop, wide) is wide
+            assert torch.equal(wide, part.flatten()[start:stop].double()), spec
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama 3, grouped, tied", "mixtral", "gemma 2"])

@@ -21,9 +21,9 @@ from megalm.errors import CheckpointError, ConfigError
 from megalm.models.huggingface.importing import import_model
 from megalm.models.huggingface.reader import HuggingFaceReader
 from megalm.models.sources import fingerprint
-from megalm.models.start import check_start, notes, shapes_of
 from megalm.train.pretrain import train
 from megalm.train.run_directory import check_run, fixed_settings, read_identity
+from megalm.train.start import check_start, notes, shapes_of
 from tests.end_to_end.workplace import make_data
 from tests.models.huggingface.plain import make, values_of
 from tests.parity.harness import build_trainer
@@ -140,6 +140,77 @@ def test_a_run_starts_with_the_weights_of_its_source(place: Path, tmp_path: Path
     shutil.rmtree(source)  # a resume asks for nothing of it
     train(config.model_copy(update={"train": config.train.model_copy(update={"stop_at": 4})}))
     assert same(weights(run, 4), whole)
+
+
+def states(run: Path, step: int, kind: str) -> dict[str, torch.Tensor]:
+    """Return one kind of tensors of a checkpoint, in float64."""
+    reader = CheckpointReader(run / "checkpoints" / f"step-{step:08d}")
+    shapes = shapes_of(reader)
+    return {name: reader.read_local(ShardSpec.whole(name, shape), kind).double() for name, shape in shapes.items()}
+
+
+def test_the_optimizer_goes_on_from_its_source(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same step from the same weights, with and without the source's state, differs by that state alone."""
+    rate, (first, second), eps = 1e-3, (0.8, 0.9), 1e-8
+    optim = {"lr": rate, "weight_decay": 0.0, "betas": [first, second], "eps": eps}
+
+    def trained(name: str, steps: int, source: Path | None, **train_keys: Any) -> Path:
+        given = recipe(place, tmp_path / name, source).model_dump()
+        given["train"] |= {"steps": steps, "stop_at": None, "clip_grad_norm": None, **train_keys}
+        train(
+            RunConfig.model_validate({**given, "optim": optim, "lr_schedule": {"kind": "constant", "warmup_steps": 0}})
+        )
+        return tmp_path / name
+
+    before = trained("source", 3, None)
+    after = trained("with", 1, before, init_optimizer=True)
+    anew = trained("without", 1, before)
+    updates = 4
+    for name, weight in states(before, 3, "weight").items():
+        mean, square = (states(after, 1, kind)[name] for kind in ("exp_avg", "exp_avg_sq"))
+        for kind, beta, now in (("exp_avg", first, mean), ("exp_avg_sq", second, square)):
+            kept = states(before, 3, kind)[name]
+            assert float(kept.norm()) > 0
+            torch.testing.assert_close(now - states(anew, 1, kind)[name], beta * kept, rtol=1e-4, atol=1e-7)
+        moved = weight - rate * mean / (1 - first**updates) / ((square / (1 - second**updates)).sqrt() + eps)
+        torch.testing.assert_close(states(after, 1, "weight")[name], moved, rtol=1e-6, atol=1e-8)
+    assert "and its optimizer's state after 3 updates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("source", "is a Hugging Face directory, which holds no optimizer's state; set train.init_optimizer=false"),
+        ("imported", "step-00000000 holds no optimizer's state"),
+    ],
+)
+def test_a_source_without_the_optimizer_s_state_is_refused(
+    place: Path, tmp_path: Path, source: str, message: str
+) -> None:
+    given = recipe(place, tmp_path / "run", place / source).model_dump()
+    given["train"]["init_optimizer"] = True
+    config = RunConfig.model_validate(given)
+    with pytest.raises(ConfigError, match=message):
+        check_start(config, config.model.vocab or 0)
+
+
+def test_another_optimizer_s_state_is_refused(place: Path, tmp_path: Path) -> None:
+    given = recipe(place, tmp_path / "run", None).model_dump()
+    sgd = {"kind": "sgd", "lr": 1e-3, "momentum": 0.9, "rules": [{"match": "head.weight", "freeze": True}]}
+    train(RunConfig.model_validate({**given, "optim": sgd}))
+
+    def refused(optim: dict[str, Any], message: str) -> None:
+        given = recipe(place, tmp_path / "other", tmp_path / "run").model_dump()
+        given["train"]["init_optimizer"] = True
+        config = RunConfig.model_validate({**given, "optim": optim})
+        with pytest.raises(ConfigError, match=message):
+            check_start(config, config.model.vocab or 0)
+
+    refused(
+        {"lr": 1e-3}, "has the state of optim.kind=sgd, not adamw; use that kind, or set train.init_optimizer=false"
+    )
+    refused({**sgd, "momentum": 0.0}, "was trained with optim.momentum=0.9, not 0")
+    refused({**sgd, "rules": []}, "has no optimizer's state of head.weight, which this run trains")
 
 
 def test_other_first_weights_are_another_run(place: Path, tmp_path: Path) -> None:
