@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+MOST_ITEMS = 8
+"""Of a list, that lines show."""
+
 
 def show(text: str) -> int:
     """Print a text and return 0, the exit status."""
@@ -26,6 +29,14 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
+def _listed(items: list[Any]) -> str:
+    """Return the items of a list, of a long one the first few."""
+    shown = [
+        f"[{_listed(i)}]" if isinstance(i, list) else json.dumps(i, ensure_ascii=False) for i in items[:MOST_ITEMS]
+    ]
+    return ", ".join(shown) + (f" and {len(items) - len(shown)} more (--json has all)" if items[MOST_ITEMS:] else "")
+
+
 def _rows(prefix: str, result: dict[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in result.items():
@@ -35,7 +46,7 @@ def _rows(prefix: str, result: dict[str, Any]) -> list[tuple[str, str]]:
             for index, item in enumerate(value):
                 rows += _rows(f"{prefix}{key}.{index}.", item)
         elif isinstance(value, list):
-            rows.append((prefix + key, ", ".join(json.dumps(item, ensure_ascii=False) for item in value)))
+            rows.append((prefix + key, _listed(value)))
         elif isinstance(value, int) and not isinstance(value, bool):
             rows.append((prefix + key, f"{value:,}"))
         else:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.difference import difference
-from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints
-from megalm.checkpoint.manifest import CHECKPOINT_NAME, MANIFEST
+from megalm.checkpoint.names import CHECKPOINT_NAME, CHECKPOINTS, MANIFEST, find_checkpoints
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.tensor_file import DTYPES
 from megalm.errors import CheckpointError

@@ -15,9 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.background import Flight, Saved, try_to_save
-from megalm.checkpoint.blocks import unreadable
 from megalm.checkpoint.files import FileSystem
-from megalm.checkpoint.manifest import CHECKPOINT_NAME, FILE_NAME, HIDDEN_NAME, checkpoint_name, hidden
+from megalm.checkpoint.names import (
+    CHECKPOINT_NAME,
+    CHECKPOINTS,
+    FILE_NAME,
+    HIDDEN_NAME,
+    checkpoint_name,
+    find_checkpoints,
+    hidden,
+    step_of,
+)
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.retention import Keep, metric_of, stored_metric, superfluous
 from megalm.checkpoint.snapshot import Snapshot
@@ -29,28 +37,8 @@ from megalm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 PATIENCE_S = 10.0
 """So long a save on its way may write nothing before a program that ends leaves it."""
-
-
-def find_checkpoints(directory: Path) -> list[Path]:
-    """Return the checkpoints below `directory`, newest first, valid or not; none where there is no directory.
-
-    Where a replacement was interrupted, the checkpoint that it set aside stands for the step. Raises
-    CheckpointError.
-    """
-    found: dict[int, Path] = {}
-    try:
-        for path in directory.iterdir() if directory.is_dir() else ():
-            final, aside = CHECKPOINT_NAME.fullmatch(path.name), HIDDEN_NAME.fullmatch(path.name)
-            if final and path.is_dir():
-                found[int(final[1])] = path
-            elif aside and aside[3] == "replaced" and not path.with_name(aside[1]).is_dir():
-                found.setdefault(int(aside[2]), path)
-    except OSError as error:
-        raise unreadable(directory, error) from error
-    return [found[step] for step in sorted(found, reverse=True)]
 
 
 def latest_checkpoint(
@@ -89,13 +77,6 @@ def latest_checkpoint(
             "restore one from a copy, or move the directory away to begin anew"
         )
     return None
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step of a path that `find_checkpoints` gives."""
-    match = CHECKPOINT_NAME.fullmatch(checkpoint.name) or HIDDEN_NAME.fullmatch(checkpoint.name)
-    assert match is not None, checkpoint
-    return int(match[1] if match.re is CHECKPOINT_NAME else match[2])
 
 
 def _share(names: Iterable[str], group: Group) -> list[str]:

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: which files belong to it, and which piece of which tensor lies where.
 
-Owns: the index, its JSON form with its own checksum, the check that every tensor is there exactly once, and
-the names of a checkpoint's directories and files. The format is described in docs/checkpoint-format.md.
+Owns: the index, its JSON form with its own checksum, the check that every tensor is there exactly once.
+The format is described in docs/checkpoint-format.md.
 """
 
 from __future__ import annotations
@@ -19,28 +19,15 @@ from typing import Any
 
 from megalm.checkpoint.blocks import DAMAGED, FileRecord, open_regular, unreadable
 from megalm.checkpoint.geometry import Piece
+from megalm.checkpoint.names import FILE_NAME, MANIFEST, STATE
 from megalm.checkpoint.tensor_file import DTYPES
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError
 
 FORMAT, VERSION = "megalm-checkpoint", 2
-MANIFEST, STATE = "manifest.json", "state.json"
 MANIFEST_LIMIT_BYTES = 4 << 30
-CHECKPOINT_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
-HIDDEN_NAME = re.compile(r"\.(step-(\d{8,18}))\.(partial|replaced|deleted)", re.ASCII)
-FILE_NAME = re.compile(r"rank-(\d{5,9})-(?:weight|optimizer)(?:-\d+)?\.safetensors", re.ASCII)
 KIND = re.compile(r"[A-Za-z0-9_.-]+")
 _TAIL = re.compile(rb'\n"checksum": "([0-9a-f]{64})"\n}\n\Z')
-
-
-def checkpoint_name(step: int) -> str:
-    """Return the name of the directory of the checkpoint after `step` steps."""
-    return f"step-{step:08d}"
-
-
-def hidden(path: Path, role: str) -> Path:
-    """Return the hidden neighbour of a checkpoint's directory: role "partial", "replaced" or "deleted"."""
-    return path.with_name(f".{path.name}.{role}")
 
 
 @dataclass(frozen=True, slots=True)

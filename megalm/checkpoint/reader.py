@@ -23,7 +23,8 @@ from torch import Tensor
 
 from megalm.checkpoint.blocks import DAMAGED, BlockCache, FileRecord, hash_file, open_regular, read_exactly, unreadable
 from megalm.checkpoint.geometry import Offsets, Piece, overlap
-from megalm.checkpoint.manifest import CHECKPOINT_NAME, MANIFEST, STATE, Entry, Manifest, piece_problem
+from megalm.checkpoint.manifest import Entry, Manifest, piece_problem
+from megalm.checkpoint.names import CHECKPOINT_NAME, MANIFEST, STATE
 from megalm.checkpoint.tensor_file import CHUNK_BYTES, DTYPES, Read, TensorFile
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.manifest import STATE
+from megalm.checkpoint.names import STATE
 from megalm.checkpoint.tensor_file import open_regular
 
 METRIC = "metric"

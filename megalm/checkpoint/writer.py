@@ -21,19 +21,8 @@ from torch import Tensor
 from megalm.checkpoint.blocks import FileRecord, Hashers
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.geometry import Piece
-from megalm.checkpoint.manifest import (
-    FORMAT,
-    KIND,
-    MANIFEST,
-    STATE,
-    VERSION,
-    Entry,
-    Manifest,
-    checkpoint_name,
-    collect,
-    hidden,
-    piece_problem,
-)
+from megalm.checkpoint.manifest import FORMAT, KIND, VERSION, Entry, Manifest, collect, piece_problem
+from megalm.checkpoint.names import MANIFEST, STATE, checkpoint_name, hidden
 from megalm.checkpoint.tensor_file import DTYPE_NAMES, write_tensor_file
 from megalm.distributed.exchange import Group, gather_json, rank_of, together
 from megalm.distributed.meeting import Meeting

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from megalm.checkpoint.commands import checkpoints_at
 from megalm.checkpoint.files import FileSystem
-from megalm.checkpoint.manager import CHECKPOINTS
-from megalm.checkpoint.manifest import checkpoint_name, hidden
+from megalm.checkpoint.names import CHECKPOINTS, checkpoint_name, hidden
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.writer import RankWriter, encode_state, finish, storage_error
 from megalm.config.load import dump_yaml, load_values

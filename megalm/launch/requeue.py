@@ -17,10 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megalm.errors import CorruptionError, Diverged, Interrupted, MegalmError, UserError
+from megalm.checkpoint.names import CHECKPOINTS, find_checkpoints, step_of
+from megalm.errors import CheckpointError, CorruptionError, Diverged, Interrupted, MegalmError, UserError
 from megalm.files import write_durably
 from megalm.launch.records import ATTEMPTS_FILE, read_record, successors
 
@@ -114,9 +116,8 @@ def decide(
 def newest_step(run_dir: Path) -> int:
     """Return the last step that a run has logged or saved, 0 where there is none."""
     steps = [0]
-    for path in (run_dir / "checkpoints").glob("step-*"):
-        match = re.fullmatch(r"step-(\d{8,18})", path.name)
-        steps += [int(match[1])] if match else []
+    with suppress(CheckpointError):  # a directory that cannot be read is the run's own error to report
+        steps += map(step_of, find_checkpoints(run_dir / CHECKPOINTS))
     for line in _tail(run_dir / "metrics.jsonl").splitlines():
         match_line = re.match(rb'\{"step": (\d{1,18})[,}]', line)
         steps += [int(match_line[1])] if match_line else []

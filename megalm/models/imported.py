@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from megalm.checkpoint.files import FileSystem
-from megalm.checkpoint.manager import CHECKPOINTS
+from megalm.checkpoint.names import CHECKPOINTS
 from megalm.checkpoint.writer import write_checkpoint
 from megalm.config.load import dump_yaml
 from megalm.config.run import RunConfig

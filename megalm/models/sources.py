@@ -6,16 +6,13 @@ Owns which of the three a path is, and the fingerprint by which a run remembers 
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 
+from megalm.checkpoint.names import CHECKPOINTS, MANIFEST, find_checkpoints
 from megalm.errors import CheckpointError
 from megalm.files import require_regular
 
-MANIFEST = "manifest.json"
-CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
-_STEP = re.compile(r"step-\d{8,18}")
 _LONGEST_HEADER = 100_000_000
 
 
@@ -28,13 +25,12 @@ def newest_checkpoint(path: Path) -> Path:
     """Return a checkpoint's directory: `path` itself, or the newest of a run. Raises CheckpointError."""
     if (path / MANIFEST).is_file():
         return path
-    folder = path / CHECKPOINTS
-    found = [one for one in folder.iterdir() if _STEP.fullmatch(one.name)] if folder.is_dir() else []
+    found = find_checkpoints(path / CHECKPOINTS)
     if not found:
         raise CheckpointError(
             f"{path}: no run with a checkpoint, no checkpoint and no Hugging Face directory; give one of the three"
         )
-    return max(found, key=lambda one: int(one.name.removeprefix("step-")))
+    return found[0]
 
 
 def fingerprint(path: Path) -> str:

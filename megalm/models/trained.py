@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints, latest_checkpoint
+from megalm.checkpoint.manager import latest_checkpoint
+from megalm.checkpoint.names import CHECKPOINTS, find_checkpoints
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.manifest import STATE
+from megalm.checkpoint.names import STATE
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.ramps import samples_before, steps_for
 from megalm.config.run import RunConfig, key_fields

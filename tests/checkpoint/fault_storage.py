@@ -32,7 +32,8 @@ import torch
 
 from megalm.checkpoint.commands import verify
 from megalm.checkpoint.files import FileSystem
-from megalm.checkpoint.manager import CHECKPOINTS, CheckpointManager, latest_checkpoint
+from megalm.checkpoint.manager import CheckpointManager, latest_checkpoint
+from megalm.checkpoint.names import CHECKPOINTS
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.errors import CheckpointError
 from tests.checkpoint.subject import listening

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.manifest import MANIFEST
+from megalm.checkpoint.names import MANIFEST
 
 
 def parsed(directory: Path) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints
-from megalm.checkpoint.manifest import MANIFEST, VERSION, hidden
+from megalm.checkpoint.manifest import VERSION
+from megalm.checkpoint.names import CHECKPOINTS, MANIFEST, find_checkpoints, hidden
 from megalm.config.trained import trained_config
 from megalm.data.tokenizer import Tokenizer
 from megalm.distributed.mesh import ParallelMesh

@@ -34,8 +34,8 @@ import numpy as np
 import torch
 
 from megalm.checkpoint.commands import inspect, verify
-from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints, latest_checkpoint
-from megalm.checkpoint.manifest import MANIFEST, STATE
+from megalm.checkpoint.manager import latest_checkpoint
+from megalm.checkpoint.names import CHECKPOINTS, MANIFEST, STATE, find_checkpoints
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.trained import trained_config
 from megalm.distributed.sharding import ShardSpec

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.files import FileSystem
-from megalm.checkpoint.manifest import checkpoint_name, hidden
+from megalm.checkpoint.names import checkpoint_name, hidden
 from megalm.checkpoint.writer import FILE_BYTES, RankWriter, encode_state, finish
 from megalm.distributed.sharding import Fragment, ShardSpec
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.commands import verify
-from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints, latest_checkpoint
+from megalm.checkpoint.manager import latest_checkpoint
+from megalm.checkpoint.names import CHECKPOINTS, find_checkpoints
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.run import RunConfig
 from megalm.config.trained import trained_config

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from megalm.checkpoint.manifest import MANIFEST
+from megalm.checkpoint.names import MANIFEST
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.errors import CheckpointError

@@ -94,6 +94,18 @@ def test_the_state_counts_and_its_config_is_told(tmp_path: Path, capsys: pytest.
     assert "state.progress.step" in capsys.readouterr().out
 
 
+def test_of_many_tensors_the_first_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many, others = ({f"x{i}": Logical(torch.full((2,), value)) for i in range(20)} for value in (0.0, 1.0))
+    losses = {"config": {}, "progress": {"losses": [0.5] * 30}}
+    one, other = write(tmp_path / "a", many), write(tmp_path / "b", others, losses)
+    assert main(["checkpoint", "diff", str(one), str(other)]) == 1
+    found = capsys.readouterr().out
+    assert '"x15" and 12 more (--json has all)\n' in found and '"x16"' not in found
+    assert "[0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5 and 22 more (--json has all)]" in found
+    assert main(["checkpoint", "diff", str(one), str(other), "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["tensors"]["weight"]["different"]) == 20
+
+
 def test_a_damaged_or_missing_one_is_an_error_and_no_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = write(tmp_path / "a", small_model()), write(tmp_path / "b", small_model())
     file = other / "rank-00000-optimizer.safetensors"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megalm.checkpoint import manager
-from megalm.checkpoint.manifest import checkpoint_name
+from megalm.checkpoint.names import checkpoint_name
 from megalm.errors import StorageError
 from tests.checkpoint.fault_storage import Result, in_a_small_tmpfs, of_calls, table
 

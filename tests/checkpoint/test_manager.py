@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megalm.checkpoint.commands import inspect, verify
-from megalm.checkpoint.manager import CheckpointManager, find_checkpoints, latest_checkpoint
-from megalm.checkpoint.manifest import hidden
+from megalm.checkpoint.manager import CheckpointManager, latest_checkpoint
+from megalm.checkpoint.names import find_checkpoints, hidden
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.errors import CheckpointError
 

@@ -27,8 +27,7 @@ from typing import Any
 
 import torch
 
-from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints
-from megalm.checkpoint.manifest import HIDDEN_NAME
+from megalm.checkpoint.names import CHECKPOINTS, HIDDEN_NAME, find_checkpoints
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.run import CheckpointSection
 from megalm.distributed.sharding import ShardSpec

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints
+from megalm.checkpoint.names import CHECKPOINTS, find_checkpoints
 from megalm.train.tracking import read_metrics
 from tests.slurm.cluster import Cluster, Job
 

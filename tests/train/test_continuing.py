@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megalm.checkpoint.manager import find_checkpoints
+from megalm.checkpoint.names import find_checkpoints
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.ramps import batch_at
 from megalm.errors import CheckpointError, ConfigError

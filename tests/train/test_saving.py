@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from megalm.checkpoint import background
-from megalm.checkpoint.manager import CheckpointManager, find_checkpoints, latest_checkpoint, step_of
+from megalm.checkpoint.manager import CheckpointManager, latest_checkpoint
+from megalm.checkpoint.names import find_checkpoints, step_of
 from megalm.checkpoint.retention import Keep
 from megalm.config.run import CheckpointSection
 from megalm.distributed.layout import RankLayout

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megalm.checkpoint.commands import verify
-from megalm.checkpoint.manager import find_checkpoints, step_of
+from megalm.checkpoint.names import find_checkpoints, step_of
 from megalm.errors import HUNG
 from megalm.launch.local import run_workers
 from megalm.train.tracking import read_events, read_metrics

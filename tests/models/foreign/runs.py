@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.manager import CHECKPOINTS, find_checkpoints
+from megalm.checkpoint.names import CHECKPOINTS, find_checkpoints
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.trained import trained_config
 from megalm.distributed.sharding import ShardSpec
