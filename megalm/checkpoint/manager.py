@@ -33,7 +33,7 @@ from megalm.checkpoint.writer import encode_state, restore, storage_error, write
 from megalm.distributed.exchange import Group, broadcast_json, rank_of, size_of, together
 from megalm.distributed.meeting import Meeting
 from megalm.distributed.sharding import Fragment
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, OutOfMemory
 
 logger = logging.getLogger(__name__)
 
@@ -140,12 +140,18 @@ class CheckpointManager:
     def begin(self, step: int, fragments: Iterable[Fragment], state: Mapping[str, Any]) -> None:
         """Copy the fragments and begin to write the copies in a thread; every rank calls, once `wait` has returned.
 
-        On CUDA `settle` must be called before the tensors change.
+        On CUDA `settle` must be called before the tensors change. Raises OutOfMemory on all ranks, and has begun
+        nothing, where one's host has no room for the copy.
         """
         assert self._flight is None, f"the save of step {self._flight and self._flight.step} has not been waited for"
         group = self._meeting if size_of(self._group) > 1 else None
         assert group is not None or size_of(self._group) == 1, "several ranks save in threads by a meeting alone"
-        copies, text = self._snapshot.take(fragments), json.loads(encode_state(state))
+        try:
+            with together(self._group):
+                copies, text = self._snapshot.take(fragments), json.loads(encode_state(state))
+        except OutOfMemory:
+            self._snapshot = Snapshot()
+            raise
 
         def work() -> Saved:
             try:

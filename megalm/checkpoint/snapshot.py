@@ -1,7 +1,8 @@
 """A copy of what a rank saves, in the host's memory: training goes on while it is written.
 
 Owns: the buffers, which stay from one snapshot to the next, so that memory is bounded by one of them and is mapped
-once; and the copy's order with training, on CUDA by events. Who writes the copy is `background.py`'s.
+once; whether the host has room for them; and the copy's order with training, on CUDA by events. Who writes the copy is
+`background.py`'s.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megalm.distributed.host_memory import free_host_bytes
 from megalm.distributed.sharding import Fragment
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, OutOfMemory
+
+RESERVE_BYTES = 512 << 20
+"""Of the host's memory, which a snapshot leaves to others."""
+_ASKED_BYTES = 1 << 20  # a smaller buffer is not worth the question
 
 _Key = tuple[str, str, int, int, int | None]
 
@@ -39,7 +45,10 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
-        """Return copies of all fragments, which hold until the next call; of the last call's none may be in use."""
+        """Return copies of all fragments, which hold until the next call; of the last call's none may be in use.
+
+        Raises OutOfMemory, with all buffers let go, where the host has no room for them.
+        """
         copies: dict[_Key, Fragment] = {}
         before, self._buffers = self._buffers, {}
         for fragment in fragments:
@@ -50,7 +59,7 @@ class Snapshot:
             buffer = before.pop(key, None)
             if buffer is None or buffer.shape != values.shape or buffer.dtype != values.dtype:
                 del buffer  # before another one is taken
-                buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+                buffer = self._new(values)
             with self._beside(values):
                 buffer.copy_(values, non_blocking=values.is_cuda)
             if self._stream is not None and values.is_cuda:
@@ -61,6 +70,19 @@ class Snapshot:
             self._copied = torch.cuda.Event(blocking=True)
             self._copied.record(self._stream)
         return list(copies.values())
+
+    def _new(self, values: Tensor) -> Tensor:
+        needed = values.numel() * values.element_size()
+        needed = 1 << (needed - 1).bit_length() if values.is_cuda and needed else needed
+        try:
+            if needed >= _ASKED_BYTES and (free := free_host_bytes()) < needed + RESERVE_BYTES:
+                raise RuntimeError(f"{free >> 20} MiB are free")
+            return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        except RuntimeError as error:
+            taken, self._buffers = self.bytes, {}
+            raise OutOfMemory(
+                f"the host's memory has no room for a copy of what is saved: {error}, {taken >> 20} MiB are copied"
+            ) from error
 
     def settle(self) -> None:
         """Have the device's further work wait for the copy; the host does not. Costs nothing where none is made."""

@@ -16,6 +16,7 @@ import torch
 from megalm import errors
 from megalm.config.run import RunConfig
 from megalm.distributed.exchange import broadcast_json, gather_json
+from megalm.distributed.host_memory import free_host_bytes
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.errors import ConfigError, DistributedError, LaunchError, MegalmError
 from megalm.preflight.cluster import SKEW_FAIL_S, odd_versions
@@ -40,9 +41,7 @@ def free_memory(device: torch.device) -> int:
     """Return the bytes that may still be taken on the device; of the machine's memory for a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return free_host_bytes()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megalm.checkpoint.manager import CheckpointManager
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.retention import METRIC
 from megalm.config.run import CheckpointSection
-from megalm.errors import StorageError
+from megalm.errors import OutOfMemory, StorageError
 from megalm.train.callbacks import Evaluate, LogMetrics, value_at
 from megalm.train.monitor import Throughput
 from megalm.train.replicas import CompareReplicas
@@ -63,6 +63,7 @@ class SaveCheckpoints:
         self._result: StepResult | None = None
         self._last: Saved | None = None
         self._failed = 0
+        self._asynchronous = section.asynchronous
         self._figures: dict[str, float] = {}
         self._warned = False
 
@@ -104,14 +105,29 @@ class SaveCheckpoints:
         with self.meter.paused():
             self._wait()
             step, state = trainer.state.step, self._state(trainer)
-            if self.section.asynchronous and not wait and self._failed < self.section.failures:
-                self.manager.begin(step, trainer.engine.state(), state)
-            else:
+            beside = self._asynchronous and not wait and self._failed < self.section.failures
+            if not (beside and self._begin(trainer, state)):
                 self._note(self.manager.save_patiently(step, trainer.engine.state, state))
         self._add("checkpoint/stall_s", time.perf_counter() - begin)
         if self._failed > self.section.failures:
             assert self._last is not None and self._last.error is not None
             raise self._last.error
+
+    def _begin(self, trainer: Trainer, state: Mapping[str, Any]) -> bool:
+        """Begin to save beside training; where some host has no memory for that, never again, and return False."""
+        try:
+            self.manager.begin(trainer.state.step, trainer.engine.state(), state)
+        except OutOfMemory as error:
+            self._asynchronous = False
+            self.tracker.event(
+                {
+                    "step": trainer.state.step,
+                    "event": "training waits for saves from now on",
+                    "reason": str(error),
+                    "remedy": "more memory, more ranks or nodes to divide it over, or checkpoint.asynchronous=false",
+                }
+            )
+        return self._asynchronous
 
     def resumed(self, reader: CheckpointReader) -> None:
         """Take over what a checkpoint says of the run before it, which goes on from there."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from megalm.checkpoint.snapshot import Snapshot
+from megalm.checkpoint import snapshot as module
+from megalm.checkpoint.snapshot import RESERVE_BYTES, Snapshot
 from megalm.distributed.sharding import Fragment, ShardSpec
+from megalm.errors import OutOfMemory
 
 SPEC = ShardSpec.whole("x.weight", (4, 8))
 
@@ -43,3 +46,17 @@ def test_memory_is_that_of_one_snapshot_and_stays() -> None:
     assert snapshot.bytes == 32 * 4
     (wide,) = snapshot.take([Fragment(SPEC, "weight", 0, values.detach().flatten().double())])
     assert wide.values.dtype == torch.float64 and torch.equal(wide.values, torch.arange(32.0).double())
+
+
+def test_a_host_without_room_is_found_out_before_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 1 << 20
+    parts = [Fragment(ShardSpec.whole(f"x{i}", (size,)), "weight", 0, torch.ones(size)) for i in range(3)]
+    snapshot, free = Snapshot(), RESERVE_BYTES + 3 * 4 * size - 1
+    monkeypatch.setattr(module, "free_host_bytes", lambda: free - snapshot.bytes)
+    with pytest.raises(OutOfMemory, match="no room for a copy of what is saved: 515 MiB are free, 8 MiB are copied"):
+        snapshot.take(parts)
+    assert snapshot.bytes == 0
+    free += 1
+    assert len(snapshot.take(parts)) == 3
+    free = 0
+    assert len(snapshot.take(parts)) == 3, "nothing more is taken"

@@ -16,15 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from megalm.checkpoint import background
+from megalm.checkpoint import background, snapshot
 from megalm.checkpoint.manager import CheckpointManager, latest_checkpoint
 from megalm.checkpoint.names import find_checkpoints, step_of
 from megalm.checkpoint.retention import Keep
 from megalm.config.run import CheckpointSection
+from megalm.distributed.host_memory import free_host_bytes
 from megalm.distributed.layout import RankLayout
-from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.meeting import Meeting
+from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.sharding import Fragment, ShardSpec
-from megalm.errors import CheckpointError, CorruptionError, StorageError
+from megalm.errors import CheckpointError, CorruptionError, OutOfMemory, StorageError
 from megalm.train.replicas import CompareReplicas
 from megalm.train.saving import SaveCheckpoints
 from megalm.train.trainer import StepResult, StepTimes, Trainer, TrainState
@@ -278,6 +280,38 @@ def test_a_fault_that_is_none_of_storage_is_not_borne(tmp_path: Path) -> None:
     run.train(1)
     with pytest.raises(CheckpointError, match="elements 3 to 4 are missing"):
         run.train(1)
+
+
+def test_where_there_is_no_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_ASKED_BYTES", 0)
+    monkeypatch.setattr(snapshot, "free_host_bytes", lambda: 5 << 20)
+    run = Run(tmp_path, Disk()).train(2)
+    assert run.saved() == [2] and run.manager._flight is None
+    (event,) = run.notes.events
+    assert event["event"] == "training waits for saves from now on" and "5 MiB are free" in event["reason"]
+    monkeypatch.setattr(snapshot, "free_host_bytes", lambda: 1 << 40)
+    assert run.train(3).saved() == [2, 4] and run.notes.events == [event], "it stays so"
+
+
+def saves_where_rank_1_lacks_memory(mesh: ParallelMesh, run: str) -> str:
+    """Return what a save beside training says on this rank, where one rank's host is full."""
+    snapshot._ASKED_BYTES, snapshot.free_host_bytes = 0, lambda: 0 if mesh.rank == 1 else 1 << 40
+    try:
+        manager = CheckpointManager(Path(run), 1, world_group(), meeting=Meeting.of_world("no memory"))
+        fragments = [Fragment(SPEC, "weight", mesh.rank, torch.ones(1))]
+        with pytest.raises(OutOfMemory) as caught:
+            manager.begin(1, fragments, {})
+        assert manager.ended() is None
+        assert manager.save_patiently(1, lambda: fragments, {}).error is None
+        return str(caught.value)
+    finally:
+        snapshot._ASKED_BYTES, snapshot.free_host_bytes = 1 << 20, free_host_bytes
+
+
+def test_all_ranks_wait_where_one_has_no_memory(pool: WorkerPool, tmp_path: Path) -> None:
+    said = pool.run(saves_where_rank_1_lacks_memory, str(tmp_path), layout=RankLayout(data=4))
+    assert len({*said}) == 1 and said[0].startswith("rank 1: the host's memory has no room")
+    assert [step_of(path) for path in find_checkpoints(tmp_path / "checkpoints")] == [1]
 
 
 def test_nothing_is_saved_of_replicas_that_differ(tmp_path: Path) -> None:
