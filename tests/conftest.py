@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the machine's cores belong to the ranks
 
@@ -20,14 +21,18 @@ if not torch.cuda.is_available():
 from tests.worker_pool import WorkerPool
 
 POOL_SIZE = 8
+SIDE_BY_SIDE = {"kernels", "config", "data", "launch", "models", "nn", "pipeline_parallel", "tensor_parallel"}
+"""Directories whose tests, but for those with a pool, keep to one core each."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With a GPU all tests of kernels run on it: `-m gpu` takes them in."""
-    if torch.cuda.is_available():
-        for item in items:
-            if "tests/kernels/" in item.path.as_posix() and item.path.name != "test_compile.py":
-                item.add_marker(pytest.mark.gpu)
+    """Mark what may run side by side; with a GPU all tests of kernels run on it, and `-m gpu` takes them in."""
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent).parts[0]
+        if place in SIDE_BY_SIDE and "pool" not in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.side_by_side)
+        if torch.cuda.is_available() and place == "kernels" and item.path.name != "test_compile.py":
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(scope="session")

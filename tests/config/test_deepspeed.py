@@ -76,11 +76,11 @@ def test_every_shipped_file_says_when_to_take_it() -> None:
     assert all(about.endswith(".") and len(about) > 40 for about in abouts.values())
 
 
-def test_the_readme_lists_every_shipped_file() -> None:
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    table = text[text.index("| `zero.config` | when |") :].split("\n\n")[0]
-    rows = [re.findall(r"`([^`]+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
-    assert sorted(chain.from_iterable(rows)) == sorted(shipped_configs())
+def test_the_documentation_lists_every_shipped_file() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    items = text[text.index("The files of `zero.config`:\n\n- ") :].split("\n\n")[1]
+    names = [re.findall(r"`([^`]+)`", line.partition(":")[0]) for line in items.splitlines() if line.startswith("- ")]
+    assert sorted(chain.from_iterable(names)) == sorted(shipped_configs())
 
 
 def test_the_stage_names_the_file_by_default(tmp_path: Path) -> None:

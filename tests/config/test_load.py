@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -340,3 +341,10 @@ def test_any_bytes_are_refused_or_load(content: bytes) -> None:
 def _recipe_file(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the property tests one file each, which hypothesis reuses between examples."""
     monkeypatch.setenv("PYTEST_TMP_RECIPE", str(tmp_path_factory.mktemp("recipes") / "recipe.yaml"))
+
+
+def test_the_documentation_has_every_key() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    heads = " ".join(re.findall(r"`[a-z0-9_.=]+`", text)).replace("=", "`=").replace("`", " ").split()
+    missing = [key for key in key_fields() if key not in heads and key.rpartition(".")[2] not in heads]
+    assert missing == []
