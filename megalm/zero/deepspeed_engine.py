@@ -6,6 +6,7 @@ exactly (0.19.8).
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import weakref
@@ -19,6 +20,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
@@ -120,8 +122,8 @@ def forget_world() -> None:
     up. And stage 3 replaces `F.linear` for good by one whose backward pass gives bias and weight their gradients in the
     other order; stages 1 and 2 add up the ranks' gradients in the order in which they come, so a rank with the one and
     a rank with the other would add weights to biases without a word. An engine's gradient hooks hold the engine, out of
-    the garbage collector's sight, and stage 3's stack of modules the model: with either the world's groups stay, and
-    their threads, which take turns with all others.
+    the garbage collector's sight, and stage 3's stack of modules and its cache of what to release the model: with any
+    of them the world's groups stay, and their threads, each of which wakes a hundred times a second.
     """
     while _ENGINES:
         _ENGINES.pop().destroy()
@@ -132,6 +134,8 @@ def forget_world() -> None:
     deepspeed.zero.Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     FWD_MODULE_STACK.clear()
+    to_release = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(to_release).nonlocals["func"].cache_clear()
     F.linear = _PLAIN_LINEAR
 
 

@@ -8,6 +8,7 @@ which a backward pass ends with them.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -51,8 +52,14 @@ class OverlappedSums:
         self._bucket_of = {weight: bucket for bucket in self._buckets for weight in bucket.weights}
         self._left: dict[Tensor, int] = {}
         self._started = 0
+        came = WeakMethod(self._came)  # autograd's hold of a hook is out of the garbage collector's sight
+
+        def tell(weight: Tensor) -> None:
+            if (told := came()) is not None:
+                told(weight)
+
         for weight in shared:
-            weight.register_post_accumulate_grad_hook(self._came)
+            weight.register_post_accumulate_grad_hook(tell)
 
     def begin(self, microbatches: int) -> None:
         """Give the masters gradients of zeros, each a part of its bucket."""
