@@ -21,20 +21,13 @@ Writes NAME.json and prints a table, where --out is the name.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import torch
-from checkpoint_process import result_of
-
-from megalm.launch.local import run_workers
+from workers import machine, measured_by, write_result
 
 PROCESS = Path(__file__).with_name("checkpoint_process.py")
 ROWS = {
@@ -45,26 +38,13 @@ ROWS = {
     "load into columns": ("reshard", "plain_read", "dcp_reshard"),
 }
 """What is measured, beside the disk's and DCP's."""
+GIVEN = ("megabytes", "hidden", "repetitions", "dcp_threads")
 
 
 def measure(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
     """Return what `ranks` processes measured."""
-    with tempfile.TemporaryDirectory(dir=options.root, prefix="checkpoint-benchmark-") as directory:
-        root = Path(directory) / "files"
-        root.mkdir()
-        job = {
-            "root": str(root),
-            "megabytes": options.megabytes,
-            "hidden": options.hidden,
-            "repetitions": options.repetitions,
-            "dcp_threads": options.dcp_threads,
-        }
-        path = Path(directory) / "job.json"
-        path.write_text(json.dumps(job))
-        status = run_workers([sys.executable, str(PROCESS), str(path)], ranks, None)
-        if status:
-            raise SystemExit(f"{ranks} ranks: a process ended with status {status}")
-        raw = json.loads(result_of(path).read_text())
+    given = {key: getattr(options, key) for key in GIVEN}
+    raw = measured_by(PROCESS, given, ranks, options.root)
     return {"bytes": raw["bytes"], "rows": rows(raw), "seconds": raw["seconds"]}
 
 
@@ -131,23 +111,11 @@ def read_options() -> argparse.Namespace:
 def main() -> int:
     """Measure, print and write."""
     options = read_options()
-    facts: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 1),
-        "megabytes": options.megabytes,
-        "hidden": options.hidden,
-        "repetitions": options.repetitions,
-        "dcp_threads": options.dcp_threads,
-    }
+    before = machine()
     measured = {str(ranks): measure(ranks, options) for ranks in options.ranks}
     print(table(measured))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {**facts, "load_after": round(os.getloadavg()[0], 1), "measured": measured}
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    given = {key: getattr(options, key) for key in GIVEN}
+    write_result(options.out.with_suffix(".json"), before, {**given, "measured": measured})
     return 0
 
 

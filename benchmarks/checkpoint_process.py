@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from workers import result_of
 
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.reader import CheckpointReader
@@ -29,11 +30,6 @@ from megalm.distributed.sharding import Fragment, ShardSpec
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 CHUNK_BYTES = 8 << 20
-
-
-def result_of(job_path: Path) -> Path:
-    """Return where the result of a job lies."""
-    return job_path.with_suffix(".result.json")
 
 
 def shapes(megabytes: int, hidden: int) -> dict[str, tuple[int, int]]:
@@ -204,7 +200,9 @@ def main() -> None:
     job = json.loads(job_path.read_text())
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     dist.init_process_group("gloo")
-    rank = Rank(Path(job["root"]), shapes(job["megabytes"], job["hidden"]), job["dcp_threads"])
+    root = job_path.with_name("files")
+    root.mkdir(exist_ok=True)
+    rank = Rank(root, shapes(job["megabytes"], job["hidden"]), job["dcp_threads"])
     found = measure(rank, job["repetitions"])
     if rank.rank == 0:
         size = rank.bytes * rank.world

@@ -23,20 +23,12 @@ Writes NAME.json, where --out is the name.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
-import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import torch
-from overlap_process import result_of
-
-from megalm.launch.local import run_workers
+from workers import machine, measured_by, write_result
 
 PROCESS = Path(__file__).with_name("overlap_process.py")
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -86,13 +78,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "pairs": options.pairs,
         "warm": options.warm,
     }
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "job.json"
-        path.write_text(json.dumps(job))
-        status = run_workers([sys.executable, str(PROCESS), str(path)], options.ranks, None)
-        if status:
-            raise SystemExit(f"{name}: a process ended with status {status}")
-        raw = json.loads(result_of(path).read_text())
+    raw = measured_by(PROCESS, job, options.ranks)
     return {"axis": CASES[name][0], "on": on, "settings": job["settings"], **row(raw)}
 
 
@@ -147,24 +133,15 @@ def read_options() -> argparse.Namespace:
 def main() -> int:
     """Measure, print and write."""
     options = read_options()
-    facts: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 1),
-        "gpus": torch.cuda.device_count(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    before = machine()
+    measured = {name: measure(name, options) for name in options.cases}
+    print(table(measured, options.ranks))
+    given = {
         "pairs": options.pairs,
         "ranks": options.ranks,
         "slept": {"gflop_s": options.gflops, "mb_s": options.megabytes} if options.slept else None,
     }
-    measured = {name: measure(name, options) for name in options.cases}
-    print(table(measured, options.ranks))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {**facts, "load_after": round(os.getloadavg()[0], 1), "measured": measured}
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out.with_suffix(".json"), before, {**given, "measured": measured})
     return 0
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from workers import result_of
 
 from megalm.config.load import load_recipe
 from megalm.config.run import RunConfig
@@ -33,11 +34,6 @@ from megalm.zero.build import build_engine
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Relative, after all steps: the two sides round otherwise."""
-
-
-def result_of(job_path: Path) -> Path:
-    """Return where the result of a job lies."""
-    return job_path.with_suffix(".result.json")
 
 
 class RandomText:

@@ -15,21 +15,14 @@ Writes NAME.json and NAME.png, where --out is the name.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
-import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
-from pipeline_process import result_of
+from workers import machine, measured_by, write_result
 
 from megalm.config.choices import CHOICES
-from megalm.launch.local import run_workers
 from megalm.pipeline_parallel.schedules import SCHEDULES
 from megalm.pipeline_parallel.simulator import simulate
 
@@ -64,13 +57,7 @@ def measure(stages: int, options: argparse.Namespace) -> dict[str, Any]:
         "times": options.times,
         "repeats": options.repeats,
     }
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "job.json"
-        path.write_text(json.dumps(job))
-        status = run_workers([sys.executable, str(PROCESS), str(path)], stages, None)
-        if status:
-            raise SystemExit(f"{stages} stages: a process ended with status {status}")
-        raw = json.loads(result_of(path).read_text())
+    raw = measured_by(PROCESS, job, stages)
     rows: dict[str, Any] = {}
     for name in options.schedules:
         for count in counts:
@@ -148,26 +135,20 @@ def read_options() -> argparse.Namespace:
 def main() -> int:
     """Measure, print, write and draw; 1 where a bubble is further from the simulator's than the goal."""
     options = read_options()
-    facts = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "load_before": round(os.getloadavg()[0], 1),
-        "repeats": options.repeats,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "layers": "wait instead of computing",
-        "times_s": options.times,
-        "virtual_stages": options.virtual_stages,
-        "goal": GOAL,
-    }
+    before = machine()
     measured = {str(stages): measure(stages, options) for stages in options.stages}
     print(table(measured))
     far = worst(measured)
     print(f"\nfurthest from the simulator: {100 * far:.1f} points, goal {100 * GOAL:.0f}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {**facts, "furthest_points": round(100 * far, 2), "measured": measured}
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    given = {
+        "repeats": options.repeats,
+        "layers": "wait instead of computing",
+        "times_s": options.times,
+        "virtual_stages": options.virtual_stages,
+        "goal": GOAL,
+        "furthest_points": round(100 * far, 2),
+    }
+    write_result(options.out.with_suffix(".json"), before, {**given, "measured": measured})
     draw(measured, options.out.with_suffix(".png"))
     return int(far > GOAL)
 

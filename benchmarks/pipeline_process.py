@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from workers import result_of
 
 from megalm.config.load import load_recipe
 from megalm.distributed.mesh import ParallelMesh
@@ -27,11 +28,6 @@ from megalm.pipeline_parallel.weight_gradients import WeightGradients
 TOKENS, HIDDEN = 64, 256
 """Of a microbatch of one row: 64 KiB in fp32."""
 HEAD_START_S = 0.05
-
-
-def result_of(job_path: Path) -> Path:
-    """Return where the result of a job lies."""
-    return job_path.with_suffix(".result.json")
 
 
 class Clock:

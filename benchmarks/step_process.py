@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from plain import PlainBatches, PlainLoop, PlainModel, PlainShape
+from workers import result_of
 
 from megalm.config.run import RunConfig
 from megalm.data.loader import Loader
@@ -38,11 +39,6 @@ KINDS = {("layernorm", "gelu", "learned", True): False, ("rmsnorm", "swiglu", "r
 """(norm, activation, position, bias) of the models that the plain loop can train -> whether it is the Llama kind."""
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-4}
 """Relative. bf16 keeps 8 bits, and the two models may multiply in a different order."""
-
-
-def result_of(job_path: Path) -> Path:
-    """Return where the result of a job lies."""
-    return job_path.with_suffix(".result.json")
 
 
 def build_trainer(config: RunConfig, tokens: TokenFile, mesh: ParallelMesh) -> Trainer:

@@ -31,27 +31,24 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from step_process import CHECKED_STEPS, LOSS_TOLERANCE, WARM_STEPS, result_of
+from step_process import CHECKED_STEPS, LOSS_TOLERANCE, WARM_STEPS
+from workers import machine, measured_by
 
 from megalm.config.choices import CHOICES
 from megalm.config.load import load_recipe
 from megalm.config.run import RunConfig
 from megalm.data.token_file import TokenFileWriter
-from megalm.launch.local import run_workers
 
 GOAL = 1.02
 PROCESS = Path(__file__).with_name("step_process.py")
@@ -132,7 +129,6 @@ def measured(kind: str, config: RunConfig, world_size: int, repeats: int, option
     with tempfile.TemporaryDirectory() as directory:
         tokens = Path(directory) / "random.tokens"
         write_tokens(tokens, config, repeats * options.steps_a_side)
-        job_path = Path(directory) / "job.json"
         job = {
             "kind": kind,
             "config": config.model_dump_json(),
@@ -141,11 +137,7 @@ def measured(kind: str, config: RunConfig, world_size: int, repeats: int, option
             "steps_a_side": options.steps_a_side,
             "threads": options.threads,
         }
-        job_path.write_text(json.dumps(job))
-        status = run_workers([sys.executable, str(PROCESS), str(job_path)], world_size, None)
-        if status != 0:
-            raise SystemExit(status)
-        return json.loads(result_of(job_path).read_text())
+        return measured_by(PROCESS, job, world_size)
 
 
 def write_tokens(path: Path, config: RunConfig, steps: int) -> None:
@@ -252,33 +244,6 @@ def measure_model(options: argparse.Namespace, results: dict[str, Any], out: Pat
     print(f"MFU: of {raw['peak_flops'] / 1e12:.1f} TFLOP/s ({raw['peak_source']})\nwritten: {out}")
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the figures depend on beside the code."""
-    name = torch.cuda.get_device_name() if options.device == "cuda" else processor_name()
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads_a_process": options.threads,
-        "load_before": os.getloadavg()[0],
-        "precision": options.precision,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": version("deepspeed"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def processor_name() -> str:
-    """Return the CPU's name as far as the system tells it."""
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def read_options() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -319,7 +284,8 @@ def main() -> int:
     kind = "compiled" if options.compile else options.model
     name = "_".join(filter(None, ("train_step", kind, "fp8" if options.fp8 else None, options.device)))
     out = options.out or Path(__file__).parent / "results" / f"{name}.json"
-    results: dict[str, Any] = {"machine": machine(options)}
+    facts = {"threads_a_process": options.threads, "precision": options.precision, "deepspeed": version("deepspeed")}
+    results: dict[str, Any] = {"machine": {**machine(), **facts}}
     print(*(f"{key} {value}" for key, value in results["machine"].items()), sep=", ")
     if options.model is not None:
         measure_model(options, results, out)
