@@ -41,10 +41,9 @@ ROWS = {
 GIVEN = ("megabytes", "hidden", "repetitions", "dcp_threads")
 
 
-def measure(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what `ranks` processes measured."""
-    given = {key: getattr(options, key) for key in GIVEN}
-    raw = measured_by(PROCESS, given, ranks, options.root)
+def measure(ranks: int, job: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Return what `ranks` processes measured, with their files below `root`."""
+    raw = measured_by(PROCESS, job, ranks, root)
     return {"bytes": raw["bytes"], "rows": rows(raw), "seconds": raw["seconds"]}
 
 
@@ -112,10 +111,10 @@ def main() -> int:
     """Measure, print and write."""
     options = read_options()
     before = machine()
-    measured = {str(ranks): measure(ranks, options) for ranks in options.ranks}
+    job = {key: getattr(options, key) for key in GIVEN}
+    measured = {str(ranks): measure(ranks, job, options.root) for ranks in options.ranks}
     print(table(measured))
-    given = {key: getattr(options, key) for key in GIVEN}
-    write_result(options.out.with_suffix(".json"), before, {**given, "measured": measured})
+    write_result(options.out.with_suffix(".json"), before, {**job, "measured": measured})
     return 0
 
 
