@@ -34,6 +34,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """Files of a checkpoint are missing, cannot be read, or are not as they were written; an older one may do."""
+
+
 class StorageError(CheckpointError):
     """A disk refused a write; what is saved already is kept, and another start may find the disk well."""
 

@@ -17,12 +17,13 @@ from megalm.errors import CheckpointError
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Return what the newest checkpoint at `path` holds; tensor files are not read.
+    """Return what the newest checkpoint at `path` holds; tensor files are there in their sizes, but not read.
 
     `path` is a run's directory or one checkpoint's. Keys: path, step, layout, tensors, parameters, dtype (of
     the weights), bytes (by kind), files ([{name, bytes}]), total_bytes, state. Raises CheckpointError.
     """
     reader = CheckpointReader(checkpoints_at(path)[0])
+    reader.check_sizes()
     sizes: Counter[str] = Counter()
     parameters, dtypes = 0, set()
     for (kind, _), rows in reader.manifest.tensors.items():

@@ -19,7 +19,6 @@ from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.names import (
     CHECKPOINT_NAME,
     CHECKPOINTS,
-    FILE_NAME,
     HIDDEN_NAME,
     checkpoint_name,
     find_checkpoints,
@@ -33,24 +32,30 @@ from megalm.checkpoint.writer import encode_state, restore, storage_error, write
 from megalm.distributed.exchange import Group, broadcast_json, rank_of, size_of, together
 from megalm.distributed.meeting import Meeting
 from megalm.distributed.sharding import Fragment
-from megalm.errors import CheckpointError, OutOfMemory
+from megalm.errors import CheckpointError, DamagedCheckpoint, OutOfMemory
 
 logger = logging.getLogger(__name__)
+
+Load = Callable[[CheckpointReader], None]
 
 PATIENCE_S = 10.0
 """So long a save on its way may write nothing before a program that ends leaves it."""
 
 
 def latest_checkpoint(
-    run_dir: Path, group: Group = None, before: int | None = None, passed_over: list[str] | None = None
+    run_dir: Path,
+    load: Load | None = None,
+    group: Group = None,
+    before: int | None = None,
+    passed_over: list[str] | None = None,
 ) -> CheckpointReader | None:
-    """Return the newest valid checkpoint of a run, the same on all ranks, or None where none was ever saved.
+    """Return a run's newest checkpoint that `load` finds whole, the same on all ranks; None where none was ever saved.
 
-    `before`: only those of earlier steps count. `passed_over` gets a line for each damaged one.
-
-    Every rank of `group` must call; together they check every byte of a candidate, each rank its share (the
-    files that the rank of its number wrote, which it will read itself when the layout is the same). A damaged
-    one is passed over with a warning. Raises CheckpointError if there are checkpoints, but no valid one.
+    `load` reads what is wanted, in one pass with its checks (None: every rank checks every byte). Where it raises
+    DamagedCheckpoint, which it must do on all ranks or on none, the checkpoint is passed over with a warning, and the
+    next older one is loaded. Its other errors are the caller's. `before`: only those of earlier steps count.
+    `passed_over` gets a line for each damaged one. Every rank of `group` must call. Raises CheckpointError if there are
+    checkpoints, but no valid one.
     """
     directory = run_dir / CHECKPOINTS
     names: list[str] = []
@@ -60,17 +65,26 @@ def latest_checkpoint(
     first_error = ""
     names = broadcast_json(names, group)
     for name in names:
+        reader = None
         try:
             with together(group):
-                reader = CheckpointReader(directory / name)
-                reader.verify_files(_share(reader.manifest.files, group))
+                reader = _opened(directory / name)
+                if rank_of(group) == 0:
+                    reader.check_sizes()
+            if load is not None:
+                load(reader)
+            else:
+                with together(group):
+                    reader.verify_files()
             return reader
-        except CheckpointError as error:
+        except DamagedCheckpoint as error:
             first_error = first_error or str(error)
             if passed_over is not None:
                 passed_over.append(str(error))
             if rank_of(group) == 0:
                 logger.warning("SKIPPING DAMAGED CHECKPOINT %s: %s", name, error)
+        if reader is not None:
+            reader.close()
     if names:
         raise CheckpointError(
             f"{directory}: none of its {len(names)} checkpoints is valid (newest: {first_error}); "
@@ -79,10 +93,12 @@ def latest_checkpoint(
     return None
 
 
-def _share(names: Iterable[str], group: Group) -> list[str]:
-    """Return the files that this rank checks: over all ranks, each file once."""
-    matches = [match for match in map(FILE_NAME.fullmatch, names) if match]
-    return [match[0] for match in matches if int(match[1]) % size_of(group) == rank_of(group)]
+def _opened(path: Path) -> CheckpointReader:
+    """Open a checkpoint; one that this program cannot read, of a later format say, counts as damaged."""
+    try:
+        return CheckpointReader(path)
+    except CheckpointError as error:
+        raise DamagedCheckpoint(str(error)) from error
 
 
 class CheckpointManager:
@@ -202,11 +218,11 @@ class CheckpointManager:
             logger.warning("%s: was not saved: %s", self._path(self._flight.step), reason)
         self._flight = None
 
-    def latest(self, before: int | None = None) -> CheckpointReader | None:
-        """Return the newest valid checkpoint, the same on all ranks. See `latest_checkpoint`."""
+    def latest(self, load: Load | None = None, before: int | None = None) -> CheckpointReader | None:
+        """Return the newest checkpoint that `load` finds whole, the same on all ranks. See `latest_checkpoint`."""
         self.wait()
         self.passed_over.clear()
-        return latest_checkpoint(self.run_dir, self._group, before, self.passed_over)
+        return latest_checkpoint(self.run_dir, load, self._group, before, self.passed_over)
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps than `step`, to which the run went back. Raises CheckpointError."""

@@ -22,9 +22,9 @@ from megalm.checkpoint.geometry import Piece
 from megalm.checkpoint.names import FILE_NAME, MANIFEST, STATE
 from megalm.checkpoint.tensor_file import DTYPES
 from megalm.distributed.sharding import ShardSpec
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, DamagedCheckpoint
 
-FORMAT, VERSION = "megalm-checkpoint", 2
+FORMAT, VERSION = "megalm-checkpoint", 3
 MANIFEST_LIMIT_BYTES = 4 << 30
 KIND = re.compile(r"[A-Za-z0-9_.-]+")
 _TAIL = re.compile(rb'\n"checksum": "([0-9a-f]{64})"\n}\n\Z')
@@ -131,20 +131,20 @@ class Manifest:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size > MANIFEST_LIMIT_BYTES:
-                    raise CheckpointError(f"{path}: {size} bytes, more than a manifest has; {DAMAGED}")
+                    raise DamagedCheckpoint(f"{path}: {size} bytes, more than a manifest has; {DAMAGED}")
                 data = file.read()
         except OSError as error:
             raise unreadable(path, error) from error
         tail = _TAIL.search(data[-96:])
         if tail is None:
-            raise CheckpointError(f"{path}: does not end with a checksum; {DAMAGED}")
+            raise DamagedCheckpoint(f"{path}: does not end with a checksum; {DAMAGED}")
         body = memoryview(data)[: len(data) - (tail.end() - tail.start())]
         if hashlib.sha256(body).hexdigest().encode() != tail[1]:
-            raise CheckpointError(f"{path}: its checksum is not that of its text; {DAMAGED}")
+            raise DamagedCheckpoint(f"{path}: its checksum is not that of its text; {DAMAGED}")
         try:
             return cls._from_json(path, json.loads(data))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error}); {DAMAGED}") from error
+            raise DamagedCheckpoint(f"{path}: not a manifest ({type(error).__name__}: {error}); {DAMAGED}") from error
 
     @classmethod
     def _from_json(cls, path: Path, value: Mapping[str, Any]) -> Manifest:

@@ -27,7 +27,7 @@ from megalm.checkpoint.manifest import Entry, Manifest, piece_problem
 from megalm.checkpoint.names import CHECKPOINT_NAME, MANIFEST, STATE
 from megalm.checkpoint.tensor_file import CHUNK_BYTES, DTYPES, Read, TensorFile
 from megalm.distributed.sharding import ShardSpec
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, DamagedCheckpoint
 
 READ_THREADS = 4
 OPEN_FILES = 64  # at once
@@ -44,7 +44,7 @@ class CheckpointReader:
     """
 
     def __init__(self, directory: Path, verify: bool = True) -> None:
-        """Read and check the manifest and the state; tensor files are checked for presence and size only."""
+        """Read and check the manifest and the state; a tensor file is looked at when it is first read."""
         self.directory = directory
         self.manifest = Manifest.load(directory)
         self.step = self.manifest.step
@@ -59,8 +59,6 @@ class CheckpointReader:
         named = CHECKPOINT_NAME.fullmatch(directory.name)
         if named and int(named[1]) != self.step:
             raise CheckpointError(f"{directory}: holds step {self.step}, not the step of its name; rename it")
-        for record in self.manifest.files.values():
-            self._check_size(record.name, record.size)
 
     def kinds(self) -> list[str]:
         """Return the kinds of tensors that are there, sorted."""
@@ -69,6 +67,12 @@ class CheckpointReader:
     def names(self, kind: str) -> list[str]:
         """Return the logical names of the tensors of one kind, sorted."""
         return sorted(name for found, name in self.manifest.tensors if found == kind)
+
+    def files(self, kind: str) -> list[str]:
+        """Return the names of the files in which tensors of one kind lie, sorted."""
+        return sorted(
+            {row["file"] for (found, _), rows in self.manifest.tensors.items() if found == kind for row in rows}
+        )
 
     def read_local(self, shard: ShardSpec, kind: str) -> Tensor:
         """Return the local tensor of `shard`, a CPU tensor of the stored dtype; padding is zero."""
@@ -107,8 +111,13 @@ class CheckpointReader:
             found += sum(copy.length * copy.repeat for _, some in copies for copy in some)
         if found != wanted:
             problem = f"{found} of {wanted} elements listed"
-            raise CheckpointError(f"{self.directory}: {shard.name} ({kind}): {problem}; {DAMAGED}")
+            raise DamagedCheckpoint(f"{self.directory}: {shard.name} ({kind}): {problem}; {DAMAGED}")
         return out
+
+    def check_sizes(self) -> None:
+        """Check that all files are there, with their sizes: a call of the file system each, so not for every rank."""
+        for record in self.manifest.files.values():
+            self._check_size(record.name, record.size)
 
     def verify_files(self, names: Iterable[str] | None = None) -> None:
         """Check the SHA-256 of the named files (None: of all). What was checked is not checked again."""
@@ -131,7 +140,7 @@ class CheckpointReader:
             try:
                 entries = self.manifest.entries(kind, shard.name)
             except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(
+                raise DamagedCheckpoint(
                     f"{self.directory / MANIFEST}: index of {shard.name} ({kind}): {error}; {DAMAGED}"
                 ) from error
             bounds = np.array([entry.piece.bounds() for entry in entries], np.int64)
@@ -189,7 +198,7 @@ class CheckpointReader:
 
     def _record(self, name: str) -> FileRecord:
         if name not in self.manifest.files:
-            raise CheckpointError(f"{self.directory}: the manifest names {name} but has no checksum; {DAMAGED}")
+            raise DamagedCheckpoint(f"{self.directory}: the manifest names {name} but has no checksum; {DAMAGED}")
         return self.manifest.files[name]
 
     def _check(self, name: str) -> Future[None]:
@@ -204,28 +213,28 @@ class CheckpointReader:
         except OSError as error:
             raise unreadable(path, error) from error
         if size != expected:
-            raise CheckpointError(f"{path}: {size} bytes where the manifest has {expected}; {DAMAGED}")
+            raise DamagedCheckpoint(f"{path}: {size} bytes where the manifest has {expected}; {DAMAGED}")
 
     def _read_state(self) -> dict[str, Any]:
         path = self.directory / STATE
         record = self.manifest.files.get(STATE)
         if record is None:
-            raise CheckpointError(f"{self.directory}: the manifest does not name {STATE}; {DAMAGED}")
+            raise DamagedCheckpoint(f"{self.directory}: the manifest does not name {STATE}; {DAMAGED}")
         self._check_size(STATE, record.size)
         if record.size > STATE_LIMIT_BYTES:
-            raise CheckpointError(f"{path}: {record.size} bytes, more than a state has; {DAMAGED}")
+            raise DamagedCheckpoint(f"{path}: {record.size} bytes, more than a state has; {DAMAGED}")
         try:
             with open_regular(path) as file:
                 data = read_exactly(file.fileno(), path, 0, record.size)
             if hashlib.sha256(data).hexdigest() != record.sha256:
-                raise CheckpointError(f"{path}: its SHA-256 is not the manifest's; {DAMAGED}")
+                raise DamagedCheckpoint(f"{path}: its SHA-256 is not the manifest's; {DAMAGED}")
             state = json.loads(data)
         except OSError as error:
             raise unreadable(path, error) from error
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not JSON ({error}); {DAMAGED}") from error
+            raise DamagedCheckpoint(f"{path}: not JSON ({error}); {DAMAGED}") from error
         if not isinstance(state, dict):
-            raise CheckpointError(f"{path}: holds a {type(state).__name__}, not an object; {DAMAGED}")
+            raise DamagedCheckpoint(f"{path}: holds a {type(state).__name__}, not an object; {DAMAGED}")
         return state
 
 

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,13 @@ from megalm.checkpoint.blocks import (
     Bytes,
     CheckedFile,
     FileRecord,
-    Hashers,
     WrittenDigests,
     open_regular,
     unreadable,
 )
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.geometry import StridedCopy
-from megalm.errors import CheckpointError
+from megalm.errors import DamagedCheckpoint
 
 DTYPES = {
     "F64": torch.float64,
@@ -54,6 +54,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 CHUNK_BYTES = 2 << 20  # of one write, and of one read: the bound on extra memory for each that is under way
+BEGIN_BYTES = 16 << 20  # that are written before the disk is told to begin
 DIRECT_BYTES = 128 << 10  # runs at least this long are read straight into place
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit
 DIGESTS = "block-digests"  # the last tensor of a file
@@ -69,7 +70,7 @@ def write_tensor_file(
     path: Path,
     tensors: Sequence[tuple[str, Tensor]],
     metadata: Mapping[str, str],
-    hashers: Hashers,
+    hashers: ThreadPoolExecutor,
 ) -> FileRecord:
     """Write 1-D `tensors` to the new safetensors file `path`; its bytes are on the disk on return.
 
@@ -80,18 +81,21 @@ def write_tensor_file(
     head = _header(tensors, metadata)
     digests = WrittenDigests(hashers)
     descriptor = files.create(path)
-    size = 0
+    size = begun = 0
     try:
         for chunk in _joined([memoryview(head)], _chunks(tensors)):
             digests.update(chunk)
             files.write(descriptor, chunk)
             size += len(chunk)
-        ending = digests.end_blocks()
+            if size - begun >= BEGIN_BYTES:
+                files.begin_sync(descriptor, begun, size - begun)
+                begun = size
+        ending = digests.finish()
         files.write(descriptor, ending)
         files.sync(descriptor)
     finally:
         files.close(descriptor)
-    return FileRecord(path.name, size + len(ending), digests.finish(ending), hashlib.sha256(ending).hexdigest())
+    return FileRecord(path.name, size + len(ending), blocks=hashlib.sha256(ending).hexdigest())
 
 
 def _header(tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
@@ -170,7 +174,7 @@ class TensorFile:
             self._file.fill(descriptor, 0, prefix)
             length = int.from_bytes(prefix.tobytes(), "little")
         if not 2 <= length <= min(self._file.end - 8, HEADER_LIMIT_BYTES):
-            raise CheckpointError(f"{self.path}: header of {length} bytes in a file of {size}; {DAMAGED}")
+            raise DamagedCheckpoint(f"{self.path}: header of {length} bytes in a file of {size}; {DAMAGED}")
         text = np.empty(length, np.uint8)
         self._file.fill(descriptor, 8, text)
         return text.tobytes(), 8 + length
@@ -187,7 +191,9 @@ class TensorFile:
                     raise ValueError(f"{key}: offsets {start}:{stop} for {count} of {value['dtype']}")
                 tensors[key] = StoredTensor(base + start, count, dtype)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: not a header that this program writes ({error}); {DAMAGED}") from error
+            raise DamagedCheckpoint(
+                f"{self.path}: not a header that this program writes ({error}); {DAMAGED}"
+            ) from error
         return tensors
 
     def plan(self, key: str, copies: Iterable[StridedCopy], out: Tensor) -> Iterator[Read]:
@@ -198,14 +204,14 @@ class TensorFile:
         """
         stored = self.tensors.get(key)
         if stored is None:
-            raise CheckpointError(f"{self.path}: no tensor {key!r}, which the manifest names; {DAMAGED}")
+            raise DamagedCheckpoint(f"{self.path}: no tensor {key!r}, which the manifest names; {DAMAGED}")
         if stored.dtype != out.dtype:
-            raise CheckpointError(f"{self.path}: {key!r} is {stored.dtype}, not {out.dtype} as listed; {DAMAGED}")
+            raise DamagedCheckpoint(f"{self.path}: {key!r} is {stored.dtype}, not {out.dtype} as listed; {DAMAGED}")
         target = as_bytes(out)
         for copy in copies:
             end = copy.source + (copy.repeat - 1) * copy.source_step + copy.length
             if end > stored.count:
-                raise CheckpointError(f"{self.path}: {key!r} ends before element {end}; {DAMAGED}")
+                raise DamagedCheckpoint(f"{self.path}: {key!r} ends before element {end}; {DAMAGED}")
             for part in _parts(_in_bytes(copy, stored.offset, out.element_size())):
                 yield Read(self._file, part, target)
 

@@ -12,13 +12,14 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from megalm.checkpoint.blocks import FileRecord, Hashers
+from megalm.checkpoint.blocks import HASH_THREADS, FileRecord
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.geometry import Piece
 from megalm.checkpoint.manifest import FORMAT, KIND, VERSION, Entry, Manifest, collect, piece_problem
@@ -88,7 +89,7 @@ def write_and_count(
         with together(group):
             writer.write(fragments)
         reports = gather_json(writer.report(), group)
-        total = sum(size for report in reports for _, size, _ in report["files"])
+        total = sum(size for report in reports for _, size, *_ in report["files"])
         with together(group):
             if rank_of(group) == 0:
                 finish(files, final, step, state_text, dict(layout or {}), reports)
@@ -114,23 +115,22 @@ class RankWriter:
 
     def write(self, fragments: Iterable[Fragment]) -> None:
         """Write all fragments. Raises CheckpointError with the path."""
-        with Hashers() as hasher:
+        with ThreadPoolExecutor(HASH_THREADS, "checkpoint-hash") as hashers:
             for fragment in fragments:
                 progress.act()
-                self._add(fragment, hasher)
+                self._add(fragment, hashers)
             for part in self._pending:
                 progress.act()
-                self._flush(part, hasher)
+                self._flush(part, hashers)
 
     def report(self) -> dict[str, Any]:
         """Return what rank 0 needs for the manifest, as JSON values."""
         return {
-            "files": [[r.name, r.size, r.sha256] for r in self._records],
-            "blocks": {r.name: r.blocks for r in self._records},
+            "files": [record.to_json() for record in self._records],
             "entries": self._rows,
         }
 
-    def _add(self, fragment: Fragment, hasher: Hashers) -> None:
+    def _add(self, fragment: Fragment, hashers: ThreadPoolExecutor) -> None:
         shard, values = fragment.shard, fragment.values
         stop = fragment.start + values.numel()
         problem = piece_problem(shard, fragment.start, stop)
@@ -146,7 +146,7 @@ class RankWriter:
         size = values.numel() * values.element_size()
         full = self._bytes[part] + size > self._file_bytes or len(self._pending[part]) >= FILE_TENSORS
         if self._pending[part] and full:
-            self._flush(part, hasher)
+            self._flush(part, hashers)
         entry = Entry(fragment.kind, DTYPE_NAMES[values.dtype], self._name(part), piece)
         if entry.key in self._pending[part]:
             raise CheckpointError(f"fragment {entry.key} was given twice by one rank; correct the caller")
@@ -157,7 +157,7 @@ class RankWriter:
         serial = f"-{self._serial[part]}" if self._serial[part] else ""
         return f"rank-{self._rank:05d}-{part}{serial}.safetensors"
 
-    def _flush(self, part: str, hasher: Hashers) -> None:
+    def _flush(self, part: str, hashers: ThreadPoolExecutor) -> None:
         pending = self._pending[part]
         if not pending:
             return
@@ -166,7 +166,7 @@ class RankWriter:
         tensors = [(key, values) for key, (_, values) in pending.items()]
         about = {"format": "pt", FORMAT: str(VERSION), "step": str(self._step), "index": json.dumps(rows)}
         with _NamedErrors(path):
-            self._records.append(write_tensor_file(self._files, path, tensors, about, hasher))
+            self._records.append(write_tensor_file(self._files, path, tensors, about, hashers))
         self._rows.extend(rows.values())
         self._pending[part], self._bytes[part] = {}, 0
         self._serial[part] += 1
@@ -177,12 +177,9 @@ def finish(
 ) -> None:
     """Complete the partial directory of `final` from all ranks' reports, and rename it (rank 0)."""
     partial = hidden(final, "partial")
-    records = {
-        name: FileRecord(name, size, digest, report["blocks"][name])
-        for report in reports
-        for name, size, digest in report["files"]
-    }
-    for record in records.values():
+    written = [FileRecord.from_json(row) for report in reports for row in report["files"]]
+    records = {record.name: record for record in written}
+    for record in written:
         path = partial / record.name
         with _NamedErrors(path):
             found = path.stat().st_size if path.is_file() else None

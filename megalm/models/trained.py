@@ -6,17 +6,18 @@ Owns reading the newest checkpoint's weights into a stage that only runs forward
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megalm.checkpoint.manager import latest_checkpoint
 from megalm.checkpoint.names import CHECKPOINTS, find_checkpoints
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.run import RunConfig
-from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.exchange import together
+from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.errors import CheckpointError
 from megalm.models.build import build_executor, build_stage
 from megalm.models.transformer import Transformer
@@ -55,14 +56,15 @@ def load_trained(
 
     All ranks call. Raises CheckpointError where there is none, where it has no average, or is of another model.
     """
-    reader = latest_checkpoint(run, dist.group.WORLD)
+    model = build_stage(config, vocab, mesh, document_start=document_start).eval()
+
+    def load(reader: CheckpointReader) -> None:
+        with together(world_group()), closing(reader):
+            read_weights(model, reader, averaged)
+
+    reader = latest_checkpoint(run, load, world_group())
     if reader is None:
         raise _no_checkpoint(run)
-    model = build_stage(config, vocab, mesh, document_start=document_start).eval()
-    try:
-        read_weights(model, reader, averaged)
-    finally:
-        reader.close()
     return TrainedModel(model, build_executor(config, model, mesh), reader.step)
 
 

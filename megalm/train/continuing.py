@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint beside tensors, and what its recipe says otherwise than before.
+"""What a resumed run takes from its checkpoint, and what its recipe says otherwise than before.
 
 Samples are used in one order, whatever batches they come in, and progress counts them: so batches may change from one
 start to the next. A length in tokens, which is made steps by the size of batches, is counted on from those that were.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megalm.config.ramps import samples_before, steps_for
 from megalm.config.run import RunConfig, key_fields
 from megalm.errors import CheckpointError, ConfigError
 from megalm.train.trainer import TrainState
+from megalm.zero.engine import ZeroEngine
 
 _UNTOLD = frozenset({"run.dir"})
 
@@ -38,6 +40,17 @@ def progress_of(reader: CheckpointReader) -> TrainState:
     if unknown:
         raise CheckpointError(f"{path}: its progress has {', '.join(unknown)}, of a newer megalm; use that one")
     return TrainState(**{"planned": progress["samples"], **progress})
+
+
+def load_all(engine: ZeroEngine, reader: CheckpointReader) -> None:
+    """Set weights and optimizer from a checkpoint of the same run. Every rank of the world must call.
+
+    Raises CheckpointError on all ranks; what the engine holds is then undefined, until another load.
+    """
+    with closing(reader):
+        kinds = [kind for kind in reader.kinds() if kind != "weight"]
+        engine.load(reader.read_flat, kinds, progress_of(reader).updates)
+    engine.module.further_sums.zero_()  # type: ignore[operator]
 
 
 def continued(config: RunConfig, done: TrainState, checkpoint: Path) -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from megalm.data.windows import Windows, all_windows
 from megalm.distributed import launch
 from megalm.distributed.collectives import agree
 from megalm.distributed.communication_time import CommunicationClock
+from megalm.distributed.exchange import together
 from megalm.distributed.meeting import Meeting
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.world import joined_mesh
@@ -33,7 +34,7 @@ from megalm.models.transformer import Transformer
 from megalm.preflight.gate import preflight
 from megalm.train.callbacks import Evaluate, LogMetrics, StopEarly
 from megalm.train.compilation import TellOfCompilation, compile_blocks
-from megalm.train.continuing import changes, continued, progress_of
+from megalm.train.continuing import changes, continued, load_all, progress_of
 from megalm.train.interruption import Interruption
 from megalm.train.layer_statistics import LayerStatistics
 from megalm.train.memory import Memory
@@ -52,6 +53,7 @@ from megalm.train.tracking import Tracker
 from megalm.train.trainer import Trainer, TrainState
 from megalm.watchdog.watch import watched
 from megalm.zero.build import build_engine, partitioner
+from megalm.zero.engine import ZeroEngine
 
 _DEAD_LOCK_S = 180.0  # NFS gives a dead client's locks free after 90 s
 
@@ -102,15 +104,17 @@ def _train(
     engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)
     _claim(directory, data)
     with _saving(config, mesh) as manager:
-        reader = manager.latest()
+        load = partial(_load, config, data, engine)
+        reader = manager.latest(load)
         recipe, config = config, config if reader is None else _continued(config, reader)
         order = GlobalOrder(len(windows), order_seed(config))
         loader = Loader(data.train, windows, order, mesh.coordinates.data, mesh.size("data"))
         executor = build_executor(config, engine.module, mesh)
-        trainer = Trainer(config, mesh, executor, engine, loader, TrainState(), clock)
+        state = TrainState() if reader is None else progress_of(reader)
+        trainer = Trainer(config, mesh, executor, engine, loader, state, clock)
         starts_from = config.train.init_from if reader is None else None
         begins = [] if starts_from is None else _start(config, vocab, trainer, directory)
-        interrupted = _fit(recipe, trainer, model, data, windows, memory, manager, reader, begins, interruption)
+        interrupted = _fit(recipe, trainer, model, data, windows, memory, manager, reader, load, begins, interruption)
     if interrupted is not None:
         raise Interrupted(
             f"{interrupted.name}: saved at step {trainer.state.step} of {trainer.last_step}; start again to go on"
@@ -126,12 +130,14 @@ def _fit(
     memory: Memory,
     manager: CheckpointManager,
     reader: CheckpointReader | None,
+    load: Callable[[CheckpointReader], None],
     begins: Sequence[str],
     interruption: Interruption | None,
 ) -> signal.Signals | None:
-    """Train from `reader` on, if there is one, with all that happens after a step; return what interrupted it.
+    """Train, with all that happens after a step; return what interrupted it.
 
-    `begins` are lines on where the first weights come from.
+    `reader` is what was loaded, if anything was, and `load` does that again, to go back. `begins` are lines on where
+    the first weights come from.
     """
     config, mesh, engine = trainer.config, trainer.mesh, trainer.engine
     run, vocab = Path(config.run.dir), vocabulary(config, data)
@@ -140,9 +146,6 @@ def _fit(
         "tokenizer_fingerprint": data.tokenizer_fingerprint,
         "config": recipe.model_dump(mode="json"),
     }
-    if reader is not None:
-        with closing(reader):
-            _resume(trainer, reader, facts)
     peak = peak_flops(mesh.device, DTYPES[config.precision])
     meter = _meter(config, vocab, mesh, peak)
     sinks = Sinks(config.log.sinks, run, trainer.state.step, config) if mesh.rank == 0 else None
@@ -164,7 +167,7 @@ def _fit(
         log.sources.append(save.figures)
         if reader is not None:
             save.resumed(reader)
-        recovery = GoBack(tracker, meter, manager, save, partial(_resume, facts=facts))
+        recovery = GoBack(tracker, meter, manager, save, load)
         stragglers = NameStragglers(tracker, config.run.compare_speed_every, mesh, run)
         memory.begin(engine, tracker)
         compilation = TellOfCompilation(tracker, meter)
@@ -274,37 +277,30 @@ def _claim(directory: RunDirectory | None, data: PreparedData) -> None:
 
 def _start(config: RunConfig, vocab: int, trainer: Trainer, directory: RunDirectory | None) -> list[str]:
     """Set the weights from `train.init_from`; all ranks fail together. Return what is to be said of it, in lines."""
-    error, lines = None, []
-    try:
+    with together(world_group()):
         if directory is not None:
             directory.check_source()
         source = check_start(config, vocab)
-        with closing(source):
-            set_start(config, trainer.engine, source)
-            lines = notes(config, source)
-    except Exception as caught:
-        error = caught
-    agree(error, world_group())
-    return lines
+    with closing(source):
+        set_start(config, trainer.engine, source)
+        return notes(config, source)
 
 
-def _resume(trainer: Trainer, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:
-    """Set weights, optimizer and progress from a checkpoint of the same run, data and tokenizer."""
-    _refuse_another_run(trainer.config, reader, facts)
-    kinds = [kind for kind in reader.kinds() if kind != "weight"]
-    trainer.state = progress_of(reader)
-    trainer.engine.load(reader.read_flat, kinds, trainer.state.updates)
-    trainer.engine.module.further_sums.zero_()  # type: ignore[operator]
+def _load(config: RunConfig, data: PreparedData, engine: ZeroEngine, reader: CheckpointReader) -> None:
+    """Set weights and optimizer from a checkpoint of the same run, data and tokenizer; see `latest_checkpoint`."""
+    _refuse_another_run(_continued(config, reader), data, reader)
+    load_all(engine, reader)
 
 
-def _refuse_another_run(config: RunConfig, reader: CheckpointReader, facts: Mapping[str, Any]) -> None:
+def _refuse_another_run(config: RunConfig, data: PreparedData, reader: CheckpointReader) -> None:
     """Raise CheckpointError for a checkpoint of other data, another tokenizer or other fixed settings, with both."""
-    for name in ("data_fingerprint", "tokenizer_fingerprint"):
+    here = {"data_fingerprint": data.fingerprint, "tokenizer_fingerprint": data.tokenizer_fingerprint}
+    for name, fingerprint in here.items():
         found = str(reader.state.get(name))
-        if found != facts[name]:
+        if found != fingerprint:
             raise CheckpointError(
                 f"{reader.directory} was trained with {name} {found[:12]}, data.path has "
-                f"{facts[name][:12]}; give the data it was trained with, or another run.dir"
+                f"{fingerprint[:12]}; give the data it was trained with, or another run.dir"
             )
     differences = differing_settings(reader.state.get("config", {}), config)
     if differences:

@@ -9,11 +9,11 @@ Source: Chowdhery et al. 2022, section 5.1 (PaLM: restarted about 100 steps befo
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 
 from megalm.checkpoint.manager import CheckpointManager
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.errors import Diverged
+from megalm.train.continuing import progress_of
 from megalm.train.monitor import Throughput
 from megalm.train.saving import SaveCheckpoints
 from megalm.train.tracking import Tracker
@@ -35,13 +35,13 @@ class GoBack:
         meter: Throughput,
         manager: CheckpointManager,
         save: SaveCheckpoints,
-        resume: Callable[[Trainer, CheckpointReader], None],
+        load: Callable[[CheckpointReader], None],
     ) -> None:
         self.tracker = tracker
         self.meter = meter
         self.manager = manager
         self.save = save
-        self.resume = resume
+        self.load = load
 
     def after_wrong_step(self, trainer: Trainer, result: StepResult) -> bool:
         """Report the step that was skipped, and return whether the run went back. Every rank calls.
@@ -63,22 +63,20 @@ class GoBack:
         reader = self._checkpoint(state)
         if reader is None:
             raise Diverged(f"{text} and there is no checkpoint to go back to; {_REMEDY}")
-        with closing(reader):
-            self._go_back(trainer, reader)
+        self._go_back(trainer, reader)
         return True
 
     def _checkpoint(self, state: TrainState) -> CheckpointReader | None:
-        """Return the newest checkpoint before the wrong steps; after a rollback that did not help, an earlier one."""
+        """Load the newest checkpoint before the wrong steps, after a rollback in vain an earlier one, and return it."""
         first = state.skipped_steps[0]
         tries = [min(first, state.went_to), first] if state.rollbacks else [first]
-        readers = (self.manager.latest(before=step) for step in [*tries, None])
+        readers = (self.manager.latest(self.load, step) for step in [*tries, None])
         return next((reader for reader in readers if reader is not None), None)
 
     def _go_back(self, trainer: Trainer, reader: CheckpointReader) -> None:
         """Take up the checkpoint with the data behind the present step, and make it the newest one."""
         left = trainer.state
-        self.resume(trainer, reader)
-        now = trainer.state
+        now = trainer.state = progress_of(reader)
         now.samples, now.tokens, now.rollbacks = left.samples, left.tokens, left.rollbacks + 1
         now.left_at, now.went_to = left.step, now.step
         self.manager.drop_after(now.step)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megalm.distributed.exchange import together
 from megalm.distributed.layout import Axis
-from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.zero.parts import PlacedOptimizer
 
@@ -84,13 +85,32 @@ class ZeroEngine(ABC):
     def state(self) -> Iterator[Fragment]:
         """Yield the master weights and the optimizer state that this rank is to save; together the ranks' are whole."""
 
-    @abstractmethod
+    @torch.no_grad()
     def load(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
-        """Set master weights, the optimizer state of `kinds`, and the weights; `steps` updates have been made."""
+        """Set master weights, the optimizer state of `kinds`, and the weights; `steps` updates have been made.
+
+        Every rank of the world must call; an error of `read` on any is raised on all. What the engine holds is then
+        undefined, until another load.
+        """
+        with together(world_group()):
+            self.read_optimizer(read, kinds, steps)
+            self.read_weights(read)
+        self.spread_weights()
+
+    @torch.no_grad()
+    def load_weights(self, read: ReadFragment) -> None:
+        """Set master weights and weights from "weight", as `load` does; the optimizer stays as a new run's."""
+        with together(world_group()):
+            self.read_weights(read)
+        self.spread_weights()
 
     @abstractmethod
-    def load_weights(self, read: ReadFragment) -> None:
-        """Set master weights and weights from "weight"; the optimizer stays as a new run's."""
+    def read_optimizer(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
+        """Set this rank's part of the optimizer state of `kinds`."""
+
+    @abstractmethod
+    def read_weights(self, read: ReadFragment) -> None:
+        """Set this rank's part of the master weights, and of the frozen weights."""
 
     @abstractmethod
     def masters_and_states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -203,25 +203,21 @@ class ReplicatedEngine(ZeroEngine):
         yield from own_fragments(self.optimizer, self.mesh)
         yield from self.frozen.state()
 
-    def load(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
+    def read_optimizer(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
         """Read whole local tensors."""
         alike = elementwise(self.optimizer, kinds)
         states = restore_optimizer(self.optimizer, alike, steps)
-        with torch.no_grad():
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                for kind in (kind for kind in alike if kind in states[master]):
-                    read(shard_of(weight), kind, 0, master.numel(), states[master][kind].view(-1))
-            for _, shard, kind, values in own_states(self.optimizer):
-                read(shard, kind, 0, values.numel(), values.view(-1))
-        self.load_weights(read)
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            for kind in (kind for kind in alike if kind in states[master]):
+                read(shard_of(weight), kind, 0, master.numel(), states[master][kind].view(-1))
+        for _, shard, kind, values in own_states(self.optimizer):
+            read(shard, kind, 0, values.numel(), values.view(-1))
 
-    @torch.no_grad()
-    def load_weights(self, read: ReadFragment) -> None:
+    def read_weights(self, read: ReadFragment) -> None:
         """Read whole local tensors."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             read(shard_of(weight), "weight", 0, master.numel(), master.view(-1))
         self.frozen.load(read)
-        self.spread_weights()
 
     def masters_and_states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield every master weight: stage 0 divides nothing."""

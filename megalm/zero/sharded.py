@@ -272,31 +272,27 @@ class ShardedEngine(ZeroEngine):
         yield from own_fragments(self.optimizer.optimizer, self.mesh)
         yield from self.frozen.state()
 
-    def load(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
-        """Fill this rank's partition and give every rank the weights that follow from it."""
-        with torch.no_grad():
-            for group, flats in self._state_groups():
-                group["params"] = flats
-            alike = elementwise(self.optimizer.optimizer, kinds)
-            states = restore_optimizer(self.optimizer.optimizer, alike, steps)
-            for piece in self.pieces:
-                flat = self.flats[piece.flat]
-                at = slice(piece.offset, piece.offset + piece.length)
-                for kind in (kind for kind in alike if kind in states[flat]):
-                    stop = piece.start + piece.length
-                    read(piece.shard, kind, piece.start, stop, states[flat][kind].view(-1)[at])
-            for _, shard, kind, values in own_states(self.optimizer.optimizer):
-                read(shard, kind, 0, values.numel(), values.view(-1))
-        self.load_weights(read)
+    def read_optimizer(self, read: ReadFragment, kinds: Sequence[str], steps: int) -> None:
+        """Fill the states of this rank's partition."""
+        for group, flats in self._state_groups():
+            group["params"] = flats
+        alike = elementwise(self.optimizer.optimizer, kinds)
+        states = restore_optimizer(self.optimizer.optimizer, alike, steps)
+        for piece in self.pieces:
+            flat = self.flats[piece.flat]
+            at = slice(piece.offset, piece.offset + piece.length)
+            for kind in (kind for kind in alike if kind in states[flat]):
+                stop = piece.start + piece.length
+                read(piece.shard, kind, piece.start, stop, states[flat][kind].view(-1)[at])
+        for _, shard, kind, values in own_states(self.optimizer.optimizer):
+            read(shard, kind, 0, values.numel(), values.view(-1))
 
-    @torch.no_grad()
-    def load_weights(self, read: ReadFragment) -> None:
-        """Fill this rank's partition of the master weights, and give every rank the weights that follow from it."""
+    def read_weights(self, read: ReadFragment) -> None:
+        """Fill this rank's partition of the master weights."""
         for piece in self.pieces:
             at = slice(piece.offset, piece.offset + piece.length)
             read(piece.shard, "weight", piece.start, piece.start + piece.length, self.flats[piece.flat].view(-1)[at])
         self.frozen.load(read)
-        self.spread_weights()
 
     def masters_and_states(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield the flat tensors of this rank's partition."""

@@ -16,8 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ from megalm.data.sampler import GlobalOrder
 from megalm.data.token_file import TokenFile, TokenFileWriter
 from megalm.data.windows import StreamWindows
 from megalm.distributed.mesh import ParallelMesh
-from megalm.train.pretrain import _resume
+from megalm.train.continuing import load_all, progress_of
 from megalm.train.trainer import Trainer
-from tests.checkpoint.reshard_pairs import FACTS, _save
+from tests.checkpoint.reshard_pairs import _save
 from tests.parity.cases import PAD, RING, schedule, zero
 from tests.parity.harness import VOCAB, Case, build_trainer
 from tests.worker_pool import WorkerPool
@@ -116,10 +116,9 @@ def start(
     trainer = build_trainer(mesh, config)
     order = GlobalOrder(len(windows), SEED)
     trainer.loader = Loader(file, windows, order, mesh.coordinates.data, mesh.size("data"))
-    reader = CheckpointManager(Path(run), 1, dist.group.WORLD).latest()
+    reader = CheckpointManager(Path(run), 1, dist.group.WORLD).latest(partial(load_all, trainer.engine))
     if reader is not None:
-        with closing(reader):
-            _resume(trainer, reader, FACTS)
+        trainer.state = progress_of(reader)
     if fault is not None:
         fault(trainer)
     ledger = keep_ledger(trainer, numbers_of_windows(windows, file))

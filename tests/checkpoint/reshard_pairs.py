@@ -19,6 +19,7 @@ import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from megalm.checkpoint.manager import CheckpointManager, latest_checkpoint
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
-from megalm.train.pretrain import _resume
+from megalm.train.continuing import load_all, progress_of
 from megalm.train.trainer import Trainer
 from tests.checkpoint.subject import read_whole, same
 from tests.parity.cases import RING, SEQUENCE, ULYSSES, batch, expert, schedule, zero
@@ -104,11 +105,11 @@ def go_on(mesh: ParallelMesh, config: RunConfig, runs: dict[str, str], after: in
     trainer = build_trainer(mesh, config)
     visits = {}
     for name, run in runs.items():
-        reader = latest_checkpoint(Path(run), dist.group.WORLD)
+        reader = latest_checkpoint(Path(run), partial(load_all, trainer.engine), dist.group.WORLD)
         assert reader is not None, run
+        trainer.state = progress_of(reader)
         again = Path(f"{run}-again")
         with closing(reader):
-            _resume(trainer, reader, FACTS)
             _save(trainer, again)
             tensors, differ = compare(reader, again) if mesh.rank == 0 else (0, [])
         dist.barrier()

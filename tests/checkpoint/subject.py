@@ -154,7 +154,7 @@ class Subject:
             "verify": self._verify,
             "whole": self._whole,
             "part": partial(self._part, choose=choose),
-            "evaluate": partial(self._evaluate, mesh=mesh),
+            "evaluate": partial(self.reads_weights, mesh=mesh),
         }
         return {way: self._outcome(load, names) for way, load in loads.items()}
 
@@ -172,14 +172,19 @@ class Subject:
 
     def _resume(self) -> bool | None:
         """Return True for the newer checkpoint as it was, None for the older one."""
-        reader = latest_checkpoint(self.run)
+        read: dict[tuple[str, str], Tensor] = {}
+
+        def load(reader: CheckpointReader) -> None:
+            with closing(reader):
+                read.update({(kind, name): read_whole(reader, kind, name) for kind, name in self.truth})
+
+        reader = latest_checkpoint(self.run, load)
         assert reader is not None
-        with closing(reader):
-            truth = self.truth if reader.step == 4 else self.older
-            good = all(same(read_whole(reader, *key), values) for key, values in truth.items())
-            if reader.step != 4:
-                return None if good else False
-            return good and reader.state == self.state
+        truth = self.truth if reader.step == 4 else self.older
+        good = read.keys() == truth.keys() and all(same(read[key], values) for key, values in truth.items())
+        if reader.step != 4:
+            return None if good else False
+        return good and reader.state == self.state
 
     def _verify(self) -> bool:
         """Return True: it found nothing to say."""
@@ -203,7 +208,8 @@ class Subject:
             start, stop = sorted(choose.randrange(local.numel() + 1) for _ in range(2))
             return same(reader.read_flat(shard, kind, start, stop), local.flatten()[start:stop])
 
-    def _evaluate(self, mesh: ParallelMesh) -> bool:
+    def reads_weights(self, mesh: ParallelMesh) -> bool:
+        """Load the weights as evaluation does."""
         trained = load_trained(self.alone, self.config, mesh=mesh, vocab=self._vocabulary())
         weights = {shard_of(parameter).name: parameter.detach() for parameter in trained.model.parameters()}
         return all(same(values, self.truth["weight", name]) for name, values in weights.items())

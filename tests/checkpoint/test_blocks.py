@@ -7,18 +7,29 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.blocks import BLOCK_BYTES, DIGEST_BYTES, BlockCache, CheckedFile, FileRecord, open_regular
+from megalm.checkpoint.blocks import (
+    BLOCK_BYTES,
+    DIGEST_BYTES,
+    BlockCache,
+    CheckedFile,
+    FileRecord,
+    WrittenDigests,
+    open_regular,
+)
 from megalm.checkpoint.commands import verify
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.distributed.sharding import ShardSpec
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, DamagedCheckpoint
+from tests.checkpoint.forge import body_of, parsed, seal
 from tests.checkpoint.simulated import Logical, small_model, write_ranks, zero_fragments
 
 BLOCK_VALUES = BLOCK_BYTES // 4
@@ -58,13 +69,15 @@ def whole(reader: CheckpointReader, model: dict[str, Logical], name: str) -> Ten
     return reader.read_local(ShardSpec.whole(name, tuple(model[name].values.shape)), "weight")
 
 
-def test_the_manifest_has_the_digest_that_common_tools_give(checkpoint: tuple[Path, dict[str, Logical]]) -> None:
+def test_the_manifest_has_the_digests_of_all_bytes(checkpoint: tuple[Path, dict[str, Logical]]) -> None:
     path, _ = checkpoint
     records = Manifest.load(path).files
     assert len(records) == 2
     for record in records.values():
         data = (path / record.name).read_bytes()
-        assert (record.sha256, record.size) == (hashlib.sha256(data).hexdigest(), len(data))
+        assert record.size == len(data) and (record.sha256 is None) == (record.blocks is not None)
+    state = (path / "state.json").read_bytes()
+    assert records["state.json"].sha256 == hashlib.sha256(state).hexdigest()
     record = next(record for record in records.values() if record.blocks)
     data = (path / record.name).read_bytes()
     blocks = [data[at : min(at + BLOCK_BYTES, record.end)] for at in range(0, record.end, BLOCK_BYTES)]
@@ -82,7 +95,7 @@ def test_any_range_of_a_file_is_read_and_checked(tmp_path: Path, end: int) -> No
     digests = b"".join(hashlib.sha256(part).digest() for part in parts)
     path = tmp_path / "x"
     path.write_bytes(data + digests)
-    record = FileRecord("x", end + len(digests), "", hashlib.sha256(digests).hexdigest())
+    record = FileRecord("x", end + len(digests), blocks=hashlib.sha256(digests).hexdigest())
     assert (record.end, record.block_count) == (end, len(parts))
     edges = sorted({min(end, max(0, at + by)) for at in range(0, end + 1, BLOCK_BYTES) for by in (-1, 0, 1)} | {end})
     file = CheckedFile(path, record, BlockCache())
@@ -177,6 +190,53 @@ def test_digests_of_another_file_do_not_fit(checkpoint: tuple[Path, dict[str, Lo
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match="blocks' digests"):
         whole(CheckpointReader(path), model, "b")
+
+
+@pytest.mark.parametrize("parts", [(1,), (BLOCK_BYTES,), (100, BLOCK_BYTES - 100), (7 * BLOCK_BYTES // 2, 5, 300_000)])
+def test_digests_do_not_depend_on_how_the_bytes_come(parts: tuple[int, ...]) -> None:
+    chunks = [random.Random(count).randbytes(count) for count in parts * 30]
+    data = b"".join(chunks)
+    with ThreadPoolExecutor(2) as hashers:
+        digests = WrittenDigests(hashers)
+        for chunk in chunks:
+            digests.update(chunk)
+        found = digests.finish()
+    blocks = (data[at : at + BLOCK_BYTES] for at in range(0, len(data), BLOCK_BYTES))
+    assert found == b"".join(hashlib.sha256(block).digest() for block in blocks)
+
+
+def test_a_record_without_a_digest_is_refused(checkpoint: tuple[Path, dict[str, Logical]], tmp_path: Path) -> None:
+    """Or whoever writes a manifest could have the program read without a check."""
+    path = tmp_path / checkpoint[0].name
+    shutil.copytree(checkpoint[0], path)
+    values = parsed(path)
+    for nothing in ([None], [None, None], [""], [None, ""], [5], [None, 5]):
+        name = values["files"][0][2]
+        values["files"][0] = [nothing[0], values["files"][0][1], name, *nothing[1:]]
+        seal(path, body_of(values))
+        with pytest.raises(DamagedCheckpoint, match="not a manifest"):
+            CheckpointReader(path)
+
+
+def test_a_checkpoint_of_version_2_is_read_and_checked(
+    checkpoint: tuple[Path, dict[str, Logical]], tmp_path: Path
+) -> None:
+    """It had the SHA-256 of whole files besides, to which all of a file is compared where all of it is."""
+    source, model = checkpoint
+    path = tmp_path / source.name
+    shutil.copytree(source, path)
+    values = parsed(path)
+    for row in values["files"]:
+        row[0] = hashlib.sha256((path / row[2]).read_bytes()).hexdigest()
+    seal(path, body_of({**values, "version": 2}))
+    with closing(CheckpointReader(path)) as reader:
+        for name, item in model.items():
+            assert torch.equal(whole(reader, model, name), item.values)
+    assert verify(path)["checkpoints"][0]["files"] == 2
+    values["files"][0][0] = "0" * 64
+    seal(path, body_of({**values, "version": 2}))
+    with pytest.raises(CheckpointError, match=r"SHA-256 .* is not the manifest's"):
+        verify(path)
 
 
 def test_a_checkpoint_of_version_1_is_read_and_checked(tmp_path: Path) -> None:

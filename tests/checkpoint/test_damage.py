@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from megalm.checkpoint.manifest import VERSION
 from megalm.checkpoint.names import MANIFEST
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.distributed.sharding import Fragment, ShardSpec
@@ -70,7 +71,7 @@ def rewrite(checkpoint: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('"version": 2', '"version": 3', "newer"),
+        (f'"version": {VERSION}', f'"version": {VERSION + 1}', "newer"),
         ("rank-00000-weight", "../rank-00000-weight", "file name"),
         ("rank-00000-weight", "/etc/passwd", "file name"),
         ('"megalm-checkpoint"', '"other"', "format"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from megalm.checkpoint import reader
 from megalm.checkpoint.blocks import BlockCache, FileRecord
 from megalm.checkpoint.tensor_file import TensorFile
+from megalm.distributed.world import joined_mesh
 from megalm.errors import CheckpointError
 from megalm.train.pretrain import train
 from tests.checkpoint.forge import reseal
@@ -81,3 +83,25 @@ def test_a_state_that_is_not_a_runs_is_refused_by_its_name(runs: tuple[Subject, 
         (forged / "state.json").write_text(json.dumps(state))
         reseal(forged)
         assert "step-00000004/state.json: holds no progress of a run" in resume_with(runs[0], forged)
+
+
+def test_every_byte_is_read_once_and_by_evaluation_no_optimizer(
+    runs: tuple[Subject, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, _ = runs
+    place, count, preadv = subject.places()[0], 0, os.preadv
+
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal count
+        count += (done := preadv(descriptor, buffers, offset))
+        return done
+
+    state = (place / "state.json").stat().st_size
+    monkeypatch.setattr("os.preadv", counted)
+    with redirect_stdout(StringIO()):
+        train(subject.config)
+    assert count == state + sum(file.stat().st_size for file in place.glob("rank-*"))
+    count = 0
+    with joined_mesh(subject.config) as mesh:
+        assert subject.reads_weights(mesh)
+    assert count == state + sum(file.stat().st_size for file in place.glob("rank-*-weight*"))

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from megalm.checkpoint import background
 from megalm.checkpoint.manager import CheckpointManager
+from megalm.checkpoint.reader import CheckpointReader
+from megalm.distributed.exchange import together
 from megalm.distributed.meeting import Meeting
 from megalm.errors import CheckpointError, StorageError
 from tests.checkpoint.simulated import HastyFileSystem, small_model, zero_fragments
@@ -36,20 +38,22 @@ def resume(rank: int, run: str, tensor: int) -> tuple[int, str]:
     """Return the step that was found; all of this rank's part must be what was saved then."""
     group = dist.group.WORLD
     assert group is not None
+
+    def load(reader: CheckpointReader) -> None:
+        model = small_model(reader.step)
+        with together(group):
+            for fragment in zero_fragments(model, "exp_avg", tensor, group.size() // tensor)[rank]:
+                stop = fragment.start + fragment.values.numel()
+                assert torch.equal(reader.read_flat(fragment.shard, "exp_avg", fragment.start, stop), fragment.values)
+            for name, item in model.items():
+                spec = item.spec(name, rank % tensor, tensor)
+                assert torch.equal(reader.read_local(spec, "weight"), item.local(name, rank % tensor, tensor))
+
     try:
-        reader = CheckpointManager(Path(run), 2, group).latest()
+        reader = CheckpointManager(Path(run), 2, group).latest(load)
     except CheckpointError as error:
         return -1, str(error)
-    if reader is None:
-        return 0, ""
-    model = small_model(reader.step)
-    for fragment in zero_fragments(model, "exp_avg", tensor, group.size() // tensor)[rank]:
-        stop = fragment.start + fragment.values.numel()
-        assert torch.equal(reader.read_flat(fragment.shard, "exp_avg", fragment.start, stop), fragment.values)
-    for name, item in model.items():
-        spec = item.spec(name, rank % tensor, tensor)
-        assert torch.equal(reader.read_local(spec, "weight"), item.local(name, rank % tensor, tensor))
-    return reader.step, ""
+    return (0, "") if reader is None else (reader.step, "")
 
 
 def fail_on_one_rank(rank: int, run: str) -> str:

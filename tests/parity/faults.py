@@ -231,8 +231,8 @@ def every_token_shard_starts_at_position_0() -> Patches:
 def bias_added_on_every_tensor_rank() -> Patches:
     original = linear.RowParallelLinear.forward
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        y = original(self, x)
+    def forward(self: Any, x: Tensor, *rest: Any) -> Tensor:
+        y = original(self, x, *rest)
         return y if self.bias is None else y + (self.group.size() - 1) * self.bias
 
     yield mock.patch.object(linear.RowParallelLinear, "forward", forward)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megalm.config.run import RunConfig
 from megalm.distributed.mesh import ParallelMesh
-from megalm.distributed.sharding import Fragment
+from megalm.distributed.sharding import Fragment, ShardSpec
+from megalm.errors import DamagedCheckpoint
 from megalm.train.narrow_state import NarrowState
 from megalm.train.trainer import Trainer, TrainState
 from tests.parity.harness import VOCAB, Case, build_trainer
@@ -136,10 +138,28 @@ def has(config: RunConfig, name: str, kind: str) -> bool:
     return hidden == (kind == "momentum_buffer")
 
 
+def load_damaged(mesh: ParallelMesh, trainer: Trainer, store: Store, reads: int) -> None:
+    """Fail unless all ranks fail alike where the last one finds damage after some reads."""
+    left = reads if mesh.rank == mesh.layout.world_size - 1 else -1
+
+    def read(shard: ShardSpec, kind: str, start: int, stop: int, out: Tensor) -> None:
+        nonlocal left
+        if left == 0:
+            raise DamagedCheckpoint("a block is not what it was")
+        left -= 1
+        store.read(shard, kind, start, stop, out)
+
+    with pytest.raises(DamagedCheckpoint, match="a block is not"):
+        trainer.engine.load(read, sorted(store.kinds() - {"weight"}), STEPS)
+
+
 def check_resume(
     mesh: ParallelMesh, cell: Cell, past_steps: int = 1, overrides: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Save after some steps, load into a trainer with other weights and another past, go on: the same bits."""
+    """Save after some steps, load into a trainer with other weights and another past, go on: the same bits.
+
+    A load that finds damage, as of a newer checkpoint, comes first.
+    """
     config = cell.config(mesh, **overrides)
     unbroken = build_trainer(mesh, config)
     run_steps(unbroken, STEPS)
@@ -153,6 +173,7 @@ def check_resume(
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if isinstance(inner, NarrowState):
         inner._seed = config.seed
+    load_damaged(mesh, resumed, store, reads=3)
     resumed.engine.load(store.read, sorted(store.kinds() - {"weight"}), STEPS)
     resumed.state = TrainState(**vars(unbroken.state))
     store.assert_same(saved(resumed))
