@@ -117,7 +117,7 @@ def _become(
         local.subprocess = SimpleNamespace(Popen=Forked, **parts)  # type: ignore[assignment]
         if "RANK" in env:
             ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank-{env['RANK']}".encode())
-            _keep_ledger(Path(f"{env[LEDGER]}.{env['RANK']}"))
+        _keep_ledger(Path(f"{env[LEDGER]}.{env.get('RANK', 0)}"))  # a launcher of ranks is given no batch
         status = main(arguments)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1

@@ -23,6 +23,7 @@ from megalm.distributed.world import joined_mesh
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.build import build_stage
 from megalm.models.trained import read_weights
+from megalm.tensor_parallel.float8 import quiet_torchao
 
 TOLERANCE = 1e-4
 """Of the largest logit."""
@@ -92,10 +93,11 @@ def _their_logits(directory: Path, tokens: Tensor) -> Tensor:
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            attn_implementation="eager",
-        )  # fmt: skip
+        with quiet_torchao():  # which transformers imports where it is there
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+                attn_implementation="eager",
+            )  # fmt: skip
         logits: Tensor = model.eval()(tokens, use_cache=False).logits.float()
     except Exception as error:  # of any kind: it is the judge
         words = " ".join(str(error).split())[:300]
