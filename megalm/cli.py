@@ -290,7 +290,9 @@ def _add_look_commands(commands: _Commands) -> None:
         "reshard", "checkpoint_reshard", "write a checkpoint as another layout would have; to go on needs no reshard"
     )
     reshard.add_argument("source", metavar="PATH", help="a run's directory, whose newest counts, or a checkpoint's")
-    reshard.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of parallel.* and zero.*")
+    reshard.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of parallel.*, zero.* and the batch"
+    )
     reshard.add_argument("--out", required=True, metavar="DIR", help="a new run's directory")
     reshard.add_argument("--ranks", type=_number(1), metavar="N", help="of that run (default: as few as it needs)")
     for parser in (diff, reshard):

@@ -11,6 +11,7 @@ Owns: blocks, their digests while a file is written, and reads that are checked.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections import OrderedDict, deque
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megalm.errors import DamagedCheckpoint
+from megalm.errors import CheckpointError, DamagedCheckpoint
 from megalm.files import require_regular
 
 Bytes = npt.NDArray[np.uint8]
@@ -34,7 +35,9 @@ CACHE_BYTES = 128 << 20  # of blocks that were wanted in part: who reads tensor 
 AHEAD_BYTES = 16 << 20  # that the system reads before they are asked for
 HASH_THREADS = 2  # of a rank that writes: 2.7 GB/s of SHA-256
 IN_FLIGHT = 8  # buffers that are written, but not yet hashed
-DAMAGED = "the file is damaged; delete this checkpoint to resume from an older one, or restore it from a copy"
+REMEDY = "; delete this checkpoint to resume from an older one, or restore it from a copy"
+DAMAGED = f"the file is damaged{REMEDY}"
+_NO_DAMAGE = {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,29 +213,21 @@ class CheckedFile:
 
 def hash_file(path: Path, record: FileRecord) -> None:
     """Raise CheckpointError unless every byte of the file at `path` is as `record` says."""
-    whole, digests = hashlib.sha256(), hashlib.sha256()
-    buffer = np.empty(BLOCK_BYTES, np.uint8)
+    whole, buffer = hashlib.sha256(), np.empty(BLOCK_BYTES, np.uint8)
     try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != record.size:
-                raise DamagedCheckpoint(f"{path}: {size} bytes where the manifest has {record.size}; {DAMAGED}")
-            for start in range(0, record.end, BLOCK_BYTES):
-                part = buffer[: min(BLOCK_BYTES, record.end - start)]
-                read_into(file.fileno(), path, start, part)
+        file = CheckedFile(path, record, BlockCache(0))
+        with open_regular(path) as opened:
+            for start in range(0, file.end, BLOCK_BYTES):
+                part = buffer[: min(BLOCK_BYTES, file.end - start)]
+                file.fill(opened.fileno(), start, part)
                 if record.sha256 is not None:
                     whole.update(part.data)
-                if record.blocks is not None:
-                    digests.update(hashlib.sha256(part.data).digest())
-            ending = read_exactly(file.fileno(), path, record.end, size - record.end)
+            if record.sha256 is not None:
+                whole.update(read_exactly(opened.fileno(), path, file.end, file.size - file.end))
     except OSError as error:
         raise unreadable(path, error) from error
-    whole.update(ending)
     if record.sha256 is not None and whole.hexdigest() != record.sha256:
         raise DamagedCheckpoint(f"{path}: SHA-256 {whole.hexdigest()[:12]}... is not the manifest's; {DAMAGED}")
-    same = hashlib.sha256(ending).hexdigest() == digests.hexdigest() == record.blocks
-    if record.blocks is not None and not same:
-        raise DamagedCheckpoint(f"{path}: its blocks' digests have not the manifest's SHA-256; {DAMAGED}")
 
 
 def open_regular(path: Path) -> Any:
@@ -241,11 +236,12 @@ def open_regular(path: Path) -> Any:
     return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0)
 
 
-def unreadable(path: Path, error: OSError) -> DamagedCheckpoint:
-    """Return the one-line error for a file that the system would not read."""
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return the one-line error for a file that the system would not read: damage, unless only the way to it is."""
     if isinstance(error, FileNotFoundError):
-        return DamagedCheckpoint(f"{path}: the file is missing; {DAMAGED.partition('; ')[2]}")
-    return DamagedCheckpoint(f"{path}: cannot read: {error.strerror or error}; check the file system and permissions")
+        return DamagedCheckpoint(f"{path}: the file is missing; {REMEDY[2:]}")
+    kind = CheckpointError if error.errno in _NO_DAMAGE else DamagedCheckpoint
+    return kind(f"{path}: cannot read: {error.strerror or error}; check the file system and permissions")
 
 
 def read_into(descriptor: int, path: Path, offset: int, out: Bytes) -> None:

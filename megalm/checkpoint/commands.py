@@ -67,8 +67,9 @@ def verify(path: Path) -> dict[str, Any]:
         files = len(reader.manifest.files)
         checked.append({"path": str(directory), "step": reader.step, "files": files, "bytes": total})
     if errors:
-        more = f" (and {len(errors) - 1} more damaged, {len(checked)} good)" if len(errors) + len(checked) > 1 else ""
-        raise CheckpointError(errors[0] + more)
+        others = {f"{len(errors) - 1} more damaged": len(errors) - 1, f"{len(checked)} good": len(checked)}
+        more = ", ".join(text for text, count in others.items() if count)
+        raise CheckpointError(errors[0] + (f" (and {more})" if more else ""))
     return {"checkpoints": checked, "seconds": time.monotonic() - begin}
 
 

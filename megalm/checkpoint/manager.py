@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.background import Flight, Saved, try_to_save
+from megalm.checkpoint.blocks import REMEDY
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.names import (
     CHECKPOINT_NAME,
@@ -53,9 +54,9 @@ def latest_checkpoint(
 
     `load` reads what is wanted, in one pass with its checks (None: every rank checks every byte). Where it raises
     DamagedCheckpoint, which it must do on all ranks or on none, the checkpoint is passed over with a warning, and the
-    next older one is loaded. Its other errors are the caller's. `before`: only those of earlier steps count.
-    `passed_over` gets a line for each damaged one. Every rank of `group` must call. Raises CheckpointError if there are
-    checkpoints, but no valid one.
+    next older one is loaded. Other errors, such as a format of a later program, are the caller's. `before`: only those
+    of earlier steps count. `passed_over` gets a line for each damaged one. Every rank of `group` must call. Raises
+    CheckpointError if there are checkpoints, but no valid one.
     """
     directory = run_dir / CHECKPOINTS
     names: list[str] = []
@@ -68,9 +69,7 @@ def latest_checkpoint(
         reader = None
         try:
             with together(group):
-                reader = _opened(directory / name)
-                if rank_of(group) == 0:
-                    reader.check_sizes()
+                reader = CheckpointReader(directory / name)
             if load is not None:
                 load(reader)
             else:
@@ -78,11 +77,12 @@ def latest_checkpoint(
                     reader.verify_files()
             return reader
         except DamagedCheckpoint as error:
-            first_error = first_error or str(error)
+            reason = str(error).replace(REMEDY, "")
+            first_error = first_error or reason
             if passed_over is not None:
-                passed_over.append(str(error))
+                passed_over.append(reason)
             if rank_of(group) == 0:
-                logger.warning("SKIPPING DAMAGED CHECKPOINT %s: %s", name, error)
+                logger.warning("SKIPPING DAMAGED CHECKPOINT %s: %s", name, reason)
         if reader is not None:
             reader.close()
     if names:
@@ -91,14 +91,6 @@ def latest_checkpoint(
             "restore one from a copy, or move the directory away to begin anew"
         )
     return None
-
-
-def _opened(path: Path) -> CheckpointReader:
-    """Open a checkpoint; one that this program cannot read, of a later format say, counts as damaged."""
-    try:
-        return CheckpointReader(path)
-    except CheckpointError as error:
-        raise DamagedCheckpoint(str(error)) from error
 
 
 class CheckpointManager:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
@@ -26,6 +26,7 @@ from megalm.checkpoint.geometry import Offsets, Piece, overlap
 from megalm.checkpoint.manifest import Entry, Manifest, piece_problem
 from megalm.checkpoint.names import CHECKPOINT_NAME, MANIFEST, STATE
 from megalm.checkpoint.tensor_file import CHUNK_BYTES, DTYPES, Read, TensorFile
+from megalm.distributed.progress import progress
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError, DamagedCheckpoint
 
@@ -58,7 +59,7 @@ class CheckpointReader:
         self.state: dict[str, Any] = self._read_state()
         named = CHECKPOINT_NAME.fullmatch(directory.name)
         if named and int(named[1]) != self.step:
-            raise CheckpointError(f"{directory}: holds step {self.step}, not the step of its name; rename it")
+            raise DamagedCheckpoint(f"{directory}: holds step {self.step}, not the step of its name; rename it")
 
     def kinds(self) -> list[str]:
         """Return the kinds of tensors that are there, sorted."""
@@ -68,10 +69,10 @@ class CheckpointReader:
         """Return the logical names of the tensors of one kind, sorted."""
         return sorted(name for found, name in self.manifest.tensors if found == kind)
 
-    def files(self, kind: str) -> list[str]:
-        """Return the names of the files in which tensors of one kind lie, sorted."""
+    def files(self, *kinds: str) -> list[str]:
+        """Return the names of the files in which tensors of these kinds lie, sorted."""
         return sorted(
-            {row["file"] for (found, _), rows in self.manifest.tensors.items() if found == kind for row in rows}
+            {row["file"] for (found, _), rows in self.manifest.tensors.items() if found in kinds for row in rows}
         )
 
     def read_local(self, shard: ShardSpec, kind: str) -> Tensor:
@@ -114,16 +115,16 @@ class CheckpointReader:
             raise DamagedCheckpoint(f"{self.directory}: {shard.name} ({kind}): {problem}; {DAMAGED}")
         return out
 
-    def check_sizes(self) -> None:
-        """Check that all files are there, with their sizes: a call of the file system each, so not for every rank."""
-        for record in self.manifest.files.values():
-            self._check_size(record.name, record.size)
+    def check_sizes(self, names: Iterable[str] | None = None) -> None:
+        """Check that the named files (None: all) are there, with their sizes: a call of the file system each."""
+        for name in self.manifest.files if names is None else names:
+            self._check_size(name, self._record(name).size)
 
     def verify_files(self, names: Iterable[str] | None = None) -> None:
-        """Check the SHA-256 of the named files (None: of all). What was checked is not checked again."""
-        checks = [self._check(name) for name in (self.manifest.files if names is None else names)]
-        for check in checks:
-            check.result()
+        """Check every byte of the named files (None: of all). What was checked is not checked again."""
+        names = list(self.manifest.files if names is None else names)
+        self.check_sizes(names)
+        _all_done([self._check(name) for name in names])
 
     def close(self) -> None:
         """End the threads; the reader may still be used, and starts them again."""
@@ -185,11 +186,9 @@ class CheckpointReader:
                     raise unreadable(file.path, error) from error
             if len(tasks := _tasks(reads)) == 1:
                 _read(tasks[0], descriptors)
-                return
-            running = [self._threads().submit(_read, task, descriptors) for task in tasks]
-            wait(running)  # all, before the files are closed
-            for one in running:
-                one.result()
+                progress.act()
+            else:
+                _all_done([self._threads().submit(_read, task, descriptors) for task in tasks])
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
@@ -236,6 +235,14 @@ class CheckpointReader:
         if not isinstance(state, dict):
             raise DamagedCheckpoint(f"{path}: holds a {type(state).__name__}, not an object; {DAMAGED}")
         return state
+
+
+def _all_done(running: list[Future[None]]) -> None:
+    """Wait for all, and raise the first one's error."""
+    for _ in as_completed(running):
+        progress.act()  # a disk that is slow is told from one that hangs
+    for one in running:
+        one.result()
 
 
 def _new(count: int, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -249,19 +250,23 @@ def storage_error(error: OSError, path: Path) -> StorageError:
 
 
 def encode_state(state: Mapping[str, Any]) -> bytes:
-    """Return the text of `state.json`. Raises CheckpointError for values that JSON does not keep."""
-    _check_json(state, "state")
-    return (json.dumps(state, indent=1) + "\n").encode()
+    """Return the text of `state.json`: NaN and infinities become strings, which `float()` reads.
+
+    Raises CheckpointError for values that JSON does not keep.
+    """
+    return (json.dumps(_as_json(state, "state"), indent=1, allow_nan=False) + "\n").encode()
 
 
-def _check_json(value: Any, path: str) -> None:
+def _as_json(value: Any, path: str) -> Any:
     if isinstance(value, Mapping):
-        for key, item in value.items():
+        for key in value:
             if not isinstance(key, str):
                 raise CheckpointError(f"{path}: key {key!r} is not a string and would come back as one; use a string")
-            _check_json(item, f"{path}.{key}")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _check_json(item, f"{path}[{index}]")
-    elif type(value) not in (str, int, float, bool, type(None)):
+        return {key: _as_json(item, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    if type(value) is float and not math.isfinite(value):
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    if type(value) not in (str, int, float, bool, type(None)):
         raise CheckpointError(f"{path}: {type(value).__name__} is no JSON value; store tensors as fragments")
+    return value

@@ -19,7 +19,7 @@ from megalm.checkpoint.commands import checkpoints_at
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.names import CHECKPOINTS, checkpoint_name, hidden
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.checkpoint.writer import RankWriter, encode_state, finish, storage_error
+from megalm.checkpoint.writer import RankWriter, encode_state, finish
 from megalm.config.load import dump_yaml, load_values
 from megalm.config.run import RunConfig
 from megalm.config.storage import wide_dtype
@@ -32,6 +32,7 @@ from megalm.dry_run.stated import Stated
 from megalm.dry_run.world import pretended_mesh
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.build import DTYPES, build_stage
+from megalm.models.imported import disk_error, publish, require_free
 from megalm.train.optimizers import freeze
 from megalm.train.run_directory import CONFIG_FILE, IDENTITY_FILE, read_identity, run_identity
 from megalm.zero.engine import counted_here, kept_buffers, replicas_of, shard_of
@@ -40,7 +41,9 @@ from megalm.zero.saving import saved_by_stage, saved_range
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("parallel", "zero")
-"""What of a recipe may be another: where the parts of the model lie."""
+"""What of a recipe may be another: where the parts of the model lie, and"""
+BATCH = ("train.global_batch", "train.microbatch")
+"""what must fit the number of data ranks."""
 
 
 class Saved(NamedTuple):
@@ -59,8 +62,10 @@ def reshard(source: Path, out: Path, overrides: list[str], ranks: int | None) ->
     fit, before anything is written.
     """
     for override in overrides:
-        if override.partition(".")[0].strip() not in SECTIONS:
-            raise ConfigError(f"{override} is no key of a layout; reshard changes {'.*, '.join(SECTIONS)}.*")
+        name = override.partition("=")[0].strip()
+        if name.partition(".")[0] not in SECTIONS and name not in BATCH:
+            keys = ", ".join([*(f"{section}.*" for section in SECTIONS), *BATCH])
+            raise ConfigError(f"{override} is no key of a layout; reshard changes {keys}")
     with closing(CheckpointReader(checkpoints_at(source)[0])) as reader:
         known = reader.state.get("config")
         if not isinstance(known, dict):
@@ -69,10 +74,18 @@ def reshard(source: Path, out: Path, overrides: list[str], ranks: int | None) ->
             )
         config = load_values(known, f"config of {reader.directory}", [*overrides, f"run.dir={json.dumps(str(out))}"])
         layout = layout_of(config, ranks or config.parallel.least_ranks)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"--out={out} is there already; name a new directory")
-        path = _copy(reader, config, layout, out)
-        _make_run(reader, config, layout, out)
+        require_free(out)
+        files, partial = FileSystem(), out.with_name(f".{out.name}.partial")
+        try:
+            files.remove_tree(partial)
+            _copy(reader, config, layout, partial)
+            _make_run(reader, config, layout, partial)
+            publish(files, partial, out)
+        except OSError as error:
+            raise disk_error(error, partial) from error
+        finally:
+            files.remove_tree(partial)
+    path = out / CHECKPOINTS / checkpoint_name(reader.step)
     return {
         "path": str(path),
         "step": reader.step,
@@ -131,15 +144,12 @@ def describe_layout(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     return {**axes, "zero_stage": config.zero.stage, "precision": config.precision}
 
 
-def _copy(reader: CheckpointReader, config: RunConfig, layout: RankLayout, out: Path) -> Path:
-    """Write the checkpoint, rank by rank, and return its path."""
+def _copy(reader: CheckpointReader, config: RunConfig, layout: RankLayout, out: Path) -> None:
+    """Write the checkpoint, rank by rank."""
     files = FileSystem()
     final = out / CHECKPOINTS / checkpoint_name(reader.step)
     partial = hidden(final, "partial")
-    try:
-        files.make_directory(partial)
-    except OSError as error:
-        raise storage_error(error, partial) from error
+    files.make_directory(partial)
     vocab = reader.manifest.entries("weight", "embedding.weight")[0].piece.shard.global_shape[0]
     state = {**reader.state, "config": config.model_dump(mode="json")}
     whole: dict[str, tuple[int, ...]] = {}
@@ -154,7 +164,6 @@ def _copy(reader: CheckpointReader, config: RunConfig, layout: RankLayout, out: 
         reports.append(writer.report())
         logger.info("rank %d of %d is written", rank, layout.world_size)
     finish(files, final, reader.step, encode_state(state), describe_layout(config, layout), reports)
-    return final
 
 
 def _fragments(reader: CheckpointReader, pieces: list[Saved], rest: Iterator[Fragment]) -> Iterator[Fragment]:
@@ -195,14 +204,10 @@ def _make_run(reader: CheckpointReader, config: RunConfig, layout: RankLayout, o
         IDENTITY_FILE: (json.dumps(identity, indent=1) + "\n").encode(),
         CONFIG_FILE: sealed(dump_yaml(config)).encode(),
     }
-    try:
-        if (run / TOKENIZER).is_file():
-            texts[TOKENIZER] = (run / TOKENIZER).read_bytes()
-        for name, text in texts.items():
-            files.write_file(out / name, text)
-        files.sync_directory(out)
-    except OSError as error:
-        raise storage_error(error, out) from error
+    if (run / TOKENIZER).is_file():
+        texts[TOKENIZER] = (run / TOKENIZER).read_bytes()
+    for name, text in texts.items():
+        files.write_file(out / name, text)
 
 
 def _elements(reader: CheckpointReader, name: str) -> int:

@@ -6,6 +6,7 @@ where they come from. Evaluation, generation, export and `train.init_from` take 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,10 +82,11 @@ def write_run(
     return out / path.relative_to(partial)
 
 
-def disk_error(error: OSError, path: Path) -> StorageError:
-    """Return the one-line error for a disk that refused a write below `path`."""
+def disk_error(error: OSError, path: Path) -> CheckpointError:
+    """Return the one-line error for a place below `path` that cannot be written, or for a disk that fails."""
     words = os.strerror(error.errno) if error.errno else str(error)
-    return StorageError(f"{error.filename or path}: cannot be written: {words}; heal that, or give another --out")
+    kind = StorageError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else CheckpointError
+    return kind(f"{error.filename or path}: cannot be written: {words}; heal that, or give another --out")
 
 
 def require_free(out: Path) -> None:

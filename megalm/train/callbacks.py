@@ -146,13 +146,14 @@ class StopEarly:
         if metric is None or value is None:
             return
         if state.watched != metric:
-            state.watched, state.best, state.not_better = metric, math.inf, 0
-        if value < state.best - self.section.min_delta or (math.isinf(state.best) and math.isfinite(value)):
+            state.watched, state.best, state.not_better = metric, None, 0
+        least = math.inf if state.best is None else state.best
+        if value < least - self.section.min_delta:
             state.best, state.not_better = value, 0
             return
         state.not_better += 1
         if state.not_better == self.section.patience:
-            facts: dict[str, str | float] = {"metric": metric, "best": state.best, "values since": state.not_better}
+            facts: dict[str, str | float] = {"metric": metric, "best": least, "values since": state.not_better}
             self.tracker.event({"step": state.step, "event": "early stop", **facts})
 
     def at_end(self, trainer: Trainer) -> None:

@@ -28,7 +28,7 @@ from megalm.distributed.exchange import together
 from megalm.distributed.meeting import Meeting
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.world import joined_mesh
-from megalm.errors import CheckpointError, DistributedError, Interrupted
+from megalm.errors import CheckpointError, DistributedError, Interrupted, UserError
 from megalm.models.build import DTYPES, build_executor, build_stage
 from megalm.models.transformer import Transformer
 from megalm.preflight.gate import preflight
@@ -151,7 +151,7 @@ def _fit(
     sinks = Sinks(config.log.sinks, run, trainer.state.step, config) if mesh.rank == 0 else None
     tracker = Tracker(run, trainer.state.step, trainer.last_step, active=mesh.rank == 0, sinks=sinks)
     with closing(tracker):
-        tracker.header(dump_yaml(recipe), run_facts(config, data, windows, vocab, mesh, peak))
+        tracker.header(dump_yaml(recipe), run_facts(config, data, windows, vocab, mesh, peak, trainer.state))
         if reader is not None:
             _tell_of_resume(tracker, manager, reader, recipe, mesh)
         for line in begins:
@@ -288,7 +288,13 @@ def _start(config: RunConfig, vocab: int, trainer: Trainer, directory: RunDirect
 
 def _load(config: RunConfig, data: PreparedData, engine: ZeroEngine, reader: CheckpointReader) -> None:
     """Set weights and optimizer from a checkpoint of the same run, data and tokenizer; see `latest_checkpoint`."""
-    _refuse_another_run(_continued(config, reader), data, reader)
+    try:
+        _refuse_another_run(_continued(config, reader), data, reader)
+    except UserError:
+        with together(world_group()):
+            if dist.get_rank() == 0:
+                reader.verify_files()  # what is damaged is passed over, whatever it says
+        raise
     load_all(engine, reader)
 
 

@@ -11,12 +11,19 @@ from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.train.monitor import Peak, count_parameters
 from megalm.train.tracking import format_count
+from megalm.train.trainer import TrainState
 
 
 def run_facts(
-    config: RunConfig, data: PreparedData, windows: Windows, vocab: int, mesh: ParallelMesh, peak: Peak
+    config: RunConfig,
+    data: PreparedData,
+    windows: Windows,
+    vocab: int,
+    mesh: ParallelMesh,
+    peak: Peak,
+    done: TrainState,
 ) -> list[tuple[str, str]]:
-    """Return names and values, in the order in which they are shown."""
+    """Return names and values, in the order in which they are shown; `done` is how far the run has come."""
     layout = mesh.layout
     parameters = count_parameters(config.model, vocab)
     return [
@@ -25,7 +32,7 @@ def run_facts(
         *_muons(config, parameters.total),
         ("data", f"{data.path}: {format_count(len(data.train))} tokens, {format_count(len(data.validation))} held out"),
         *_rows(config, windows),
-        ("length", _length(config, windows)),
+        ("length", _length(config, windows, done)),
         *_ramps(config),
         *_filling(config, layout.data),
         ("layout", f"{_layout(layout)}, {mesh.device.type}"),
@@ -62,8 +69,9 @@ def _rows(config: RunConfig, windows: Windows) -> list[tuple[str, str]]:
     return [("rows", f"{len(windows):,} of {places} places, of one document each; {padding:.1%} are padding")]
 
 
-def _length(config: RunConfig, windows: Windows) -> str:
-    samples = samples_before(config, config.steps)
+def _length(config: RunConfig, windows: Windows, done: TrainState) -> str:
+    """Return the length with the samples that were used, whatever their batches, and those that will be."""
+    samples = done.samples + samples_before(config, config.steps) - samples_before(config, done.step)
     tokens = format_count(samples * config.model.sequence)
     return f"{config.steps:,} steps, {tokens} tokens, {samples / len(windows):.3g} epochs"
 

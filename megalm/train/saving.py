@@ -216,5 +216,5 @@ class SaveCheckpoints:
             if record and 0 <= record["step"] <= step:
                 self.history[name] = {key: value for key, value in record.items() if key.startswith(_HISTORY)}
         measured, best = self.history.get("evaluate", {}), self.history.get("best", {})
-        if measured.get("evaluate/loss", math.inf) < best.get("evaluate/loss", math.inf):
+        if float(measured.get("evaluate/loss", math.inf)) < float(best.get("evaluate/loss", math.inf)):
             self.history["best"] = measured

@@ -66,7 +66,7 @@ class TrainState:
     """Steps without overflow since the loss scale was last changed."""
     watched: str | None = None
     """The metric of `early_stop` whose values the next two are about."""
-    best: float = math.inf
+    best: float | None = None
     """Its least value so far."""
     not_better: int = 0
     """Its values since then."""

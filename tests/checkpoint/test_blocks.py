@@ -22,15 +22,17 @@ from megalm.checkpoint.blocks import (
     CheckedFile,
     FileRecord,
     WrittenDigests,
+    hash_file,
     open_regular,
 )
 from megalm.checkpoint.commands import verify
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.reader import CheckpointReader
+from megalm.checkpoint.tensor_file import BEGIN_BYTES, write_tensor_file
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError, DamagedCheckpoint
 from tests.checkpoint.forge import body_of, parsed, seal
-from tests.checkpoint.simulated import Logical, small_model, write_ranks, zero_fragments
+from tests.checkpoint.simulated import HastyFileSystem, Logical, small_model, write_ranks, zero_fragments
 
 BLOCK_VALUES = BLOCK_BYTES // 4
 COLUMNS = 1000
@@ -203,6 +205,23 @@ def test_digests_do_not_depend_on_how_the_bytes_come(parts: tuple[int, ...]) -> 
         found = digests.finish()
     blocks = (data[at : at + BLOCK_BYTES] for at in range(0, len(data), BLOCK_BYTES))
     assert found == b"".join(hashlib.sha256(block).digest() for block in blocks)
+
+
+def test_the_disk_is_told_to_begin_with_a_long_file(tmp_path: Path) -> None:
+    class Noting(HastyFileSystem):
+        def __init__(self) -> None:
+            self.begun: list[tuple[int, int]] = []
+
+        def begin_sync(self, descriptor: int, offset: int, count: int) -> None:
+            assert os.fstat(descriptor).st_size == offset + count, "of bytes that are written"
+            self.begun.append((offset, count))
+            super().begin_sync(descriptor, offset, count)
+
+    files, values = Noting(), torch.zeros(5 * BEGIN_BYTES // 8)
+    with ThreadPoolExecutor(1) as hashers:
+        record = write_tensor_file(files, tmp_path / "x", [("x", values)], {}, hashers)
+    assert len(files.begun) == 2 and files.begun[0][0] == 0 and files.begun[1][0] == files.begun[0][1] >= BEGIN_BYTES
+    hash_file(tmp_path / "x", record)
 
 
 def test_a_record_without_a_digest_is_refused(checkpoint: tuple[Path, dict[str, Logical]], tmp_path: Path) -> None:

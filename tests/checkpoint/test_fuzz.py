@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,13 +15,16 @@ import pytest
 
 from megalm.checkpoint import reader
 from megalm.checkpoint.blocks import BlockCache, FileRecord
+from megalm.checkpoint.commands import verify
+from megalm.checkpoint.names import CHECKPOINTS
 from megalm.checkpoint.tensor_file import TensorFile
+from megalm.distributed.progress import progress
 from megalm.distributed.world import joined_mesh
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, ConfigError, DamagedCheckpoint
 from megalm.train.pretrain import train
 from tests.checkpoint.forge import reseal
 from tests.checkpoint.fuzz import damage, prepare, table
-from tests.checkpoint.subject import Subject
+from tests.checkpoint.subject import Subject, read_all
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,58 @@ def test_a_state_that_is_not_a_runs_is_refused_by_its_name(runs: tuple[Subject, 
         assert "step-00000004/state.json: holds no progress of a run" in resume_with(runs[0], forged)
 
 
+def test_a_later_format_is_refused_and_not_passed_over(runs: tuple[Subject, Path]) -> None:
+    """Or the run would go on from an older checkpoint, and write its own over that of the newer program."""
+    place = runs[0].places()[0]
+    kept = shutil.copytree(place, place.with_name("kept"))
+    try:
+        reseal(place, {"version": 99})
+        with pytest.raises(CheckpointError, match=r"format version 99.*newer") as caught, redirect_stdout(StringIO()):
+            train(runs[0].config)
+        assert not isinstance(caught.value, DamagedCheckpoint)
+    finally:
+        shutil.rmtree(place)
+        kept.rename(place)
+
+
+def test_damage_is_told_before_settings_that_do_not_fit(runs: tuple[Subject, Path], tmp_path: Path) -> None:
+    """A length that the newest checkpoint is beyond is no error where that one is damaged: an older one is loaded."""
+    run = shutil.copytree(runs[0].run, tmp_path / "run")
+    section = runs[0].config.run.model_copy(update={"dir": str(run)})
+    shorter = runs[0].config.train.model_copy(update={"steps": 3})
+    config = runs[0].config.model_copy(update={"run": section, "train": shorter})
+    with pytest.raises(ConfigError, match="less than the 4 steps"), redirect_stdout(StringIO()):
+        train(config)
+    file = next((run / CHECKPOINTS / runs[0].newest).glob("rank-*-weight*"))
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    with redirect_stdout(StringIO()) as said:
+        train(config)
+    assert "DAMAGED CHECKPOINT PASSED OVER" in said.getvalue()
+
+
+def test_a_file_that_may_not_be_read_is_no_damage(runs: tuple[Subject, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends, and the checkpoint stays the newest, where only the way to it is lost."""
+
+    def refuse(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.preadv", refuse)
+        for code, damage_is_told in ((errno.ESTALE, False), (errno.EIO, True)):
+            with pytest.raises(CheckpointError, match=os.strerror(code)) as caught, redirect_stdout(StringIO()):
+                train(runs[0].config)
+            assert ("none of its 2 checkpoints is valid" in str(caught.value)) == damage_is_told
+
+
+def test_reading_is_progress(runs: tuple[Subject, Path]) -> None:
+    """Or a run that goes back on a slow disk were taken for one that hangs."""
+    place = runs[0].places()[0]
+    for read in (lambda: read_all(place), lambda: verify(place)):
+        before = progress.acts
+        read()
+        assert progress.acts >= before + len(list(place.glob("rank-*")))
+
+
 def test_every_byte_is_read_once_and_by_evaluation_no_optimizer(
     runs: tuple[Subject, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,3 +161,8 @@ def test_every_byte_is_read_once_and_by_evaluation_no_optimizer(
     with joined_mesh(subject.config) as mesh:
         assert subject.reads_weights(mesh)
     assert count == state + sum(file.stat().st_size for file in place.glob("rank-*-weight*"))
+    for file in list(subject.places()[1].glob("rank-*-optimizer*")):
+        file.rename(file.with_name("away"))
+        with joined_mesh(subject.config) as mesh:
+            assert subject.reads_weights(mesh), "what is not read may be missing"
+        file.with_name("away").rename(file)

@@ -101,7 +101,14 @@ def test_wrong_layouts_and_places_are_refused_in_one_line(
     refused(str(run), f"--out={run}", says="is there already")
     refused(str(run), f"--out={tmp_path / 'file'}", says="is there already")
     refused(str(tmp_path / "none"), f"--out={out}", says="no checkpoint")
-    assert not out.exists()
+    refused(str(run), f"--out={tmp_path / 'file' / 'x'}", says="cannot be written")
+    refused(str(run), f"--out={out}", "parallel.tensor=2", "--ranks=1000", says="use 500 for train.global_batch")
+    file = next((run / "checkpoints" / "step-00000001").glob("*-optimizer*"))
+    data = file.read_bytes()
+    file.write_bytes(data[:-4000] + bytes([data[-4000] ^ 1]) + data[-3999:])
+    refused(str(run), f"--out={out}", "parallel.tensor=2", says=file.name)
+    file.write_bytes(data)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"], "nothing is left of those"
     assert main(["checkpoint", "reshard", str(run), f"--out={out}", "parallel.tensor=2", "--json"]) == 0
     assert '"ranks": 2' in capsys.readouterr().out
     assert (

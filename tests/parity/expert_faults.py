@@ -74,9 +74,7 @@ def tokens_without_a_loss_balanced_too() -> Patches:
 
 def gates_without_a_gradient() -> Patches:
     original = Experts.forward
-    yield mock.patch.object(
-        Experts, "forward", lambda self, x, gates, chosen: original(self, x, gates.detach(), chosen)
-    )
+    yield mock.patch.object(Experts, "forward", lambda self, x, gates, *rest: original(self, x, gates.detach(), *rest))
 
 
 def gates_see_one_ranks_features_only() -> Patches:

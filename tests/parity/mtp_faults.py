@@ -31,8 +31,9 @@ def the_end_of_a_row_has_a_further_loss() -> Patches:
 def the_embedded_token_is_the_one_to_be_predicted() -> Patches:
     original = Transformer._loss_sum_ahead
 
-    def ahead(self: Any, x: Tensor, context: Any, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        return original(self, x, context, labels, labels, mask)
+    def ahead(self: Any, x: Tensor, *places: Any) -> Tensor:
+        *more, _, labels, mask = places
+        return original(self, x, *more, labels, labels, mask)
 
     yield mock.patch.object(Transformer, "_loss_sum_ahead", ahead)
 

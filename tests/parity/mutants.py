@@ -110,13 +110,16 @@ def main(words: list[str]) -> int:
         return 2
     pool = WorkerPool(8)
     width = max(len(mutant.name) for mutant in chosen.values())
-    survivors = 0
+    caught = 0
     for place, mutant in chosen.items():
-        said = verdict(pool, place)
-        survivors += not said
+        try:
+            said = verdict(pool, place)
+            caught += bool(said)
+        except WorkerError as error:
+            said = f"NOT PLANTED: {str(error).strip().splitlines()[-1]}"
         print(f"{mutant.name:<{width}}  {mutant.case.name:<28}  {said or 'NOT CAUGHT'}", flush=True)
-    print(f"{len(chosen)} faults planted, {len(chosen) - survivors} caught")
-    return 1 if survivors else 0
+    print(f"{len(chosen)} faults planted, {caught} caught")
+    return 0 if caught == len(chosen) else 1
 
 
 if __name__ == "__main__":

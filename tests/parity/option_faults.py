@@ -214,7 +214,7 @@ def the_owners_result_is_lost_on_the_last_partition() -> Patches:
     original = wholes.Wholes._spread
 
     def spread(self: Any, values: Any, *rest: Any) -> None:
-        last = self.at.data == self.mesh.size("data") - 1
+        last = self.at.replica == self.mesh.size(self.axis) - 1
         original(self, [value.clone() for value in values] if last else values, *rest)
 
     yield mock.patch.object(wholes.Wholes, "_spread", spread)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import stat
 import zipfile
+import zlib
 from typing import IO, Any
 
 from megalm.models.foreign.opcodes import Encoder, Refused, read_pickle
@@ -126,15 +127,23 @@ class TorchArchive:
         self._file.seek(first - self._first)
         return self._file.read(size)
 
+    def _storage(self, key: str) -> tuple[int, int, int]:
+        """Return the first byte, the size and the CRC-32 of a storage; 0: torch was told to compute none."""
+        name = f"data/{key}"
+        return *self._place(name), self._entries[name].CRC
+
     def contents(self) -> Any:
         """Return what the archive's pickle describes, for `json.dumps`. Raises Refused."""
         first, size = self._place("data.pkl")
         if size > MOST_PICKLE_BYTES:
             raise Refused(f"its pickle has {size} bytes, more than {MOST_PICKLE_BYTES}")
-        return Encoder(lambda key: self._place(f"data/{key}")).encode(read_pickle(self._read(first, size)))
+        text, crc = self._read(first, size), self._entries["data.pkl"].CRC
+        if crc not in (0, zlib.crc32(text)):
+            raise Refused("it is damaged: its pickle has not the CRC-32 that the archive says; copy it again")
+        return Encoder(self._storage).encode(read_pickle(text))
 
 
-def no_storage(key: str) -> tuple[int, int]:
+def no_storage(key: str) -> tuple[int, int, int]:
     """Refuse a tensor: a pickle that stands alone has no storages beside it."""
     raise Refused("a pickle without an archive refers to a tensor")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.answers import answer
+from megalm.data.tokenizer import Tokenizer
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.foreign.imported_model import ForeignModel
 from megalm.models.foreign.read import read_foreign_deepspeed, read_foreign_megatron
@@ -38,8 +39,13 @@ def _import(args: Namespace, read: Callable[[Path, int | None], ForeignModel]) -
     if not args.trust:
         raise ConfigError(TRUST.format(directory=directory))
     require_free(out)
-    result = import_model(read(directory, args.vocab), out, Path(args.tokenizer) if args.tokenizer else None)
-    return answer(result, args.json)
+    found, tokenizer = read(directory, args.vocab), Path(args.tokenizer) if args.tokenizer else None
+    if tokenizer is not None:
+        tokens, rows = Tokenizer.load(tokenizer).vocabulary, found.model.vocab
+        if rows is not None and tokens > rows:
+            counts = f"has {tokens} tokens, and the model's embedding {rows} rows"
+            raise ConfigError(f"--tokenizer={tokenizer} {counts}; give the model's own")
+    return answer(import_model(found, out, tokenizer), args.json)
 
 
 def import_model(found: ForeignModel, out: Path, tokenizer: Path | None) -> dict[str, Any]:

@@ -314,10 +314,10 @@ class Encoder:
     """Values as JSON has them, with tensors where `place` finds them in the file.
 
     None, bool, int, float and str are themselves; others are objects of one key: list, dict (pairs), bytes (their
-    number), tensor ([dtype, first byte, bytes, offset, shape, strides]), object ([name, arguments, state]).
+    number), tensor ([dtype, first byte, bytes, CRC-32, offset, shape, strides]), object ([name, arguments, state]).
     """
 
-    def __init__(self, place: Callable[[str], tuple[int, int]]) -> None:
+    def __init__(self, place: Callable[[str], tuple[int, int, int]]) -> None:
         self._place = place
         self._nodes = self._characters = 0
 
@@ -355,5 +355,5 @@ class Encoder:
         numbers = (record.storage.count, record.offset, *record.shape, *record.strides)
         if any(abs(number) >= _LARGEST_INTEGER for number in numbers) or len(record.shape) > DEEPEST:
             raise Refused("a tensor has a shape that no memory holds")
-        first, size = self._place(record.storage.key)
-        return [record.storage.dtype, first, size, record.offset, list(record.shape), list(record.strides)]
+        first, size, crc = self._place(record.storage.key)
+        return [record.storage.dtype, first, size, crc, record.offset, list(record.shape), list(record.strides)]

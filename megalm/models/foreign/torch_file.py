@@ -13,9 +13,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -33,6 +34,7 @@ _FILES_A_PROCESS = 200
 _PIECES_A_PROCESS = 1000
 _MOST_ANSWER_BYTES = 256 << 20
 _SECONDS = 900
+_CHUNK_BYTES = 8 << 20
 _PROGRAM = "import sys; sys.path.append({root!r}); from megalm.models.foreign.confinement import main; main()"
 MAPPING = "builtins.dict"
 SHARED = "elements that share memory"
@@ -59,15 +61,20 @@ class Opaque:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in a file: bytes [first, first + size), of which it is a view."""
+    """A tensor that lies in a file: bytes [first, first + size), of which it is a view.
+
+    `crc` is the CRC-32 of these bytes (0: not known), and `checked` has the first bytes of those that were compared.
+    """
 
     path: Path
     dtype: torch.dtype
     first: int
     size: int
+    crc: int
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    checked: set[int] = field(repr=False, compare=False)
 
     @property
     def extent(self) -> int:
@@ -93,12 +100,25 @@ class StoredTensor:
                 span = (length - 1) * stride + span
         return None
 
+    def _check(self, descriptor: int) -> None:
+        """Raise CheckpointError for bytes that are not as they were written."""
+        if self.crc == 0 or self.first in self.checked:
+            return
+        found, stop = 0, self.first + self.size
+        for start in range(self.first, stop, _CHUNK_BYTES):
+            found = zlib.crc32(read_exactly(descriptor, self.path, start, min(_CHUNK_BYTES, stop - start)), found)
+        if found != self.crc:
+            where = f"bytes {self.first} to {stop} have not the CRC-32 with which they were written"
+            raise CheckpointError(f"{self.path}: {where}; the file is damaged: copy it again")
+        self.checked.add(self.first)
+
     def read(self) -> Tensor:
         """Return the tensor, contiguous, in the host's memory. Raises CheckpointError."""
         if prod(self.shape) == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         width = self.dtype.itemsize
         with open_regular(self.path) as file:
+            self._check(file.fileno())
             start = self.first + self.offset * width
             data = read_exactly(file.fileno(), self.path, start, self.extent * width)
         flat = torch.frombuffer(bytearray(data), dtype=self.dtype)
@@ -207,6 +227,7 @@ class _Decoder:
 
     def __init__(self, path: Path, file_bytes: int) -> None:
         self._path, self._file_bytes = path, file_bytes
+        self._checked: set[int] = set()
 
     def decode(self, value: Any) -> Any:
         if not isinstance(value, dict):
@@ -227,12 +248,14 @@ class _Decoder:
             return self._tensor(*content)
         raise ValueError(f"a value of kind {kind}")
 
-    def _tensor(self, dtype: Any, first: Any, size: Any, offset: Any, shape: Any, strides: Any) -> Any:
+    def _tensor(self, dtype: Any, first: Any, size: Any, crc: Any, offset: Any, shape: Any, strides: Any) -> Any:
         if dtype not in DTYPES:
             return Opaque("a tensor of a dtype that is not read")
-        if any(type(number) is not int for number in (first, size, offset, *shape, *strides)):
+        if any(type(number) is not int for number in (first, size, crc, offset, *shape, *strides)):
             raise ValueError("a tensor without whole numbers")
-        tensor = StoredTensor(self._path, DTYPES[dtype], first, size, offset, tuple(shape), tuple(strides))
+        tensor = StoredTensor(
+            self._path, DTYPES[dtype], first, size, crc, offset, tuple(shape), tuple(strides), self._checked
+        )
         problem = tensor.problem(self._file_bytes)
         if problem == SHARED:  # an expanded one, say, which is no weight
             return Opaque(f"a tensor of {problem}")

@@ -65,7 +65,8 @@ def export_model(
     require_free(out)
     require_transformers()
     config = trained_config(run, _ALONE)
-    reader = latest_checkpoint(run, lambda reader: reader.verify_files(reader.files("ema" if averaged else "weight")))
+    kinds = ("weight", "ema") if averaged else ("weight",)
+    reader = latest_checkpoint(run, lambda reader: reader.verify_files(reader.files(*kinds)))
     if reader is None:
         raise CheckpointError(f"{run}: no checkpoint yet; train the run until it has saved one")
     tokenizer = Tokenizer.load(run) if (run / FILE_NAME).exists() else None

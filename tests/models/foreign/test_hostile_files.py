@@ -286,6 +286,30 @@ def test_a_tensor_inside_its_bytes_is_read_and_one_of_a_short_file_refused(tmp_p
         read_here(path, archive(tensor(), {"data/0": b"\0" * 20}))
 
 
+def test_flipped_bits_are_told_by_the_archive_s_own_checksums(tmp_path: Path) -> None:
+    """torch.load does not look at them."""
+    path = tmp_path / "a.pt"
+    whole = torch.arange(6.0)
+    torch.save({"a": whole, "b": whole[2:4]}, path)
+    content = path.read_bytes()
+    at = content.index(struct.pack("<6f", *range(6)))
+    assert torch.equal(read_file(path)["a"].read(), whole)
+    path.write_bytes(content[: at + 21] + bytes([content[at + 21] ^ 4]) + content[at + 22 :])
+    for name, tensor in read_file(path).items():
+        with pytest.raises(CheckpointError, match=r"a\.pt: bytes .* CRC-32"):
+            print(name, tensor.read())
+    at = content.index(b"_rebuild_tensor_v2") + 40
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(CheckpointError, match=r"a\.pt: .*CRC-32"):
+        read_file(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": whole}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_file(path)["a"].read(), whole), "files without them are read as ever"
+
+
 def test_links_pipes_and_directories_in_a_files_place_are_refused(tmp_path: Path) -> None:
     real = tmp_path / "real" / "a.pt"
     real.parent.mkdir()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megalm.cli import main
+from megalm.data.tokenizer import train_bpe
 from megalm.errors import CheckpointError
 from megalm.models.foreign import names
 from megalm.models.foreign.command import import_model
@@ -162,6 +163,16 @@ def test_the_command_asks_for_trust_and_says_what_it_means(tmp_path: Path, capsy
     assert main(command) == 2
     said = capsys.readouterr().err
     assert "pickles of another program" in said and "--trust" in said and not (tmp_path / "run").exists()
+    for name, text, says in (("recipe.yaml", "seed: 1\n", "tokenizer"), ("large.json", None, "embedding 24 rows")):
+        given = tmp_path / name
+        if text is None:
+            train_bpe([" ".join(map(str, range(200)))], 300).save(tmp_path)
+            (tmp_path / "tokenizer.json").rename(given)
+        else:
+            given.write_text(text)
+        assert main([*command, "--trust", f"--tokenizer={given}"]) == 2
+        said = capsys.readouterr().err
+        assert says in said and str(given) in said and said.count("\n") == 1 and not (tmp_path / "run").exists(), said
     assert main([*command, "--trust", "--vocab", "23"]) == 0
     assert "Megatron-LM" in capsys.readouterr().out
     assert tensors_of(tmp_path / "run")["embedding.weight"].shape == (23, 16)
