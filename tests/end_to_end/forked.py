@@ -117,7 +117,7 @@ def _become(
         local.subprocess = SimpleNamespace(Popen=Forked, **parts)  # type: ignore[assignment]
         if "RANK" in env:
             ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank-{env['RANK']}".encode())
-        _keep_ledger(Path(f"{env[LEDGER]}.{env.get('RANK', 0)}"))  # a launcher of ranks is given no batch
+        _keep_ledger(Path(f"{env[LEDGER]}.{env.get('RANK', 0)}"))
         status = main(arguments)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
@@ -132,7 +132,7 @@ def _keep_ledger(path: Path) -> None:
     """Have every batch noted in a line of its own: its first sample, and a hash of its tokens, labels and mask."""
     from megalm.data.loader import Batch, Loader
 
-    batch = Loader.batch
+    batch = getattr(Loader.batch, "plain", Loader.batch)  # a rank is forked from a launcher, which has a ledger too
     ledger = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def noted(self: Loader, first_sample: int, global_batch: int, rows: int) -> Batch:
@@ -143,6 +143,7 @@ def _keep_ledger(path: Path) -> None:
         os.write(ledger, json.dumps([first_sample, global_batch, digest.hexdigest()]).encode() + b"\n")
         return found
 
+    noted.plain = batch  # type: ignore[attr-defined]
     Loader.batch = noted  # type: ignore[method-assign]
 
 
