@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 SECTIONS = ("parallel", "zero")
 """What of a recipe may be another: where the parts of the model lie, and"""
-BATCH = ("train.global_batch", "train.microbatch")
+BATCH = ("train.global_batch", "train.micro_batch")
 """what must fit the number of data ranks."""
 
 

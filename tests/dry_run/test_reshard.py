@@ -109,6 +109,9 @@ def test_wrong_layouts_and_places_are_refused_in_one_line(
     refused(str(run), f"--out={out}", "parallel.tensor=2", says=file.name)
     file.write_bytes(data)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"], "nothing is left of those"
+    batch = ["--ranks=2", "train.global_batch=8", "train.micro_batch=1"]
+    assert main(["checkpoint", "reshard", str(run), f"--out={tmp_path / 'batch'}", *batch, "--json"]) == 0
+    assert '"data": 2' in capsys.readouterr().out
     assert main(["checkpoint", "reshard", str(run), f"--out={out}", "parallel.tensor=2", "--json"]) == 0
     assert '"ranks": 2' in capsys.readouterr().out
     assert (
