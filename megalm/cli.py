@@ -192,10 +192,15 @@ def _add_run_commands(commands: _Commands) -> None:
     inspect.add_argument("--json", action="store_true", help="write the result as JSON")
 
     for parser in (evaluate, generate):
-        parser.add_argument("--ema", action="store_true", help="use the average of the weights (optim.ema_decay)")
+        _add_weights(parser)
     for parser in (train, evaluate, generate):
         parser.add_argument("--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)")
         parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
+
+
+def _add_weights(parser: _Parser) -> None:
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema_decay)")
+    parser.add_argument("--step", type=_number(0), metavar="N", help="of that checkpoint (default: the newest)")
 
 
 def _add_exchange_commands(commands: _Commands) -> None:
@@ -212,7 +217,7 @@ def _add_exchange_commands(commands: _Commands) -> None:
     )
     outgoing.add_argument("run", metavar="RUN", help="a run's directory")
     outgoing.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
-    outgoing.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema_decay)")
+    _add_weights(outgoing)
     outgoing.add_argument("--dtype", choices=CHOICES["precision"], help="of the files (default: the run's precision)")
     outgoing.add_argument("--family", metavar="NAME", help="a model_type (default: the first that has the model)")
     for parser in (incoming, outgoing):

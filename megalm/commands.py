@@ -136,12 +136,17 @@ def evaluate(args: Namespace) -> int:
     check_data(config)
     check_device(config)
     if starts_workers:
-        command = ["evaluate", args.run, *args.overrides, "--split", args.split, *(["--ema"] if args.ema else [])]
+        command = ["evaluate", args.run, *args.overrides, "--split", args.split, *_weights(args)]
         return _start_workers(args, [*command, *(["--json"] if args.json else [])], world, None)
     from megalm.evaluation.command import evaluate as run
 
-    result = run(args.run, args.overrides, args.split, args.ema)
+    result = run(args.run, args.overrides, args.split, args.ema, args.step)
     return 0 if result is None else answer(result, args.json)
+
+
+def _weights(args: Namespace) -> list[str]:
+    """Return the options that say which weights are meant."""
+    return (["--ema"] if args.ema else []) + ([] if args.step is None else [f"--step={args.step}"])
 
 
 def inspect(args: Namespace) -> int:
@@ -162,17 +167,16 @@ def generate(args: Namespace) -> int:
     check_device(config)
     if starts_workers:
         command = ["generate", args.run, *args.overrides, f"--prompt={args.prompt}", f"--tokens={args.tokens}"]
-        command += [f"--temperature={args.temperature}", f"--seed={args.seed}"]
+        command += [f"--temperature={args.temperature}", f"--seed={args.seed}", *_weights(args)]
         command += [f"--top-k={args.top_k}"] if args.top_k is not None else []
         command += [f"--top-p={args.top_p}"] if args.top_p is not None else []
-        command += ["--ema"] if args.ema else []
         return _start_workers(args, command, world, None)
     from megalm.generation.command import generate as run
 
     text = run(
         args.run, args.overrides, args.prompt,
         tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-        averaged=args.ema,
+        averaged=args.ema, step=args.step,
     )  # fmt: skip
     return 0 if text is None else show(text)
 

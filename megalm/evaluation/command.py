@@ -21,11 +21,15 @@ from megalm.models.trained import load_trained, require_checkpoint
 
 
 def evaluate(
-    run: str, overrides: Sequence[str] = (), split: str = VALIDATION, averaged: bool = False
+    run: str,
+    overrides: Sequence[str] = (),
+    split: str = VALIDATION,
+    averaged: bool = False,
+    step: int | None = None,
 ) -> dict[str, Any] | None:
     """Return how well the run's model predicts `split` ("validation" or "train"); None on all ranks but 0.
 
-    `averaged`: with the average of its weights.
+    `averaged`: with the average of its weights. `step`: of that checkpoint (None: of the newest one).
 
     Keys: run, step, data, split, weights, tokens, loss (nats per token), perplexity, bits_per_byte. Without overrides
     of the layout one process does it, whatever layout trained the model; under a launcher its ranks form the
@@ -36,13 +40,13 @@ def evaluate(
     data = open_prepared(config.data.path)
     tokenizer = Tokenizer.load(directory)
     _refuse_other_tokenizer(directory, tokenizer, data)
-    require_checkpoint(directory)
+    require_checkpoint(directory, step)
     file = {TRAIN: data.train, VALIDATION: data.validation}[split]
     windows = all_windows(file, config.model.sequence, config.data.rows)
     held_out = HeldOut(file, windows, config.evaluate.sequences)
     with joined_mesh(config) as mesh:
         vocab = config.model.vocab or tokenizer.vocabulary
-        trained = load_trained(directory, config, vocab, mesh, tokenizer.end_of_text, averaged)
+        trained = load_trained(directory, config, vocab, mesh, tokenizer.end_of_text, averaged, step)
         result = held_out_loss(
             trained.executor, trained.model, held_out, tokenizer.byte_lengths, mesh, config.train.micro_batch
         )

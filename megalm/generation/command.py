@@ -32,10 +32,11 @@ def generate(
     seed: int = 0,
     echo: bool = True,
     averaged: bool = False,
+    step: int | None = None,
 ) -> str | None:
     """Return `prompt` (without `echo`: not) and up to `tokens` new tokens; None on all ranks but 0.
 
-    `averaged`: with the average of the run's weights.
+    `averaged`: with the average of the run's weights. `step`: of that checkpoint (None: of the newest one).
     Temperature 0 is greedy. The same seed gives the same text in every layout. An empty prompt begins a
     document; one longer than the model's window is seen from its end only, with a warning. The layout is one
     process unless `overrides` say else. Raises ConfigError, DataError, CheckpointError, and LaunchError for
@@ -47,7 +48,7 @@ def generate(
     sampling = Sampling(temperature, top_k, 1.0 if top_p is None else top_p, seed)
     config = trained_config(directory, (*overrides, *FOR_GENERATION))
     tokenizer = Tokenizer.load(directory)
-    require_checkpoint(directory)
+    require_checkpoint(directory, step)
     start = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     window = config.model.sequence
     with joined_mesh(config) as mesh:
@@ -57,7 +58,7 @@ def generate(
         if len(start) > window and mesh.rank == 0:
             logger.warning("the prompt has %d tokens, the model sees the last %d of them", len(start), window)
         vocab = config.model.vocab or tokenizer.vocabulary
-        trained = load_trained(directory, config, vocab, mesh, tokenizer.end_of_text, averaged)
+        trained = load_trained(directory, config, vocab, mesh, tokenizer.end_of_text, averaged, step)
         model = WindowModel(trained.executor, mesh, window=window, vocab=tokenizer.vocabulary)
         new = list(generate_tokens(model, mesh, start, tokens, sampling, tokenizer.end_of_text))
         if mesh.rank != 0:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from megalm.checkpoint.manager import latest_checkpoint
-from megalm.checkpoint.names import CHECKPOINTS, find_checkpoints
+from megalm.checkpoint.manager import Load, latest_checkpoint
+from megalm.checkpoint.names import CHECKPOINTS, find_checkpoints, step_of
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.run import RunConfig
-from megalm.distributed.exchange import together
+from megalm.distributed.exchange import Group, together
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.errors import CheckpointError
 from megalm.models.build import build_executor, build_stage
@@ -34,10 +34,34 @@ class TrainedModel:
     step: int
 
 
-def require_checkpoint(run: Path) -> None:
-    """Raise CheckpointError where the run has saved none, without reading any; needs no process group."""
-    if not find_checkpoints(run / CHECKPOINTS):
+def require_checkpoint(run: Path, step: int | None = None) -> Path:
+    """Return the run's checkpoint of that step, or its newest one, without reading it; needs no process group.
+
+    Raises CheckpointError where there is none.
+    """
+    found = {step_of(path): path for path in find_checkpoints(run / CHECKPOINTS)}
+    if not found:
         raise _no_checkpoint(run)
+    if step is not None and step not in found:
+        known = ", ".join(map(str, sorted(found)[-9:]))
+        raise CheckpointError(f"{run / CHECKPOINTS}: no checkpoint of step {step}; the newest are of {known}")
+    return found[max(found) if step is None else step]
+
+
+def load_checkpoint(run: Path, step: int | None, load: Load, group: Group = None) -> CheckpointReader:
+    """Load the run's checkpoint of that step, or the newest one that is whole; see `latest_checkpoint`.
+
+    Every rank of `group` must call. Raises CheckpointError where there is none, or that of `step` is damaged.
+    """
+    if step is None:
+        reader = latest_checkpoint(run, load, group)
+        if reader is None:
+            raise _no_checkpoint(run)
+        return reader
+    with together(group):
+        reader = CheckpointReader(require_checkpoint(run, step))
+    load(reader)
+    return reader
 
 
 def _no_checkpoint(run: Path) -> CheckpointError:
@@ -51,8 +75,9 @@ def load_trained(
     mesh: ParallelMesh,
     document_start: int | None = None,
     averaged: bool = False,
+    step: int | None = None,
 ) -> TrainedModel:
-    """Return this rank's stage with the weights, or their average, of the run's newest valid checkpoint.
+    """Return this rank's stage with the weights, or their average, of the run's checkpoint of `step` or the newest one.
 
     All ranks call. Raises CheckpointError where there is none, where it has no average, or is of another model.
     """
@@ -62,9 +87,7 @@ def load_trained(
         with together(world_group()), closing(reader):
             read_weights(model, reader, averaged)
 
-    reader = latest_checkpoint(run, load, world_group())
-    if reader is None:
-        raise _no_checkpoint(run)
+    reader = load_checkpoint(run, step, load, world_group())
     return TrainedModel(model, build_executor(config, model, mesh), reader.step)
 
 

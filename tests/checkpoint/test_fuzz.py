@@ -18,6 +18,7 @@ from megalm.checkpoint.blocks import BlockCache, FileRecord
 from megalm.checkpoint.commands import verify
 from megalm.checkpoint.names import CHECKPOINTS
 from megalm.checkpoint.tensor_file import TensorFile
+from megalm.cli import main
 from megalm.distributed.progress import progress
 from megalm.distributed.world import joined_mesh
 from megalm.errors import CheckpointError, ConfigError, DamagedCheckpoint
@@ -130,6 +131,31 @@ def test_a_file_that_may_not_be_read_is_no_damage(runs: tuple[Subject, Path], mo
             with pytest.raises(CheckpointError, match=os.strerror(code)) as caught, redirect_stdout(StringIO()):
                 train(runs[0].config)
             assert ("none of its 2 checkpoints is valid" in str(caught.value)) == damage_is_told
+
+
+def test_an_older_checkpoint_is_evaluated_and_continued_by_its_step(
+    runs: tuple[Subject, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, losses = str(runs[0].run), {}
+    for step in (2, 4):
+        assert main(["evaluate", run, f"--step={step}", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["step"] == step
+        losses[step] = found["loss"]
+        assert main(["generate", run, "--prompt=north", "--tokens=2", f"--step={step}"]) == 0
+        capsys.readouterr()
+    assert main(["evaluate", run, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == losses[4] != losses[2]
+    for command in (["evaluate"], ["generate", "--prompt=a"]):
+        assert main([*command, run, "--step=3"]) == 2
+        assert "no checkpoint of step 3; the newest are of 2, 4" in capsys.readouterr().err
+    file = next((runs[0].run / CHECKPOINTS / "step-00000002").glob("rank-*-weight*"))
+    data = file.read_bytes()
+    try:
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert main(["evaluate", run, "--step=2"]) == 2 and file.name in capsys.readouterr().err
+    finally:
+        file.write_bytes(data)
 
 
 def test_reading_is_progress(runs: tuple[Subject, Path]) -> None:

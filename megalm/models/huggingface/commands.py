@@ -24,4 +24,4 @@ def export_hf(args: Namespace) -> int:
         raise ConfigError(f"--family={args.family} is none that megalm writes; it writes {', '.join(FAMILIES)}")
     from megalm.models.huggingface.exporting import export_model
 
-    return answer(export_model(Path(args.run), Path(args.out), args.ema, args.dtype, args.family), args.json)
+    return answer(export_model(Path(args.run), Path(args.out), args.ema, args.dtype, args.family, args.step), args.json)

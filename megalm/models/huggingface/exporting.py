@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.files import FileSystem
-from megalm.checkpoint.manager import latest_checkpoint
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.tensor_file import BLOCK_BYTES, DTYPE_NAMES, as_bytes
 from megalm.config.model import ModelSection
@@ -32,6 +31,7 @@ from megalm.models.huggingface.mapping import Bound, Part, bind
 from megalm.models.huggingface.safetensors_files import INDEX, SINGLE
 from megalm.models.huggingface.tokenizer_files import tokenizer_files
 from megalm.models.imported import SOURCE_FILE, disk_error, publish, require_free
+from megalm.models.trained import load_checkpoint
 
 SHARD_BYTES = 5_000_000_000  # of one file, as the peers have it; a tensor that is larger has a file of its own
 _ALONE = ("run.device=cpu", "model.kernels=reference")
@@ -53,22 +53,21 @@ def export_model(
     averaged: bool = False,
     dtype: str | None = None,
     family: str | None = None,
+    step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write the newest weights of a run (`averaged`: their average) as a Hugging Face directory `out`.
 
-    `dtype` is that of the files (None: the recipe's precision), `family` a model_type (None: the one that fits). Keys
-    of the result: out, family, step, weights, dtype, parameters, files, largest_difference, tolerance. Raises
-    ConfigError for a model that the family cannot express, naming what it is, CheckpointError where the written model
-    differs.
+    `dtype` is that of the files (None: the recipe's precision), `family` a model_type (None: the one that fits).
+    `step`: weights of that checkpoint, not the newest. Keys of the result: out, family, step, weights, dtype,
+    parameters, files, largest_difference, tolerance. Raises ConfigError for a model that the family cannot express,
+    naming what it is, CheckpointError where the written model differs.
     """
     require_free(out)
     require_transformers()
     config = trained_config(run, _ALONE)
     kinds = ("weight", "ema") if averaged else ("weight",)
-    reader = latest_checkpoint(run, lambda reader: reader.verify_files(reader.files(*kinds)))
-    if reader is None:
-        raise CheckpointError(f"{run}: no checkpoint yet; train the run until it has saved one")
+    reader = load_checkpoint(run, step, lambda reader: reader.verify_files(reader.files(*kinds)))
     tokenizer = Tokenizer.load(run) if (run / FILE_NAME).exists() else None
     vocab = config.model.vocab or (0 if tokenizer is None else tokenizer.vocabulary)
     chosen, values = choose(config.model, vocab, family or _imported_from(run))

@@ -143,6 +143,8 @@ def test_what_is_missing_is_said_before_anything_is_written(
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match="no averaged weights"):
         export_model(run, out, averaged=True)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 99"):
+        export_model(run, out, step=99)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").touch()
     with pytest.raises(CheckpointError, match="is there already"):
