@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -20,6 +21,11 @@ def require_regular(path: Path) -> None:
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def json_number(value: float) -> float | str:
+    """Return a number as JSON has it: NaN and infinities become strings, which `float()` reads."""
+    return value if math.isfinite(value) else str(float(value)).replace("inf", "Infinity").replace("nan", "NaN")
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from megalm.distributed.meeting import Meeting
 from megalm.distributed.progress import progress
 from megalm.distributed.sharding import Fragment
 from megalm.errors import CheckpointError, StorageError
+from megalm.files import json_number
 
 logger = logging.getLogger(__name__)
 
@@ -265,8 +265,8 @@ def _as_json(value: Any, path: str) -> Any:
         return {key: _as_json(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_as_json(item, f"{path}[{index}]") for index, item in enumerate(value)]
-    if type(value) is float and not math.isfinite(value):
-        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
-    if type(value) not in (str, int, float, bool, type(None)):
+    if type(value) is float:
+        return json_number(value)
+    if type(value) not in (str, int, bool, type(None)):
         raise CheckpointError(f"{path}: {type(value).__name__} is no JSON value; store tensors as fragments")
     return value

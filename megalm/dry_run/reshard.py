@@ -32,7 +32,7 @@ from megalm.dry_run.stated import Stated
 from megalm.dry_run.world import pretended_mesh
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.build import DTYPES, build_stage
-from megalm.models.imported import disk_error, publish, require_free
+from megalm.models.imported import new_directory, require_free
 from megalm.train.optimizers import freeze
 from megalm.train.run_directory import CONFIG_FILE, IDENTITY_FILE, read_identity, run_identity
 from megalm.zero.engine import counted_here, kept_buffers, replicas_of, shard_of
@@ -57,9 +57,9 @@ class Saved(NamedTuple):
 def reshard(source: Path, out: Path, overrides: list[str], ranks: int | None) -> dict[str, Any]:
     """Write the newest checkpoint at `source`, or that one, to the new run directory `out`; return what was done.
 
-    `overrides` (of `SECTIONS`) change the layout that the checkpoint's recipe says, and `ranks` is the size of the
-    world (None: the smallest that the layout allows). Raises ConfigError or CheckpointError; where the layout does not
-    fit, before anything is written.
+    `overrides` (of `SECTIONS` and `BATCH`) change the layout that the checkpoint's recipe says, and `ranks` is the size
+    of the world (None: the smallest that the layout allows). Raises ConfigError or CheckpointError; nothing is left of
+    `out` then.
     """
     for override in overrides:
         name = override.partition("=")[0].strip()
@@ -75,16 +75,9 @@ def reshard(source: Path, out: Path, overrides: list[str], ranks: int | None) ->
         config = load_values(known, f"config of {reader.directory}", [*overrides, f"run.dir={json.dumps(str(out))}"])
         layout = layout_of(config, ranks or config.parallel.least_ranks)
         require_free(out)
-        files, partial = FileSystem(), out.with_name(f".{out.name}.partial")
-        try:
-            files.remove_tree(partial)
-            _copy(reader, config, layout, partial)
-            _make_run(reader, config, layout, partial)
-            publish(files, partial, out)
-        except OSError as error:
-            raise disk_error(error, partial) from error
-        finally:
-            files.remove_tree(partial)
+        with new_directory(out) as (files, partial):
+            _copy(files, reader, config, layout, partial)
+            _make_run(files, reader, config, layout, partial)
     path = out / CHECKPOINTS / checkpoint_name(reader.step)
     return {
         "path": str(path),
@@ -144,9 +137,8 @@ def describe_layout(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     return {**axes, "zero_stage": config.zero.stage, "precision": config.precision}
 
 
-def _copy(reader: CheckpointReader, config: RunConfig, layout: RankLayout, out: Path) -> None:
+def _copy(files: FileSystem, reader: CheckpointReader, config: RunConfig, layout: RankLayout, out: Path) -> None:
     """Write the checkpoint, rank by rank."""
-    files = FileSystem()
     final = out / CHECKPOINTS / checkpoint_name(reader.step)
     partial = hidden(final, "partial")
     files.make_directory(partial)
@@ -193,9 +185,8 @@ def _of_no_parameter(reader: CheckpointReader, whole: Mapping[str, tuple[int, ..
             yield Fragment(piece.shard, kind, piece.start, reader.read_flat(piece.shard, kind, piece.start, piece.stop))
 
 
-def _make_run(reader: CheckpointReader, config: RunConfig, layout: RankLayout, out: Path) -> None:
+def _make_run(files: FileSystem, reader: CheckpointReader, config: RunConfig, layout: RankLayout, out: Path) -> None:
     """Write the files beside the checkpoint by which a run knows itself, so that it can be gone on with."""
-    files = FileSystem()
     run = reader.directory.parent.parent
     parameters = sum(_elements(reader, name) for name in reader.names("weight"))
     data, tokenizer = (reader.state[f"{name}_fingerprint"] for name in ("data", "tokenizer"))

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,7 @@ def write_run(
     config = RunConfig.model_validate(
         {**given, "model": dict(model), "precision": precision, "run": {**given.get("run", {}), "dir": str(out)}}
     )
-    files = FileSystem()
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        files.make_directory(partial.parent)
-        files.remove_tree(partial)
-        files.make_directory(partial)
+    with new_directory(out) as (files, partial):
         whole = {"config": config.model_dump(mode="json"), **(state or {}), "imported": dict(source)}
         fragments = _fragments(tensors, optimizer)
         path = write_checkpoint(
@@ -74,11 +70,6 @@ def write_run(
             files.write_file(partial / FILE_NAME, read_tokenizer_file(tokenizer))
         files.write_file(partial / "config.yaml", sealed(dump_yaml(config)).encode())
         files.write_file(partial / SOURCE_FILE, (json.dumps(dict(source), indent=1) + "\n").encode())
-        publish(files, partial, out)
-    except OSError as error:
-        raise disk_error(error, partial) from error
-    finally:
-        files.remove_tree(partial)
     return out / path.relative_to(partial)
 
 
@@ -97,13 +88,27 @@ def require_free(out: Path) -> None:
         raise CheckpointError(f"--out={out} is there already; give a directory that is not, or remove it first")
 
 
-def publish(files: FileSystem, partial: Path, out: Path) -> None:
-    """Rename a directory whose files are on the disk to its place, durably. Raises OSError."""
-    files.sync_directory(partial)
-    if out.exists():
-        out.rmdir()  # empty, see `require_free`
-    files.rename(partial, out)
-    files.sync_directory(out.parent)
+@contextmanager
+def new_directory(out: Path) -> Iterator[tuple[FileSystem, Path]]:
+    """Give a hidden directory to be filled, which becomes `out`, durably, and is removed after an error instead.
+
+    Errors of the disk become those of `disk_error`.
+    """
+    files, partial = FileSystem(), out.with_name(f".{out.name}.partial")
+    try:
+        files.make_directory(partial.parent)
+        files.remove_tree(partial)
+        files.make_directory(partial)
+        yield files, partial
+        files.sync_directory(partial)
+        if out.exists():
+            out.rmdir()  # empty, see `require_free`
+        files.rename(partial, out)
+        files.sync_directory(out.parent)
+    except OSError as error:
+        raise disk_error(error, partial) from error
+    finally:
+        files.remove_tree(partial)
 
 
 def _fragments(tensors: Iterable[tuple[str, Tensor]], optimizer: Iterable[Fragment]) -> Iterator[Fragment]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megalm.config.yaml_text import section_lines
-from megalm.files import write_durably
+from megalm.files import json_number, write_durably
 from megalm.train.sinks import Record, Sinks
 
 logger = logging.getLogger(__name__)
@@ -41,12 +40,7 @@ def _kind(record: Mapping[str, object]) -> str:
 
 def _encode(record: Record | Event) -> str:
     """Return one line of valid JSON; NaN and infinities become strings, which `float()` reads."""
-    values = {
-        key: str(float(value)).replace("inf", "Infinity").replace("nan", "NaN")
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        for key, value in record.items()
-    }
+    values = {key: json_number(value) if isinstance(value, float) else value for key, value in record.items()}
     return json.dumps(values, allow_nan=False)
 
 

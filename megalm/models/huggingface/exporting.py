@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -30,7 +31,7 @@ from megalm.models.huggingface.families import FAMILIES, Family
 from megalm.models.huggingface.mapping import Bound, Part, bind
 from megalm.models.huggingface.safetensors_files import INDEX, SINGLE
 from megalm.models.huggingface.tokenizer_files import tokenizer_files
-from megalm.models.imported import SOURCE_FILE, disk_error, publish, require_free
+from megalm.models.imported import SOURCE_FILE, new_directory, require_free
 from megalm.models.trained import load_checkpoint
 
 SHARD_BYTES = 5_000_000_000  # of one file, as the peers have it; a tensor that is larger has a file of its own
@@ -72,11 +73,7 @@ def export_model(
     vocab = config.model.vocab or (0 if tokenizer is None else tokenizer.vocabulary)
     chosen, values = choose(config.model, vocab, family or _imported_from(run))
     dtype = dtype or config.precision
-    files, partial = FileSystem(), out.with_name(f".{out.name}.partial")
-    try:
-        files.make_directory(partial.parent)
-        files.remove_tree(partial)
-        files.make_directory(partial)
+    with closing(reader), new_directory(out) as (files, partial):
         tensors = list(theirs(chosen, config.model, vocab))
         names = write_weights(files, partial, tensors, reader, averaged, DTYPES[dtype], shard_bytes)
         extras = tokenizer_files(tokenizer, config.model.sequence)
@@ -87,12 +84,6 @@ def export_model(
         for name, text in extras.items():
             files.write_file(partial / name, text)
         found = check_logits(partial, config, vocab, reader, averaged, DTYPES[dtype])
-        publish(files, partial, out)
-    except OSError as error:
-        raise disk_error(error, partial) from error
-    finally:
-        reader.close()
-        files.remove_tree(partial)
     return {
         "out": str(out),
         "family": chosen.name,
