@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,31 @@ from megalm.distributed.mesh import ParallelMesh
 from tests.parity.harness import Case, build_trainer
 from tests.worker_pool import WorkerPool
 
+STILL = 10  # readings in a row that say the same
+
 
 def train_one_step(mesh: ParallelMesh, case: Case) -> None:
     build_trainer(mesh, case.config()).train_step()
 
 
-def gloo_loops(mesh: ParallelMesh) -> int:
-    """Return how many threads serve the connections of process groups, dead ones too."""
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+def count_gloo_loops() -> int:
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            names.append((task / "comm").read_text().strip())
     return names.count("gloo_tcp_loop")
+
+
+def gloo_loops(mesh: ParallelMesh) -> int:
+    """Return how many threads serve the connections of process groups, dead ones too.
+
+    A thread gives itself its name only once it runs, and takes its time to end: the figure is one that stood still.
+    """
+    counts = [count_gloo_loops()]
+    while len(counts) < STILL or len(set(counts[-STILL:])) > 1:
+        time.sleep(0.05)
+        counts.append(count_gloo_loops())
+    return counts[-1]
 
 
 @pytest.mark.parametrize(
