@@ -1,6 +1,7 @@
 """The command line: arguments in, an exit status out.
 
-0: done; 1: failed; 2: the user's input is wrong; 75: saved because a signal asked to stop; 130: interrupted by hand.
+0: done; 1: failed; 2: the user's input is wrong; 75: saved because a signal asked to stop; 130: interrupted by hand
+where there was nothing to save.
 
 Owns the arguments and how errors are shown. What each command does is left to `commands` and its like in `launch`
 and `bench`, which are imported only once a command is to be run, so that `megalm --help` answers at once.
@@ -13,139 +14,34 @@ import contextlib
 import faulthandler
 import importlib
 import os
-import re
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
+from megalm.arguments import Commands, Parser, UsageError, fraction, number, numbers, place
 from megalm.config.choices import CHOICES
 from megalm.errors import Interrupted, MegalmError, UserError
 from megalm.registry import nearest
 from megalm.version import __version__
 
 INTERRUPTED = 130
-LARGEST_WORLD = 1 << 20
-"""Of a dry run, whose one process lists the ranks of each axis."""
 _SCRIPT = "default: the script's #SBATCH line"
 OVERRIDES = "key=value pairs that change the recipe, such as model.layers=4 parallel.tensor=2"
 
 
-class UsageError(UserError):
-    """The command line itself is wrong."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser without abbreviations that raises UsageError, with the nearest name, instead of exiting."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        choice = re.search(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        if choice:
-            known = re.findall(r"[\w-]+", choice.group(3))
-            raise UsageError(f"{self.prog}: {_unknown(choice.group(2), choice.group(1), known)}")
-        flag = re.fullmatch(r"argument (\S+): ignored explicit argument '(.*)'", message)
-        if flag:
-            message = f"{flag.group(1)}={flag.group(2)}: the option takes no value; leave it out"
-        lacking = re.fullmatch(r"argument (\S+): expected one argument", message)
-        if lacking:
-            message = f"{lacking.group(1)} has no value behind it, or one that begins with '-'; give one that does not"
-        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            raise UsageError(f"{self.prog}: {_unknown(str(value), 'command', list(action.choices))}")
-        super()._check_value(action, value)
-
-    def option_names(self) -> list[str]:
-        """Return the options of this parser and of all commands below it."""
-        names = []
-        for action in self._actions:
-            names += [name for name in action.option_strings if name.startswith("--")]
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    names += parser.option_names()
-        return sorted(set(names))
-
-
-def _unknown(word: str, what: str, known: Sequence[str]) -> str:
-    guess = nearest(word, known)
-    hint = f"did you mean {guess}? " if guess else ""
-    return f"unknown {what} {word!r}; {hint}known: {', '.join(known)}"
-
-
-def _number(least: int) -> Any:
-    """Return an argument type for whole numbers from `least` on."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
-            most = " of at most 18 digits" if text.isdecimal() and len(text) > 18 else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on{most}")
-        return int(text)
-
-    return parse
-
-
-def _numbers(text: str) -> list[int]:
-    """Return whole numbers from 1 on, written with commas between."""
-    return [_number(1)(word) for word in text.split(",")]
-
-
-def _place(text: str) -> tuple[int, int]:
-    """Return the rank and the ranks of "RANK/WORLD"."""
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not RANK/WORLD, such as 0/64: the first of 64 ranks")
-    rank, world = map(int, found.groups())
-    if world > LARGEST_WORLD:
-        raise argparse.ArgumentTypeError(f"a world of {world:,} ranks is too large; give at most {LARGEST_WORLD:,}")
-    if rank >= world:
-        ranks = "no rank" if world == 0 else f"ranks 0 to {world - 1}"
-        raise argparse.ArgumentTypeError(f"there is no rank {rank} in a world of {world}, which has {ranks}")
-    return rank, world
-
-
-def _fraction(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
-
-
-class _Commands:
-    """Adds commands, each with the options that all share and the name of its function.
-
-    The function is one of `megalm.commands`, or its name has the module in front: `launch.commands.launch_slurm`.
-    """
-
-    def __init__(self, parser: _Parser, shared: _Parser, title: str) -> None:
-        self.parser, self.shared, self.title = parser, shared, title
-        self.actions = parser.add_subparsers(title=title, metavar="COMMAND", required=False)
-
-    def add(self, name: str, function: str | None, text: str) -> _Parser:
-        parser: _Parser = self.actions.add_parser(name, parents=[self.shared], help=text, description=text)
-        parser.set_defaults(function=function, parser=parser)
-        return parser
-
-    def group(self, name: str, text: str) -> _Commands:
-        return _Commands(self.add(name, None, text), self.shared, "commands")
-
-
-def build_parser() -> _Parser:
+def build_parser() -> Parser:
     """Return the parser of the whole command line."""
-    shared = _Parser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback of errors")
-    parser = _Parser(
+    parser = Parser(
         prog="megalm",
         description="Train large Transformer language models: tensor, pipeline and data parallel, ZeRO.",
         parents=[shared],
     )
     parser.add_argument("--version", action="version", version=f"megalm {__version__}")
     parser.set_defaults(function=None, parser=parser)
-    commands = _Commands(parser, shared, "commands")
+    commands = Commands(parser, shared, "commands")
     _add_run_commands(commands)
     _add_data_commands(commands)
     _add_look_commands(commands)
@@ -156,7 +52,7 @@ def build_parser() -> _Parser:
     return parser
 
 
-def _add_run_commands(commands: _Commands) -> None:
+def _add_run_commands(commands: Commands) -> None:
     quickstart = commands.add(
         "quickstart", "quickstart", "text, tokenizer, training, evaluation and a sample in one go"
     )
@@ -178,12 +74,12 @@ def _add_run_commands(commands: _Commands) -> None:
     generate.add_argument("run", metavar="RUN", help="a run's directory")
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     generate.add_argument(
-        "--tokens", type=_number(1), default=100, metavar="N", help="new tokens (default: %(default)s)"
+        "--tokens", type=number(1), default=100, metavar="N", help="new tokens (default: %(default)s)"
     )
-    generate.add_argument("--temperature", type=_fraction, default=1.0, metavar="X", help="0 is greedy (default: 1)")
-    generate.add_argument("--top-k", type=_number(1), metavar="N", help="draw from the N likeliest tokens only")
-    generate.add_argument("--top-p", type=_fraction, metavar="X", help="draw from the likeliest of probability X only")
-    generate.add_argument("--seed", type=_number(0), default=0, metavar="N", help="of the draws (default: %(default)s)")
+    generate.add_argument("--temperature", type=fraction, default=1.0, metavar="X", help="0 is greedy (default: 1)")
+    generate.add_argument("--top-k", type=number(1), metavar="N", help="draw from the N likeliest tokens only")
+    generate.add_argument("--top-p", type=fraction, metavar="X", help="draw from the likeliest of probability X only")
+    generate.add_argument("--seed", type=number(0), default=0, metavar="N", help="of the draws (default: %(default)s)")
 
     _add_exchange_commands(commands)
 
@@ -194,16 +90,16 @@ def _add_run_commands(commands: _Commands) -> None:
     for parser in (evaluate, generate):
         _add_weights(parser)
     for parser in (train, evaluate, generate):
-        parser.add_argument("--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)")
+        parser.add_argument("--nproc", type=number(1), metavar="N", help="processes (default: as few as it needs)")
         parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
 
 
-def _add_weights(parser: _Parser) -> None:
+def _add_weights(parser: Parser) -> None:
     parser.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema_decay)")
-    parser.add_argument("--step", type=_number(0), metavar="N", help="of that checkpoint (default: the newest)")
+    parser.add_argument("--step", type=number(0), metavar="N", help="of that checkpoint (default: the newest)")
 
 
-def _add_exchange_commands(commands: _Commands) -> None:
+def _add_exchange_commands(commands: Commands) -> None:
     incoming = commands.add(
         "import-hf", "models.huggingface.commands.import_hf", "make a run of a model of Hugging Face transformers"
     )
@@ -224,14 +120,14 @@ def _add_exchange_commands(commands: _Commands) -> None:
         parser.add_argument("--json", action="store_true", help="write the result as JSON")
 
 
-def _add_dry_run(parser: _Parser) -> None:
+def _add_dry_run(parser: Parser) -> None:
     parser.add_argument(
-        "--dry-run", type=_place, metavar="RANK/WORLD", help="print what one rank is, holds and sends; train nothing"
+        "--dry-run", type=place, metavar="RANK/WORLD", help="print what one rank is, holds and sends; train nothing"
     )
     parser.add_argument("--json", action="store_true", help="with --dry-run: write all of it as JSON")
 
 
-def _add_doctor_command(commands: _Commands) -> None:
+def _add_doctor_command(commands: Commands) -> None:
     doctor = commands.add("doctor", "doctor", "look for what would stop or slow down training, and say what heals it")
     doctor.add_argument("recipe", nargs="?", metavar="RECIPE", help="its run.dir and the size of its checkpoints count")
     doctor.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
@@ -240,14 +136,14 @@ def _add_doctor_command(commands: _Commands) -> None:
     doctor.add_argument(
         "--cluster", action="store_true", help="compare all nodes of the world that srun, mpirun or torchrun started"
     )
-    doctor.add_argument("--nproc", type=_number(1), metavar="N", help="with --cluster: start N processes here")
+    doctor.add_argument("--nproc", type=number(1), metavar="N", help="with --cluster: start N processes here")
     doctor.add_argument("--exclude-file", metavar="FILE", help="with --cluster: write failed nodes there, one a line")
     doctor.add_argument(
-        "--start-timeout", type=_number(1), default=60, metavar="S", help="wait for ranks (default: %(default)s s)"
+        "--start-timeout", type=number(1), default=60, metavar="S", help="wait for ranks (default: %(default)s s)"
     )
 
 
-def _add_data_commands(commands: _Commands) -> None:
+def _add_data_commands(commands: Commands) -> None:
     data = commands.group("data", "make text into tokens, and look at them")
     prepare = data.add("prepare", "data_prepare", "make a directory of tokens from text")
     tokenizer = commands.group("tokenizer", "make and look at tokenizers")
@@ -255,15 +151,15 @@ def _add_data_commands(commands: _Commands) -> None:
     for parser in (prepare, learn):
         parser.add_argument("files", nargs="*", default=[], metavar="FILE", help=".txt, .jsonl, .gz, or directories")
         parser.add_argument("--corpus", metavar="NAME", help="text that Python brings: builtin or topics")
-        parser.add_argument("--vocab", type=_number(1), metavar="N", help="tokens to learn (default: 2048)")
+        parser.add_argument("--vocab", type=number(1), metavar="N", help="tokens to learn (default: 2048)")
         parser.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
         parser.add_argument("--overwrite", action="store_true", help="replace what is there")
         parser.add_argument("--separator", metavar="LINE", help="line between the documents of a .txt (empty: blank)")
         parser.add_argument("--text-field", metavar="NAME", help="a .jsonl's text (default: text)")
     prepare.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json to use instead of learning one")
-    prepare.add_argument("--held-out", type=_fraction, default=0.05, metavar="X", help="share (default: %(default)s)")
+    prepare.add_argument("--held-out", type=fraction, default=0.05, metavar="X", help="share (default: %(default)s)")
     prepare.add_argument(
-        "--seed", type=_number(0), default=1234, metavar="N", help="of the split (default: %(default)s)"
+        "--seed", type=number(0), default=1234, metavar="N", help="of the split (default: %(default)s)"
     )
 
     _add_look(data, "inspect", "data_inspect", "show what a directory of tokens holds")
@@ -271,7 +167,7 @@ def _add_data_commands(commands: _Commands) -> None:
     _add_look(tokenizer, "inspect", "tokenizer_inspect", "show what a tokenizer holds")
 
 
-def _add_look_commands(commands: _Commands) -> None:
+def _add_look_commands(commands: Commands) -> None:
     config = commands.group("config", "look at recipes")
     show = config.add("show", "config_show", "print a recipe with everything that it inherits and by default is")
     show.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
@@ -299,12 +195,12 @@ def _add_look_commands(commands: _Commands) -> None:
         "overrides", nargs="*", default=[], metavar="key=value", help="of parallel.*, zero.* and the batch"
     )
     reshard.add_argument("--out", required=True, metavar="DIR", help="a new run's directory")
-    reshard.add_argument("--ranks", type=_number(1), metavar="N", help="of that run (default: as few as it needs)")
+    reshard.add_argument("--ranks", type=number(1), metavar="N", help="of that run (default: as few as it needs)")
     for parser in (diff, reshard):
         parser.add_argument("--json", action="store_true", help="write the result as JSON")
 
 
-def _add_foreign_commands(commands: _Commands) -> None:
+def _add_foreign_commands(commands: Commands) -> None:
     for name, text in (
         ("megatron", "make a run of a checkpoint of Megatron-LM"),
         ("deepspeed", "make a run of a DeepSpeed universal checkpoint of Megatron-DeepSpeed"),
@@ -314,11 +210,11 @@ def _add_foreign_commands(commands: _Commands) -> None:
         parser.add_argument("--out", required=True, metavar="RUN", help="the run's directory to make")
         parser.add_argument("--trust", action="store_true", help="its files are pickles and you know who made them")
         parser.add_argument("--tokenizer", metavar="FILE", help="the model's tokenizer.json, for the run")
-        parser.add_argument("--vocab", type=_number(1), metavar="N", help="leave out rows of padding beyond N tokens")
+        parser.add_argument("--vocab", type=number(1), metavar="N", help="leave out rows of padding beyond N tokens")
         parser.add_argument("--json", action="store_true", help="write the result as JSON")
 
 
-def _add_launch_commands(commands: _Commands) -> None:
+def _add_launch_commands(commands: Commands) -> None:
     group = commands.group("launch", "start a training run somewhere, and look after it")
     local = group.add("local", "train", "start workers on this machine: the same as megalm train")
     slurm = group.add(
@@ -328,16 +224,16 @@ def _add_launch_commands(commands: _Commands) -> None:
     for parser in (local, slurm, mpi):
         parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
         parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
-    local.add_argument("--nproc", type=_number(1), metavar="N", help="processes (default: as few as it needs)")
+    local.add_argument("--nproc", type=number(1), metavar="N", help="processes (default: as few as it needs)")
     local.add_argument("--fresh", action="store_true", help="remove the run in run.dir and begin anew")
     _add_dry_run(local)
-    mpi.add_argument("--nproc", type=_number(1), required=True, metavar="N", help="ranks")
+    mpi.add_argument("--nproc", type=number(1), required=True, metavar="N", help="ranks")
     mpi.add_argument("--hosts", metavar="HOST[:N],...", help="where they run (default: as mpirun decides)")
     mpi.add_argument("--dry-run", action="store_true", help="print the command only")
 
-    slurm.add_argument("--nodes", type=_number(1), metavar="N", help=f"nodes ({_SCRIPT})")
+    slurm.add_argument("--nodes", type=number(1), metavar="N", help=f"nodes ({_SCRIPT})")
     _add_slurm_options(slurm)
-    slurm.add_argument("--chain", type=_number(1), default=1, metavar="K", help="jobs, each goes on from the last")
+    slurm.add_argument("--chain", type=number(1), default=1, metavar="K", help="jobs, each goes on from the last")
     slurm.add_argument("--preflight", action="store_true", help="examine nodes first, stay away from those that fail")
     slurm.add_argument("--container", metavar="IMAGE", help="a container image (needs the pyxis plug-in)")
     slurm.add_argument("--dry-run", action="store_true", help="check and print, submit nothing")
@@ -352,28 +248,28 @@ def _add_launch_commands(commands: _Commands) -> None:
         look.add_argument("--json", action="store_true", help="write the result as JSON")
 
 
-def _add_slurm_options(parser: _Parser) -> None:
-    parser.add_argument("--gpus-per-node", type=_number(1), metavar="N", help=f"GPUs, and ranks, a node ({_SCRIPT})")
-    parser.add_argument("--cpus-per-task", type=_number(1), metavar="N", help=f"cores a rank ({_SCRIPT})")
+def _add_slurm_options(parser: Parser) -> None:
+    parser.add_argument("--gpus-per-node", type=number(1), metavar="N", help=f"GPUs, and ranks, a node ({_SCRIPT})")
+    parser.add_argument("--cpus-per-task", type=number(1), metavar="N", help=f"cores a rank ({_SCRIPT})")
     parser.add_argument("--time", metavar="TIME", help=f"minutes, HH:MM:SS or D-HH:MM:SS ({_SCRIPT})")
     for name in ("partition", "account", "qos"):
         parser.add_argument(f"--{name}", metavar="NAME", help="as sbatch knows it")
     parser.add_argument("--exclude", metavar="NODES", help="nodes to stay away from, such as node[3,7]")
 
 
-def _add_bench_commands(commands: _Commands) -> None:
+def _add_bench_commands(commands: Commands) -> None:
     group = commands.group("bench", "measure how training scales")
     scaling = group.add("scaling", "bench.commands.bench_scaling", "some steps of a recipe on each number of ranks")
     scaling.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     scaling.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
     sizes = scaling.add_mutually_exclusive_group(required=True)
-    sizes.add_argument("--nproc", type=_numbers, metavar="N,...", help="processes on this machine, one after the other")
-    sizes.add_argument("--nodes", type=_numbers, metavar="N,...", help="nodes: a Slurm job each, one after the other")
+    sizes.add_argument("--nproc", type=numbers, metavar="N,...", help="processes on this machine, one after the other")
+    sizes.add_argument("--nodes", type=numbers, metavar="N,...", help="nodes: a Slurm job each, one after the other")
     mode = scaling.add_mutually_exclusive_group()
     for name, what in (("strong", "stays (default)"), ("weak", "is the smallest point's, and grows with the ranks")):
         text = f"the recipe's global batch {what}"
         mode.add_argument(f"--{name}", dest="mode", action="store_const", const=name, default="strong", help=text)
-    scaling.add_argument("--steps", type=_number(5), default=50, metavar="N", help="a point (default: %(default)s)")
+    scaling.add_argument("--steps", type=number(5), default=50, metavar="N", help="a point (default: %(default)s)")
     scaling.add_argument("--out", default="runs/scaling", metavar="DIR", help="for everything (default: %(default)s)")
     scaling.add_argument("--fresh", action="store_true", help="remove an earlier scaling run in DIR first")
     _add_slurm_options(scaling)
@@ -384,7 +280,7 @@ def _add_bench_commands(commands: _Commands) -> None:
         parser.add_argument("--json", action="store_true", help="write the result as JSON")
 
 
-def _add_look(group: _Commands, name: str, function: str, text: str) -> None:
+def _add_look(group: Commands, name: str, function: str, text: str) -> None:
     """Add a command that takes a path and can answer in JSON."""
     parser = group.add(name, function, text)
     parser.add_argument("path", metavar="PATH")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the top down; packages on one floor do not import each other.
 FLOORS = [
-    {"cli", "commands", "__main__"},
+    {"arguments", "cli", "commands", "__main__"},
     {"quickstart", "bench"},
     {"launch", "dry_run"},
     {"train"},

@@ -53,10 +53,10 @@ def latest_checkpoint(
     """Return a run's newest checkpoint that `load` finds whole, the same on all ranks; None where none was ever saved.
 
     `load` reads what is wanted, in one pass with its checks (None: every rank checks every byte). Where it raises
-    DamagedCheckpoint, which it must do on all ranks or on none, the checkpoint is passed over with a warning, and the
-    next older one is loaded. Other errors, such as a format of a later program, are the caller's. `before`: only those
-    of earlier steps count. `passed_over` gets a line for each damaged one. Every rank of `group` must call. Raises
-    CheckpointError if there are checkpoints, but no valid one.
+    DamagedCheckpoint, which it must do on all ranks or on none, the checkpoint is passed over and the next older one is
+    loaded. Other errors, such as a format of a later program, are the caller's. `before`: only those of earlier steps
+    count. `passed_over` gets a line for each damaged one, for the caller to tell; None: they are warned of here. Every
+    rank of `group` must call. Raises CheckpointError if there are checkpoints, but no valid one.
     """
     directory = run_dir / CHECKPOINTS
     names: list[str] = []
@@ -81,7 +81,7 @@ def latest_checkpoint(
             first_error = first_error or reason
             if passed_over is not None:
                 passed_over.append(reason)
-            if rank_of(group) == 0:
+            elif rank_of(group) == 0:
                 logger.warning("SKIPPING DAMAGED CHECKPOINT %s: %s", name, reason)
         if reader is not None:
             reader.close()

@@ -14,6 +14,7 @@ from megalm.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
 MANIFEST, STATE = "manifest.json", "state.json"
+STATE_LIMIT_BYTES = 64 << 20
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
 HIDDEN_NAME = re.compile(r"\.(step-(\d{8,18}))\.(partial|replaced|deleted)", re.ASCII)
 FILE_NAME = re.compile(r"rank-(\d{5,9})-(?:weight|optimizer)(?:-\d+)?\.safetensors", re.ASCII)

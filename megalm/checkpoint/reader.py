@@ -24,7 +24,7 @@ from torch import Tensor
 from megalm.checkpoint.blocks import DAMAGED, BlockCache, FileRecord, hash_file, open_regular, read_exactly, unreadable
 from megalm.checkpoint.geometry import Offsets, Piece, overlap
 from megalm.checkpoint.manifest import Entry, Manifest, piece_problem
-from megalm.checkpoint.names import CHECKPOINT_NAME, MANIFEST, STATE
+from megalm.checkpoint.names import CHECKPOINT_NAME, MANIFEST, STATE, STATE_LIMIT_BYTES
 from megalm.checkpoint.tensor_file import CHUNK_BYTES, DTYPES, Read, TensorFile
 from megalm.distributed.progress import progress
 from megalm.distributed.sharding import ShardSpec
@@ -32,7 +32,6 @@ from megalm.errors import CheckpointError, DamagedCheckpoint
 
 READ_THREADS = 4
 OPEN_FILES = 64  # at once
-STATE_LIMIT_BYTES = 64 << 20
 RECIPE = "use the recipe that wrote it (config.yaml of its run)"
 
 

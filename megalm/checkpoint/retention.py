@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.names import STATE
+from megalm.checkpoint.names import STATE, STATE_LIMIT_BYTES
 from megalm.checkpoint.tensor_file import open_regular
 
 METRIC = "metric"
 """The key of a checkpoint's state under which its metric stands: {"name", "value", "step"}."""
-_STATE_LIMIT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def stored_metric(checkpoint: Path, name: str) -> float | None:
     """Return the metric `name` of a checkpoint on the disk; None for one without, or whose state cannot be read."""
     try:
         with open_regular(checkpoint / STATE) as file:
-            state = json.loads(file.read(_STATE_LIMIT_BYTES))
+            state = json.loads(file.read(STATE_LIMIT_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     return metric_of(state, name) if isinstance(state, dict) else None

@@ -182,13 +182,17 @@ class TensorFile:
     def _parse(self, text: bytes, base: int) -> dict[str, StoredTensor]:
         tensors: dict[str, StoredTensor] = {}
         try:
-            for key, value in json.loads(text).items():
+            end = base
+            for key, value in sorted(json.loads(text, object_pairs_hook=_once).items(), key=_first_byte):
                 if key == "__metadata__":
                     continue
                 (count,), (start, stop) = value["shape"], value["data_offsets"]
                 dtype = DTYPES[value["dtype"]]
                 if not (0 <= start <= stop <= self._file.size - base and stop - start == count * dtype.itemsize):
                     raise ValueError(f"{key}: offsets {start}:{stop} for {count} of {value['dtype']}")
+                if base + start < end:
+                    raise ValueError(f"{key}: begins at {start}, inside of another tensor")
+                end = base + stop
                 tensors[key] = StoredTensor(base + start, count, dtype)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedCheckpoint(
@@ -241,6 +245,19 @@ class Read:
         strided = np.lib.stride_tricks.as_strided
         rows = strided(self.out[copy.target :], shape, (copy.target_step, 1))
         rows[:] = strided(block, shape, (copy.source_step, 1))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError for a key that is there twice, of which readers may take either."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key twice")
+    return found
+
+
+def _first_byte(item: tuple[str, Any]) -> tuple[int, int]:
+    """Return where a tensor of a header begins and ends, to sort by; what describes none comes first."""
+    return (-1, -1) if item[0] == "__metadata__" else tuple(item[1]["data_offsets"])
 
 
 def _in_bytes(copy: StridedCopy, offset: int, width: int) -> StridedCopy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from megalm.train.memory import Memory
 from megalm.train.monitor import Peak, Throughput, count_parameters, flops_per_token, peak_flops
 from megalm.train.optimizers import build_optimizer, freeze
 from megalm.train.profiling import Profile
-from megalm.train.recovery import GoBack
+from megalm.train.recovery import GoBack, tell_of_damaged
 from megalm.train.replicas import CompareReplicas
 from megalm.train.run_directory import RunDirectory, differing_settings, open_run
 from megalm.train.run_facts import run_facts
@@ -172,7 +172,8 @@ def _fit(
         memory.begin(engine, tracker)
         compilation = TellOfCompilation(tracker, meter)
         layers = LayerStatistics(config, mesh, model, trainer.state.step)
-        with closing(Profile(run, config.profile, mesh, tracker, meter)) as profile, compilation as tell:
+        by_hand = nullcontext() if interruption is None else interruption.by_hand(tell=mesh.rank == 0)
+        with closing(Profile(run, config.profile, mesh, tracker, meter)) as profile, compilation as tell, by_hand:
             trainer.before_step = [layers.before_step, memory.before_step, profile.before_step]
             trainer.before_update = [layers.before_update, memory.before_update, save.before_update]
             habits = (layers, profile, memory, log, tell, stragglers, compare, evaluate, stop_early, save)
@@ -206,8 +207,7 @@ def _tell_of_resume(
     tracker: Tracker, manager: CheckpointManager, reader: CheckpointReader, recipe: RunConfig, mesh: ParallelMesh
 ) -> None:
     """Say where the run goes on, which checkpoints were damaged, and every setting that is another than before."""
-    for reason in manager.passed_over:
-        tracker.event({"step": reader.step, "event": "DAMAGED CHECKPOINT PASSED OVER", "reason": reason})
+    tell_of_damaged(tracker, manager, reader.step)
     tracker.note(f"resuming {reader.directory} at step {reader.step}")
     changed = changes(reader.state["config"], recipe.model_dump(mode="json"))
     ranks = reader.layout.get("data"), mesh.layout.data

@@ -83,6 +83,7 @@ class GoBack:
         self.save.went_back(reader)
         self.tracker.rewind(now.step)
         self.meter.start(now.step)
+        tell_of_damaged(self.tracker, self.manager, now.step)
         self.tracker.event(
             {
                 "step": now.step,
@@ -93,3 +94,9 @@ class GoBack:
             }
         )
         self.save.save(trainer, wait=True)  # or an interruption now would bring the same data again
+
+
+def tell_of_damaged(tracker: Tracker, manager: CheckpointManager, step: int) -> None:
+    """Say which damaged checkpoints were passed over for the one of `step`, and why."""
+    for reason in manager.passed_over:
+        tracker.event({"step": step, "event": "DAMAGED CHECKPOINT PASSED OVER", "reason": reason})

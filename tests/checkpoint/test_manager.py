@@ -79,6 +79,10 @@ def test_damaged_ones_are_passed_over_loudly_and_do_not_count(tmp_path: Path, ca
     (paths[1] / "manifest.json").unlink()
     latest = manager.latest()
     assert latest is not None and latest.step == 1
+    assert all(str(path) in reason for path, reason in zip(paths[:0:-1], manager.passed_over, strict=True))
+    assert caplog.records == [], "whoever asks a manager tells of them"
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None and latest.step == 1
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "SKIPPING DAMAGED CHECKPOINT step-00000003",
         "SKIPPING DAMAGED CHECKPOINT step-00000002",

@@ -21,7 +21,7 @@ def test_signals_save_and_nothing_is_computed_twice(tmp_path: Path, layout: Layo
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("every: 2}", "every: 0}"))
     finish(Start(tmp_path, "unbroken", layout))
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         start = Start(tmp_path, "broken", layout)
         before = newest_step(start.directory)
         assert start.wait_for(lambda start=start: len(start.steps()) >= 3)
@@ -54,20 +54,30 @@ def test_a_signal_at_the_very_start_of_workers_is_held_until_it_can_be_obeyed(tm
     assert 1 <= newest_step(start.directory) < 40
 
 
-def test_a_second_signal_ends_the_process_at_once() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once(number: signal.Signals) -> None:
     code = (
         "import signal, time, os; from megalm.train import interruption; interruption._INSIST_S = 0.5\n"
-        "asked = interruption.Interruption(); print('ready', flush=True); time.sleep(600)"
+        "with interruption.Interruption().by_hand(tell=True): print('ready', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         for _ in range(2):  # one that two senders send
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
         time.sleep(1.0)
         assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == -signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(20) == -number
+
+
+def test_ctrl_c_before_there_is_anything_to_save_ends_the_program(tmp_path: Path) -> None:
+    make_workplace(tmp_path)
+    start = Start(tmp_path, "run", Layout())
+    assert start.wait_for((start.directory / "run.lock").exists)
+    start.process.send_signal(signal.SIGINT)
+    assert start.process.wait(60) == 130, start.said()
+    assert start.said().endswith("error: interrupted") and newest_step(start.directory) == 0
 
 
 def test_a_signal_at_the_very_end_does_not_make_a_failure_of_it() -> None:
