@@ -10,6 +10,8 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from megalm.errors import StorageError
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,9 +25,31 @@ def require_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
+def refused_write(error: OSError, path: Path) -> StorageError:
+    """Return the one-line error for a disk that refused a write of `path`, or below it."""
+    where = Path(error.filename or path)
+    where = where if where.is_absolute() or where == path or path in where.parents else path / where
+    words = os.strerror(error.errno) if error.errno else str(error)
+    return StorageError(f"{where}: cannot be written: {words}; {storage_remedy(error)}")
+
+
+def storage_remedy(error: OSError) -> str:
+    """Return what to do about a disk that refused a write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free space there, lower checkpoint.keep, or set run.dir to another disk"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make it writable, or set run.dir to another place"
+    return "check the file system"
+
+
 def json_number(value: float) -> float | str:
     """Return a number as JSON has it: NaN and infinities become strings, which `float()` reads."""
     return value if math.isfinite(value) else str(float(value)).replace("inf", "Infinity").replace("nan", "NaN")
+
+
+def partial_of(path: Path) -> Path:
+    """Return where a file is written before it takes its name."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -33,7 +57,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
     Only one process at a time may write `path`. Raises OSError.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     try:
         with open(partial, "wb") as stream:
             stream.write(content)
@@ -50,7 +74,7 @@ def write_table(path: Path, lines: Sequence[str]) -> None:
 
     A disk that refuses is no reason to end a run, so it is only said.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     try:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         partial.replace(path)

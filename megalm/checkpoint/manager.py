@@ -88,7 +88,7 @@ def latest_checkpoint(
     if names:
         raise CheckpointError(
             f"{directory}: none of its {len(names)} checkpoints is valid (newest: {first_error}); "
-            "restore one from a copy, or move the directory away to begin anew"
+            "restore one from a copy, or begin anew by megalm train --fresh"
         )
     return None
 
@@ -107,11 +107,13 @@ class CheckpointManager:
         layout: Mapping[str, Any] | None = None,
         files: FileSystem | None = None,
         meeting: Meeting | None = None,
+        saved: Callable[[], None] | None = None,
     ) -> None:
         """Clear what interrupted saves left (rank 0). Every rank of `group` must call (None: alone).
 
         `layout` (sizes of the mesh axes, ZeRO stage, ...) is noted in each checkpoint for people to read. `meeting` is
-        what a thread beside the main one uses where `group` has several ranks. Raises CheckpointError on all ranks.
+        what a thread beside the main one uses where `group` has several ranks. `saved` is called on rank 0 once a
+        checkpoint stands, perhaps in that thread. Raises CheckpointError on all ranks.
         """
         self.keep = Keep(keep) if isinstance(keep, int) else keep
         if self.keep.last < 1:
@@ -121,7 +123,7 @@ class CheckpointManager:
         self.passed_over: list[str] = []
         """Why the last `latest` passed over damaged checkpoints, newest first."""
         self._group, self._layout, self._files = group, layout, files or FileSystem()
-        self._meeting = meeting
+        self._meeting, self._saved = meeting, saved
         self._snapshot = Snapshot()
         self._flight: Flight | None = None
         self._metrics: dict[int, float] = {}
@@ -242,6 +244,8 @@ class CheckpointManager:
         found = write_and_count(self.directory, step, fragments, state, group, self._layout, self._files)
         if rank_of(group) == 0:
             self._was_there = True
+            if self._saved is not None:
+                self._saved()
             self._note_metric(step, metric_of(state, self.keep.best))
             self._retain(step)
         return found

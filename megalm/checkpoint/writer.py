@@ -7,7 +7,6 @@ clears.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from megalm.distributed.meeting import Meeting
 from megalm.distributed.progress import progress
 from megalm.distributed.sharding import Fragment
 from megalm.errors import CheckpointError, StorageError
-from megalm.files import json_number
+from megalm.files import json_number, storage_remedy
 
 logger = logging.getLogger(__name__)
 
@@ -239,14 +238,9 @@ class _NamedErrors:
 
 def storage_error(error: OSError, path: Path) -> StorageError:
     """Return the one-line error for a disk that refused a write below `path`."""
-    remedy = "check the file system"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        remedy = "free space there, lower checkpoint.keep, or set run.dir to another disk"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "make it writable, or set run.dir to another place"
     words = os.strerror(error.errno) if error.errno else str(error)
     where = error.filename or path
-    return StorageError(f"{where}: cannot save the checkpoint: {words}; earlier ones are kept; {remedy}")
+    return StorageError(f"{where}: cannot save the checkpoint: {words}; earlier ones are kept; {storage_remedy(error)}")
 
 
 def encode_state(state: Mapping[str, Any]) -> bytes:

@@ -79,7 +79,7 @@ def train(
                 preflight(config, mesh, count_parameters(config.model, vocabulary(config, data)).total)
             memory = Memory(config, mesh)
             with CommunicationClock(mesh.device) as clock, memory.explained():
-                _train(config, data, windows, mesh, clock, memory, directory, interruption)
+                _train(config, data, windows, mesh, clock, memory, directory, fresh, interruption)
         finally:
             if directory is not None:
                 directory.close()
@@ -93,6 +93,7 @@ def _train(
     clock: CommunicationClock,
     memory: Memory,
     directory: RunDirectory | None,
+    fresh: bool,
     interruption: Interruption | None,
 ) -> None:
     vocab = vocabulary(config, data)
@@ -102,10 +103,9 @@ def _train(
     if config.train.compile:
         compile_blocks(config, model, mesh.device)
     engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)
-    _claim(directory, data)
-    with _saving(config, mesh) as manager:
+    with _saving(config, mesh, directory) as manager:
         load = partial(_load, config, data, engine)
-        reader = manager.latest(load)
+        reader = None if fresh else manager.latest(load)
         recipe, config = config, config if reader is None else _continued(config, reader)
         order = GlobalOrder(len(windows), order_seed(config))
         loader = Loader(data.train, windows, order, mesh.coordinates.data, mesh.size("data"))
@@ -114,6 +114,7 @@ def _train(
         trainer = Trainer(config, mesh, executor, engine, loader, state, clock)
         starts_from = config.train.init_from if reader is None else None
         begins = [] if starts_from is None else _start(config, vocab, trainer, directory)
+        _claim(directory, data)
         interrupted = _fit(recipe, trainer, model, data, windows, memory, manager, reader, load, begins, interruption)
     if interrupted is not None:
         raise Interrupted(
@@ -148,8 +149,9 @@ def _fit(
     }
     peak = peak_flops(mesh.device, DTYPES[config.precision])
     meter = _meter(config, vocab, mesh, peak)
-    sinks = Sinks(config.log.sinks, run, trainer.state.step, config) if mesh.rank == 0 else None
-    tracker = Tracker(run, trainer.state.step, trainer.last_step, active=mesh.rank == 0, sinks=sinks)
+    with together(world_group()):
+        sinks = Sinks(config.log.sinks, run, trainer.state.step, config) if mesh.rank == 0 else None
+        tracker = Tracker(run, trainer.state.step, trainer.last_step, active=mesh.rank == 0, sinks=sinks)
     with closing(tracker):
         tracker.header(dump_yaml(recipe), run_facts(config, data, windows, vocab, mesh, peak, trainer.state))
         if reader is not None:
@@ -184,13 +186,14 @@ def _fit(
 
 
 @contextmanager
-def _saving(config: RunConfig, mesh: ParallelMesh) -> Iterator[CheckpointManager]:
+def _saving(config: RunConfig, mesh: ParallelMesh, directory: RunDirectory | None) -> Iterator[CheckpointManager]:
     """Give the run's checkpoints; a save that is on its way at an error is let end, unless a peer is gone."""
     section = config.checkpoint
     keep = Keep(section.keep, section.keep_every, section.keep_best)
     meeting = Meeting.of_world("checkpoint") if mesh.layout.world_size > 1 and section.asynchronous else None
     layout = _describe(config, mesh)
-    manager = CheckpointManager(Path(config.run.dir), keep, dist.group.WORLD, layout, meeting=meeting)
+    saved = None if directory is None else directory.note_saved
+    manager = CheckpointManager(Path(config.run.dir), keep, dist.group.WORLD, layout, meeting=meeting, saved=saved)
     try:
         yield manager
     except Exception as error:

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megalm.checkpoint.names import CHECKPOINTS, find_checkpoints
 from megalm.config.load import dump_yaml
 from megalm.config.optim import OptimRule
 from megalm.config.run import RunConfig, section_types
 from megalm.config.storage import masters_dtype, wide_dtype
 from megalm.config.yaml_text import sealed
 from megalm.errors import CheckpointError, ConfigError
-from megalm.files import require_regular, write_durably
+from megalm.files import partial_of, refused_write, require_regular, sync_directory, write_durably
 from megalm.models.sources import fingerprint
 from megalm.version import __version__
 
@@ -38,9 +39,11 @@ LOCK_FILE = "run.lock"
 FORMAT = "megalm-run-1"
 _POLL_S = 0.5
 _LARGEST_IDENTITY = 4 << 20
+_SAVED, _REMOVING = "saved", "removing"
+"""Of `run.json`: whether a checkpoint was ever saved, and whether the run before this one is still being removed."""
 _TABLES = ("rank_times.tsv", "rank_memory.tsv", "inspect.jsonl", "inspect.png")
 _OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl", *_TABLES)
-_OWNED_DIRECTORIES = ("checkpoints", "profile", "tensorboard", "wandb")
+_OWNED_DIRECTORIES = (CHECKPOINTS, "profile", "tensorboard", "wandb")
 
 # What may differ from one start of a run to the next. First where and how it is computed; the data's path is free
 # because its fingerprint is held instead, so prepared data may be moved, and so is that of first weights.
@@ -95,11 +98,28 @@ class RunDirectory:
         """Write `config.yaml` and `run.json`, with `fresh` after the removal of the run that was here.
 
         Called once all that could show the recipe to be wrong is done: from then on another recipe is refused here.
+        Raises StorageError.
         """
-        if self._fresh and read_identity(self.path) is not None:
-            _remove_run(self.path)
-        write_durably(self.path / IDENTITY_FILE, (json.dumps(self._identity, indent=1) + "\n").encode())
-        write_durably(self.path / CONFIG_FILE, sealed(dump_yaml(self._config)).encode())
+        try:
+            if self._fresh and read_identity(self.path) is not None:
+                self._write_identity({**self._identity, _REMOVING: True})
+                _remove_run(self.path)
+            self._write_identity(self._identity)
+            _write_changed(self.path / CONFIG_FILE, sealed(dump_yaml(self._config)))
+        except OSError as error:
+            raise refused_write(error, self.path) from error
+
+    def note_saved(self) -> None:
+        """Remember that the run has a checkpoint: without one it does not begin again by itself from now on."""
+        if not self._identity[_SAVED]:
+            self._identity[_SAVED] = True
+            try:
+                self._write_identity(self._identity)
+            except OSError as error:
+                logger.warning("%s: cannot be written: %s", self.path / IDENTITY_FILE, error.strerror)
+
+    def _write_identity(self, identity: Mapping[str, Any]) -> None:
+        _write_changed(self.path / IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
 
     def check_source(self) -> None:
         """Raise CheckpointError where the weights at `train.init_from` are no longer those that the run began with."""
@@ -121,14 +141,21 @@ def check_run(
     """Return the identity of the run in `run.dir` (None: there is none yet) if this recipe and data may go on there.
 
     Writes nothing. Raises ConfigError for a directory that holds another run (naming the keys that differ; with
-    `fresh` it may be any run), or files of an unknown one.
+    `fresh` it may be any run, but that of the first weights), one whose checkpoints are gone, or files of an unknown
+    one.
     """
     path = Path(config.run.dir)
     before = check_place(path)
     if before is not None and fresh:
         _refuse_links(path)
+        _refuse_own_weights(config)
     elif before is not None:
         _refuse_other_run(path, before, _identity(config, data_fingerprint, tokenizer_fingerprint, before))
+        if before.get(_SAVED) and not before.get(_REMOVING) and not find_checkpoints(path / CHECKPOINTS):
+            raise ConfigError(
+                f"run.dir={path}: this run saved checkpoints, and {path / CHECKPOINTS} holds none; mount or restore "
+                "it, or --fresh to begin anew"
+            )
     return before
 
 
@@ -154,10 +181,10 @@ def open_run(
 ) -> RunDirectory:
     """Make or re-open `run.dir` for this recipe and data, and lock it; `claim` then writes to it.
 
-    With `fresh`, the metrics, checkpoints and recipe of the run that is here are to be removed. Another process that
-    holds the lock is waited for `patience_s`: a network file system keeps a dead node's lock for a while. Raises
-    ConfigError for a directory that cannot be made, that another process trains in, that holds another run
-    (naming the keys that differ), or that holds files of an unknown run.
+    With `fresh`, the metrics, checkpoints and recipe of the run that is here are to be removed; a removal that was
+    killed half-way is ended here. Another process that holds the lock is waited for `patience_s`: a network file system
+    keeps a dead node's lock for a while. Raises ConfigError for a directory that cannot be made, that another process
+    trains in, and as `check_run` does; StorageError.
     """
     path = Path(config.run.dir)
     try:
@@ -166,9 +193,14 @@ def open_run(
     except OSError as error:
         raise ConfigError(f"run.dir={path}: cannot be written ({error.strerror}); choose another run.dir") from error
     try:
-        for leftover in path.glob(".*.partial"):  # of a process that was killed while it wrote
-            leftover.unlink()
         before = check_run(config, data_fingerprint, tokenizer_fingerprint, fresh)
+        for name in (*_OWNED_FILES, IDENTITY_FILE):  # of a process that was killed while it wrote
+            partial_of(path / name).unlink(missing_ok=True)
+        if before is not None and before.get(_REMOVING):
+            _remove_run(path)
+    except OSError as error:
+        lock.close()
+        raise refused_write(error, path) from error
     except BaseException:
         lock.close()
         raise
@@ -189,6 +221,7 @@ def run_identity(
     return {
         "format": FORMAT,
         "megalm": __version__,
+        _SAVED: bool((before or {}).get(_SAVED)),
         "world": world,
         "model_parameters": model_parameters,
         **_identity(config, data_fingerprint, tokenizer_fingerprint, before),
@@ -379,10 +412,30 @@ def _refuse_links(path: Path) -> None:
             raise ConfigError(f"{path / name} is a symbolic link, which --fresh does not follow; remove it yourself")
 
 
+def _refuse_own_weights(config: RunConfig) -> None:
+    """Raise ConfigError when removing the run would remove what the new one is to start with."""
+    if config.train.init_from is None:
+        return
+    source, path = Path(config.train.init_from).resolve(), Path(config.run.dir).resolve()
+    if source == path or path / CHECKPOINTS in (source, *source.parents):
+        raise ConfigError(
+            f"train.init_from={config.train.init_from} is in run.dir={config.run.dir}, which --fresh removes; choose "
+            "another run.dir"
+        )
+
+
 def _remove_run(path: Path) -> None:
-    """Remove the checkpoints, metrics and recipe of the run that is here, its identity last; nothing else."""
+    """Remove the checkpoints, metrics and recipe of the run that was here; nothing else. Raises OSError."""
     for name in _OWNED_DIRECTORIES:
         if (path / name).exists():
             shutil.rmtree(path / name)
-    for name in (*_OWNED_FILES, IDENTITY_FILE):
+    for name in _OWNED_FILES:
         (path / name).unlink(missing_ok=True)
+    sync_directory(path)
+
+
+def _write_changed(path: Path, text: str) -> None:
+    """Write a file durably unless it holds the same already: a run that goes on needs no room on its disk for that."""
+    content = text.encode()
+    if not path.is_file() or path.read_bytes() != content:
+        write_durably(path, content)

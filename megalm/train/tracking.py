@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megalm.config.yaml_text import section_lines
-from megalm.files import json_number, write_durably
+from megalm.files import json_number, refused_write, write_durably
 from megalm.train.sinks import Record, Sinks
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class MetricsFile:
 
     A line's `step` counts the steps done. Opening at `resume_step` first drops, atomically, the lines of
     later steps, which are about to be done again, so each step stands there once, and once more where it was
-    evaluated. Events stay: they did happen, and may happen again.
+    evaluated. Events stay: they did happen, and may happen again. Raises StorageError.
 
     A disk that takes no lines is no reason to end a run: they wait in memory, in their order, until it does.
     """
@@ -89,29 +90,44 @@ class MetricsFile:
     def __init__(self, run_dir: Path, resume_step: int, name: str = METRICS_FILE) -> None:
         self.path = run_dir / name
         self._last: dict[str, int] = {}
-        if self.path.exists():
-            self._drop_after(resume_step)
-        self._stream = self._append()
+        try:
+            if self.path.exists():
+                self._drop_after(resume_step)
+            self._stream = self._append()
+        except OSError as error:
+            raise refused_write(error, self.path) from error
 
     def _append(self) -> io.FileIO:
-        self._waiting, self._refused = b"", False
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = self._lost = 0
+        self._refused = False
         return io.FileIO(self.path, "a")
 
     def rewind(self, step: int) -> None:
         """Drop the lines of later steps, which are about to be done again."""
         self.close()
         self._last.clear()
-        self._drop_after(step)
+        try:
+            self._drop_after(step)
+        except OSError as error:
+            logger.warning("%s: cannot be written: %s; steps after %d will stand there twice", self.path, error, step)
         self._stream = self._append()
 
     def _drop_after(self, step: int) -> None:
+        """Drop lines whole or not at all; where a full disk has no room for that, in place."""
         lines = _complete_lines(self.path)
         kept = [(line, record) for line, record in lines if record["step"] <= step or _kind(record) == "event"]
         for _, record in kept:
             self._last[_kind(record)] = int(record["step"])  # of events nobody asks
-        text = "".join(f"{line}\n" for line, _ in kept)
-        if text.encode() != self.path.read_bytes():
-            write_durably(self.path, text.encode())
+        content = "".join(f"{line}\n" for line, _ in kept).encode()
+        if content != self.path.read_bytes():
+            try:
+                write_durably(self.path, content)
+            except OSError as error:
+                logger.warning("%s: cannot be replaced: %s; its later lines are cut off in place", self.path, error)
+                with self.path.open("r+b") as stream:
+                    stream.write(content)
+                    stream.truncate()
 
     def write(self, record: Record | Event) -> bool:
         """Append one line and return True; False: its step stands there already (a finished run, evaluated again)."""
@@ -119,8 +135,12 @@ class MetricsFile:
         if kind != "event" and step <= self._last.get(kind, -1):
             return False
         self._last[kind] = step
-        if len(self._waiting) < _WAITING_BYTES:
-            self._waiting += (_encode(record) + "\n").encode()
+        line = (_encode(record) + "\n").encode()
+        if self._waiting_bytes + len(line) <= _WAITING_BYTES:
+            self._waiting.append(line)
+            self._waiting_bytes += len(line)
+        else:
+            self._lost += 1
         self._write_waiting()
         return True
 
@@ -128,15 +148,21 @@ class MetricsFile:
         """Write what waits, as far as the disk takes it; the rest of a line that is torn comes first the next time."""
         try:
             while self._waiting:
-                self._waiting = self._waiting[self._stream.write(self._waiting) :]
+                count = self._stream.write(self._waiting[0])
+                self._waiting_bytes -= count
+                if rest := self._waiting[0][count:]:
+                    self._waiting[0] = rest
+                else:
+                    self._waiting.popleft()
         except OSError as error:
             if not self._refused:
                 logger.warning("%s: cannot write: %s; lines of metrics wait in memory", self.path, error.strerror)
             self._refused = True
         else:
             if self._refused:
-                logger.warning("%s: the disk takes lines again, those that waited are written", self.path)
-            self._refused = False
+                lost = f", but for {self._lost} that were too many" if self._lost else ""
+                logger.warning("%s: the disk takes lines again, those that waited are written%s", self.path, lost)
+            self._refused, self._lost = False, 0
 
     def close(self) -> None:
         """Bring the lines to the disk and close the file. Says so where the disk does not take them."""
@@ -148,7 +174,7 @@ class MetricsFile:
         except OSError as error:
             logger.error("%s: cannot write: %s; lines of metrics may be lost", self.path, error.strerror)
         if self._waiting:
-            lost = self._waiting.count(b"\n")
+            lost = len(self._waiting) + self._lost
             logger.error("%s: %d lines of metrics are lost, as the disk takes no more", self.path, lost)
         self._stream.close()
 

@@ -93,7 +93,7 @@ def test_damaged_ones_are_passed_over_loudly_and_do_not_count(tmp_path: Path, ca
     assert latest is not None and latest.state["mark"] == 2.5
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
     damage(paths[1])
-    with pytest.raises(CheckpointError, match=r"none of its 2 checkpoints is valid .*move the directory away"):
+    with pytest.raises(CheckpointError, match=r"none of its 2 checkpoints is valid .*--fresh"):
         manager.latest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, StorageError
+from megalm.train import run_directory
 from megalm.train.run_directory import RunDirectory, differing_settings, open_run
 from tests.train.recipes import small_recipe
 
@@ -151,6 +153,58 @@ def test_fresh_removes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 9
 
 
+def test_a_removal_that_was_killed_half_way_is_ended_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is started again leaves --fresh out, and must not go on with the run that was to go."""
+    open_once(tmp_path)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step-0000000{step}").mkdir(parents=True)
+
+    def killed(path: Path) -> None:
+        (path / "step-00000002").rmdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(run_directory.shutil, "rmtree", killed)
+        open_once(tmp_path, fresh=True, seed=9)
+    with pytest.raises(ConfigError, match="seed=9 there, 1234 here"):
+        open_once(tmp_path)
+    assert (tmp_path / "checkpoints").exists(), "who is refused changes nothing"
+    assert open_once(tmp_path, seed=9).resumed is True
+    assert not (tmp_path / "checkpoints").exists() and "removing" not in (tmp_path / "run.json").read_text()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_by_itself(tmp_path: Path) -> None:
+    run = open_once(tmp_path)
+    assert open_once(tmp_path).resumed is True, "it has saved nothing yet"
+    run.note_saved()
+    with pytest.raises(ConfigError, match=r"saved checkpoints, and .*checkpoints holds none; mount or restore it, or"):
+        open_once(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ConfigError, match="holds none"):
+        open_once(tmp_path)
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert open_once(tmp_path).resumed is True and json.loads((tmp_path / "run.json").read_text())["saved"] is True
+    open_once(tmp_path, fresh=True)
+    assert json.loads((tmp_path / "run.json").read_text())["saved"] is False
+
+
+def test_a_run_goes_on_where_the_disk_has_no_room_and_nothing_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_once(tmp_path)
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_directory, "write_durably", full)
+    assert open_once(tmp_path).resumed is True
+    with pytest.raises(StorageError, match=rf"{tmp_path}: cannot be written: No space left on device; free space"):
+        open_once(tmp_path, log={"every": 7})
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "config.yaml", "tokenizer.json"])
 def test_files_of_an_unknown_run_are_neither_used_nor_removed(tmp_path: Path, name: str, fresh: bool) -> None:
@@ -215,8 +269,10 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path) -> N
 
 def test_what_a_killed_writer_left_is_swept_up(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.partial").write_text("half")
+    (tmp_path / ".exported.partial").mkdir()  # where an export is being made, or was
     open_once(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        ".exported.partial",
         "config.yaml",
         "run.json",
         "run.lock",

@@ -247,6 +247,24 @@ def test_what_does_not_fit_is_refused_with_both_shapes(
             check_start(config, config.model.vocab or 0)
 
 
+def test_fresh_keeps_the_old_run_until_the_first_weights_are_there(place: Path, tmp_path: Path) -> None:
+    run, source = tmp_path / "run", tmp_path / "copy"
+    config = recipe(place, run, None)
+    train(config)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "run.lock"}
+    for own in (run, run / "checkpoints" / "step-00000002"):
+        with pytest.raises(ConfigError, match=r"train\.init_from=.* is in run\.dir=.*, which --fresh removes"):
+            train(recipe(place, run, own), fresh=True)
+    shutil.copytree(place / "imported", source)
+    damaged = next(source.rglob("*-weight.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=damaged.name):
+        train(recipe(place, run, source), fresh=True)
+    assert {path: path.read_bytes() for path in before} == before
+    train(recipe(place, run, place / "imported"), fresh=True)
+    assert same(weights(run, 2), dict(HuggingFaceReader(place / "source").tensors()))
+
+
 def test_what_is_no_source_is_refused_before_anything_starts(place: Path, tmp_path: Path) -> None:
     arguments = ["train", "gpt-tiny", f"run.dir={tmp_path / 'run'}", f"data.path={place / 'data'}"]
     assert cli.main([*arguments, f"train.init_from={tmp_path / 'nothing'}"]) == 2

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megalm.errors import StorageError
 from megalm.train import tracking
 from megalm.train.tracking import (
     Console,
@@ -238,5 +239,30 @@ def test_lines_that_a_full_disk_refuses_wait_and_are_written_later(
     Full.room = 0
     metrics.write(step_record(8))
     metrics.write(step_record(9))
+    monkeypatch.setattr(tracking, "_WAITING_BYTES", 500)
+    metrics.write(step_record(10))
     metrics.close()
-    assert "2 lines of metrics are lost" in caplog.messages[-1] and steps_in(tmp_path) == list(range(1, 8))
+    assert "3 lines of metrics are lost" in caplog.messages[-1] and steps_in(tmp_path) == list(range(1, 8))
+
+
+@pytest.mark.parametrize("rewind", [False, True])
+def test_later_lines_are_dropped_where_a_disk_has_no_room_for_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rewind: bool
+) -> None:
+    write_steps(tmp_path, 0, range(1, 8))
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tracking, "write_durably", full)
+    metrics = MetricsFile(tmp_path, 9 if rewind else 4)
+    if rewind:
+        metrics.rewind(4)
+    metrics.write(step_record(5, loss=1.0))
+    metrics.close()
+    assert [record["train/loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [5.0] * 4 + [1.0]
+
+
+def test_a_disk_that_takes_nothing_at_all_is_an_error_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=rf"{tmp_path}/gone/metrics.jsonl: cannot be written: No such file"):
+        MetricsFile(tmp_path / "gone", 0)
