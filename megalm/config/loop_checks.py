@@ -11,6 +11,10 @@ from megalm.config.ramps import ramp_steps, sequence_steps
 if TYPE_CHECKING:
     from megalm.config.run import RunConfig
 
+COMPILED_MASKS = (
+    "train.compile=true does not work with dropout and fused kernels: they are given its key as a number, which a "
+    "compiled program would keep; use model.kernels=reference, or train.compile=false"
+)
 _BATCH_RAMP = ("batch_ramp.start", "batch_ramp.increment", "batch_ramp.every")
 _LENGTH = ("train.steps", "train.tokens", "train.epochs", "train.global_batch", "model.sequence", *_BATCH_RAMP)
 
@@ -166,6 +170,14 @@ def _layers_are_sampled(config: RunConfig) -> Iterator[str]:
     every, steps = config.inspect.every, config.known_steps
     if steps is not None and every > steps:
         yield f"inspect.every={every} is more than {_length(config)}, so nothing is sampled; use at most {steps}"
+
+
+@rule("train.compile", "model.kernels", "run.device", "model.dropout")
+def _programs_draw_no_masks(config: RunConfig) -> Iterator[str]:
+    kernels, device = config.model.kernels, config.run.device
+    fused = kernels == "fused" or (kernels == "auto" and device == "cuda")
+    if config.train.compile and config.model.draws_masks and fused:
+        yield COMPILED_MASKS
 
 
 @rule("train.compile", "zero.stage", "inspect.every")

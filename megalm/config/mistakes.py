@@ -127,6 +127,9 @@ def _wrong_type(kind: str, value: Any) -> str:
     return f"is not allowed ({kind})"
 
 
+_NO_KEYS = {"parallel.data": "the data ranks are those that the other axes leave of the world; give more processes"}
+
+
 def unknown_key(section: str, key: str, keys: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return what to say of `key` in `section` ("" for the top), and the dotted key that it probably meant.
 
@@ -134,6 +137,8 @@ def unknown_key(section: str, key: str, keys: Mapping[str, Any]) -> tuple[str, s
     """
     prefix = f"{section}." if section else ""
     path = prefix + key
+    if path in _NO_KEYS:
+        return f"{path}: unknown key; {_NO_KEYS[path]}", None
     if not section and key in keys:
         return f"{path}: unknown key; write it as {key.split('.', 1)[1]} under `{key.split('.', 1)[0]}:`", key
     inside = [name.removeprefix(prefix) for name in keys if name.startswith(prefix)]
@@ -152,6 +157,8 @@ def unknown_override(path: str, keys: Mapping[str, Any]) -> str:
     """Return what to say of an override whose dotted key is not known."""
     if path == "base":
         return "base stands in a recipe's file alone; give that recipe in place of this one"
+    if path in _NO_KEYS:
+        return f"{path}: unknown key; {_NO_KEYS[path]}"
     leaf = path.split(".")[-1]
     same_leaf = [name for name in keys if name.split(".")[-1] == leaf]
     guess = same_leaf[0] if same_leaf else nearest(path, keys)

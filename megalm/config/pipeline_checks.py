@@ -26,12 +26,12 @@ def _stages_have_layers(config: RunConfig) -> Iterator[str]:
         what = "chunks, in the order of the model," if chunks > 1 else "stages,"
         yield (
             f"parallel.partition={list(partition)} names {len(partition)} {what} but "
-            f"{each}; give {places} numbers of layers that add up to {layers}"
+            f"{each}; give {places} numbers of layers that add up to {layers}, or null for an even one"
         )
     elif partition is not None and sum(partition) != layers:
         yield (
             f"parallel.partition={list(partition)} adds up to {sum(partition)} layers, but "
-            f"model.layers={layers}; make the {places} numbers add up to {layers}"
+            f"model.layers={layers}; make the {places} numbers add up to {layers}, or use null for an even one"
         )
 
 

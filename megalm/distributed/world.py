@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from megalm.config.checks import check_world
+from megalm.config.loop_checks import COMPILED_MASKS
 from megalm.config.run import RunConfig
 from megalm.distributed import launch
 from megalm.distributed.layout import RankLayout
@@ -16,17 +17,21 @@ from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.rendezvous import Rendezvous, read_environment
 from megalm.errors import ConfigError
 
+FUSED_ON_CPU = "model.kernels=fused needs a CUDA device and this run computes on cpu; use auto"
+
 
 def check_device(config: RunConfig) -> None:
     """Raise ConfigError for a device that this machine lacks, or for kernels and products that need one."""
     if torch.cuda.is_available() and config.run.device != "cpu":
+        if config.train.compile and config.model.draws_masks and config.model.kernels == "auto":
+            raise ConfigError(COMPILED_MASKS)
         if config.train.fp8 != "none":
             _check_fp8(config.train.fp8)
         return
     if config.run.device == "cuda":
         raise ConfigError("run.device=cuda, but torch sees no GPU here; megalm doctor says why; run.device=cpu works")
     if config.model.kernels == "fused" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError("model.kernels=fused needs a CUDA device and this run computes on cpu; use auto")
+        raise ConfigError(FUSED_ON_CPU)
     if config.optim.kind == "apex_adamw":
         raise ConfigError("optim.kind=apex_adamw needs a GPU and this run computes on cpu; use adamw")
     if config.train.offload_activations:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from megalm.answers import answer, show
+from megalm.config.loop_checks import COMPILED_MASKS
 from megalm.config.run import RunConfig
 from megalm.data.datasets import open_prepared
-from megalm.distributed.world import layout_of
+from megalm.distributed.world import FUSED_ON_CPU, layout_of
 from megalm.dry_run.rank import run_rank
 from megalm.dry_run.report import as_json, as_text
 from megalm.errors import ConfigError, DataError
@@ -48,6 +49,10 @@ def _with_kernels(config: RunConfig) -> RunConfig:
     kernels = config.model.kernels
     if kernels == "auto":
         kernels = "reference" if config.run.device == "cpu" else "fused"
+    if kernels == "fused" and config.run.device == "cpu":
+        raise ConfigError(FUSED_ON_CPU)
+    if kernels == "fused" and config.train.compile and config.model.draws_masks:
+        raise ConfigError(COMPILED_MASKS)
     if kernels == "fused" and find_spec("triton") is None:
         raise ConfigError("the kernels of a GPU need triton, which is not installed here; use model.kernels=reference")
     return config.model_copy(update={"model": config.model.model_copy(update={"kernels": kernels})})

@@ -23,8 +23,10 @@ from megalm.models.build import build_executor, build_stage
 from megalm.models.transformer import StagePlan
 from megalm.nn.masks import DropoutKeys
 from megalm.pipeline_parallel.actions import Action, ActionKind, Schedule
+from megalm.pipeline_parallel.drawing import step_cost
 from megalm.pipeline_parallel.executor import Microbatch
 from megalm.pipeline_parallel.schedules import SCHEDULES
+from megalm.pipeline_parallel.simulator import peak_live
 from megalm.train.experts import ExpertBalance
 from megalm.train.optimizers import freeze
 
@@ -82,6 +84,8 @@ class DryRun:
     """The largest sum of bytes that waited in the host's memory for their backward pass, beside `activations`."""
     most_live: int
     """The most microbatches, each chunk counted, that were between forward and backward."""
+    bubble: float
+    """The share of a step that the stages wait, where a backward takes twice as long as a forward, messages no time."""
     message: Call | None
     """What travels between two stages, as it is received."""
     actions: list[Acted]
@@ -121,6 +125,7 @@ def run_rank(config: RunConfig, layout: RankLayout, rank: int, vocab: int, every
         chunks = kind.fixed_chunks or parallel.virtual_stages
         count = rows_of_rank(config, config.train.global_batch, mesh.size("data")) // config.train.micro_batch
         schedule = kind(parallel.pipeline, count, chunks)
+        bubble = step_cost(kind, parallel.pipeline, count, chunks)[1].bubble
         executed = count if every else _enough(lambda n: kind(parallel.pipeline, n, chunks), stage, count)
         with pretended_engine(config, model, mesh, stated, vocab, executed) as engine:
             watch = _step(config, engine, mesh, executed)
@@ -135,7 +140,8 @@ def run_rank(config: RunConfig, layout: RankLayout, rank: int, vocab: int, every
             activations=watch.recorder.peak,
             peak_at=watch.recorder.peak_where,
             offloaded=0 if offload is None else offload.host_bytes.peak,
-            most_live=most_live(schedule, stage),
+            most_live=int(peak_live(schedule.actions(stage))),
+            bubble=bubble,
             message=watch.message,
             actions=[_acted(schedule, mesh, action) for action in schedule.actions(stage)],
             work=watch.seen,
@@ -149,28 +155,16 @@ def run_rank(config: RunConfig, layout: RankLayout, rank: int, vocab: int, every
         )  # fmt: skip
 
 
-def most_live(schedule: Schedule, stage: int) -> int:
-    """Return the most microbatches, each chunk counted, that a stage has begun and not ended."""
-    live = most = 0
-    for action in schedule.actions(stage):
-        if action.kind is ActionKind.FORWARD:
-            live += 1
-            most = max(most, live)
-        elif action.kind is not ActionKind.INPUT_GRADIENT:
-            live -= 1
-    return most
-
-
 def _enough(make: Callable[[int], Schedule], stage: int, count: int) -> int:
     """Return how many microbatches hold as much as `count` do.
 
     The fewest of which as many live at once, and so many more that links are as full as they become (sent tensors are
     held until the neighbour has taken them) while a message for a further microbatch is waited for.
     """
-    most, fewest, enough = most_live(make(count), stage), 1, count
+    most, fewest, enough = peak_live(make(count).actions(stage)), 1, count
     while fewest < enough:
         middle = (fewest + enough) // 2
-        if most_live(make(middle), stage) == most:
+        if peak_live(make(middle).actions(stage)) == most:
             enough = middle
         else:
             fewest = middle + 1

@@ -48,6 +48,7 @@ def as_json(run: DryRun) -> dict[str, Any]:
         "in_host_memory": run.in_host,
         "peak_during": run.peak_at,
         "most_live_microbatches": run.most_live,
+        "bubble": run.bubble,
         "message": None if run.message is None else _call(run.message),
         "collectives": {
             "begin": [_call(call) for call in run.begin],
@@ -121,6 +122,7 @@ def _head(run: DryRun, recipe: str) -> list[str]:
         f"{run.config.model.sequence:,} tokens, schedule {parallel.schedule}; ZeRO {run.config.zero.stage}; "
         f"recomputation {train.recompute}; "
         f"{run.config.model.kernels} kernels",
+        *([f"bubble {run.bubble:.1%}"] if parallel.pipeline > 1 else []),
         *run.assumed,
     ]
 

@@ -32,7 +32,8 @@ def check_world(config: RunConfig, world: int) -> int:
 def check_device(config: RunConfig) -> None:
     """Raise ConfigError for a device that this machine lacks, or what needs one. torch is asked only then."""
     train = config.train
-    needs_one = config.model.kernels == "fused" or train.fp8 != "none" or train.offload_activations
+    masks = train.compile and config.model.draws_masks
+    needs_one = config.model.kernels == "fused" or train.fp8 != "none" or train.offload_activations or masks
     if config.run.device == "cuda" or needs_one:
         from megalm.distributed import world
 

@@ -7,7 +7,7 @@ that each link delivers in the order in which the receiver asks). Linear in the 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -87,9 +87,9 @@ def simulate(
     run = _Run(schedule, streams, durations, transfer_time, most_in_flight)
     run.to_the_end()
     busy = tuple(sum(durations[action.kind] for action in stream) for stream in streams)
-    peak_live = tuple(_peak_live(stream, kept) for stream in streams)
+    peaks = tuple(peak_live(stream, kept) for stream in streams)
     spans = tuple(end - begins[0] for begins, end in zip(run.starts, run.clock, strict=True))
-    return Simulation(max(run.clock), busy, spans, peak_live, tuple(map(tuple, run.starts)))
+    return Simulation(max(run.clock), busy, spans, peaks, tuple(map(tuple, run.starts)))
 
 
 def _check_complete(schedule: Schedule, streams: Sequence[Sequence[Action]]) -> None:
@@ -237,7 +237,11 @@ class _Run:
         return f"stage {stage} at {action} has {self.most_in_flight} messages open"
 
 
-def _peak_live(stream: Sequence[Action], kept: float) -> float:
+def peak_live(stream: Iterable[Action], kept: float = 1.0) -> float:
+    """Return the most microbatches, each chunk counted, that a stage has begun and not ended at once.
+
+    `kept`: what is held between the two halves of a backward pass, of one that is whole.
+    """
     change = {FORWARD: 1.0, BACKWARD: -1.0, INPUT: kept - 1.0, WEIGHT: -kept}
     live = peak = 0.0
     for action in stream:

@@ -13,10 +13,8 @@ from typing import Any, Self
 import torch
 from torch._dynamo.callback import callback_handler
 
-from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
 from megalm.models.transformer import Transformer
-from megalm.nn.ops import REFERENCE, select_operations
 from megalm.train.monitor import Throughput
 from megalm.train.tracking import Tracker
 from megalm.train.trainer import StepResult, Trainer
@@ -25,10 +23,10 @@ PROGRAMS = 64
 """That a block may have: windows, lengths, recomputation, evaluation. More are a mistake, which torch then reports."""
 
 
-def compile_blocks(config: RunConfig, model: Transformer, device: torch.device) -> None:
+def compile_blocks(model: Transformer) -> None:
     """Have each block compiled when it first runs; a part of it that cannot be is an error then, not run by itself.
 
-    Raises ConfigError where there is no C++ compiler, or where masks are drawn by the fused kernels.
+    Raises ConfigError where there is no C++ compiler.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler  # a second's import
     from torch._inductor.exc import InvalidCxxCompiler
@@ -40,11 +38,6 @@ def compile_blocks(config: RunConfig, model: Transformer, device: torch.device) 
             "train.compile=true needs a C++ compiler and finds none; install g++, set CXX to one, or use "
             "train.compile=false"
         ) from error
-    if config.model.draws_masks and select_operations(config.model.kernels, device) is not REFERENCE:
-        raise ConfigError(
-            "train.compile=true does not work with dropout and fused kernels: they are given its key as a number, "
-            "which a compiled program would keep; use model.kernels=reference, or train.compile=false"
-        )
     torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
     for block in model.blocks.values():
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)

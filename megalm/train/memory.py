@@ -44,7 +44,7 @@ _RANKS_EVERY = 100
 _TRIM_EVERY = 10
 """Steps after which glibc gives free blocks back. Before 2.38 it does not take an aligned block for another of the same
 size (its bug 14581): without, two stages of a small model grow by the size of their logits a step."""
-_RANK_BITS = 24
+_RANK_BITS = 20
 """Of a number of 64 bits, in which a peak stands above its rank."""
 _HISTORY = 100_000
 """Allocations that CUDA's snapshot remembers."""
@@ -208,7 +208,7 @@ class Memory:
         helps = remedies(self.config, self.mesh.size("replica"), held, parts["activations"], on_gpu)
         return (
             f"{where} at step {progress.step}, {PHASES[progress.phase]}; it holds {_in_words(parts)} (peak {peak}); "
-            f"use {' or '.join(helps)}, or {_SPLIT}"
+            f"use {', or '.join([*([' or '.join(helps)] if helps else []), _SPLIT])}"
         )
 
 
@@ -243,7 +243,7 @@ def remedies(config: RunConfig, data_size: int, held: HeldBytes, activations: in
     higher = [s for s in range(stage + 1, 4) if data_size > 1 and _goes(config, "zero", stage=s)]
     if higher:
         found.append((sum(divided[stage : higher[0]]) * (1 - 1 / data_size), f"zero.stage={higher[0]}"))
-    elif stage >= 2 and config.zero.config is None:
+    elif stage >= 2 and config.zero.config is None and config.optim.kind != "apex_adamw":  # which runs on GPUs alone
         found.append((divided[0], f"zero.config=zero{stage}-offload"))
     found.sort(key=lambda remedy: -remedy[0])
     return [text for _, text in found]

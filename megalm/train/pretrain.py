@@ -101,7 +101,7 @@ def _train(
     freeze(config.optim, model.parameters())
     make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor, seed=config.seed)
     if config.train.compile:
-        compile_blocks(config, model, mesh.device)
+        compile_blocks(model)
     engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)
     with _saving(config, mesh, directory) as manager:
         load = partial(_load, config, data, engine)

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.config.deepspeed import deepspeed_config
@@ -47,6 +48,9 @@ def deepspeed_on_meta() -> Iterator[None]:
         for module in (partition_parameters, partitioned_param_coordinator):  # a check by what rank 0 sends
             stack.enter_context(mock.patch.object(module, "assert_ints_same_as_other_ranks", lambda ints: None))
         stack.enter_context(mock.patch.object(stage3, "defragment", _joined))
+        # These make a view for each rank of the world, of which there may be thousands.
+        stack.enter_context(mock.patch.object(stage3, "reduce_scatter_coalesced", _reduced))
+        stack.enter_context(mock.patch.object(partition_parameters.AllGatherCoalescedHandle, "wait", _gathered))
         yield
 
 
@@ -121,3 +125,31 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.data = part
     return flat
+
+
+def _gathered(handle: Any, handle_dependency: bool = True) -> None:
+    """Give the parameters of a gather the whole of their weights."""
+    if handle.complete:
+        return
+    handle.allgather_handle.wait()
+    for parameter in handle.params:
+        parameter.data = torch.empty(parameter.ds_shape, dtype=parameter.ds_tensor.dtype, device="meta")
+        parameter.ds_status = type(parameter.ds_status).AVAILABLE
+    handle.complete = True
+
+
+def _reduced(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
+    """Return this rank's parts of the sums.
+
+    The buffer holds each tensor's equal parts, padded, rank by rank; one tensor that needs no padding is the buffer.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    parts = [-(-tensor.numel() // ranks) for tensor in tensors]
+    if len(tensors) == 1 and tensors[0].numel() == ranks * parts[0]:
+        buffer = tensors[0].view(-1)
+    else:
+        buffer = torch.empty(ranks * sum(parts), dtype=tensors[0].dtype, device="meta")
+    own = buffer.narrow(0, rank * sum(parts), sum(parts))
+    dist.reduce_scatter_tensor(own, buffer, group=group)
+    sizes = [max(0, min(part, tensor.numel() - rank * part)) for tensor, part in zip(tensors, parts, strict=True)]
+    return [piece[:size] for piece, size in zip(own.split(parts), sizes, strict=True)]

@@ -56,6 +56,7 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins(tmp_path: Path) -> Non
         ("modle.layers=4", "command line: modle.layers: unknown key; did you mean model.layers?"),
         ("model=4", "command line: model is a section; set one of its keys, such as model.layers=VALUE"),
         ("model.layers", "command line: 'model.layers' is not key=value; write model.layers=VALUE"),
+        ("parallel.data=4", "command line: parallel.data: unknown key; the data ranks are those that the other axes"),
         ("zzz=1", "command line: zzz: unknown key; `megalm config show RECIPE` lists the keys"),
         ("model.layers=four", "command line: model.layers=four is not a whole number; write one such as 4"),
         ("model.layers=4.0", "command line: model.layers=4.0 is not a whole number; write 4"),

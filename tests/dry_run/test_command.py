@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+import megalm.zero.deepspeed_engine  # noqa: F401 - DeepSpeed then tries a linker, which writes past what is captured
 from megalm.cli import main
 
 LARGE = ("train", "llama-405b", "--dry-run", "200/16384", "train.global_batch=256", "parallel.partition=null")
@@ -43,6 +44,7 @@ def test_json_has_everything(capfd: pytest.CaptureFixture[str]) -> None:
     run = json.loads(answered(capfd, *LARGE, *SMALLER, "--json"))
     assert run["coordinates"] == {"pipeline": 0, "data": 25, "tensor": 0}
     assert (run["layers"], run["embeds"], run["predicts"], run["microbatches"]) == ([[0, 1]], True, False, 2)
+    assert run["bubble"] == pytest.approx(15 / 17), "of 16 stages and 2 microbatches"
     (embedding,) = (row for row in run["parameters"] if row["name"] == "embedding.weight")
     assert (embedding["local_shape"], embedding["whole_shape"]) == ([16032, 8192], [128256, 8192])
     weights = sum(row["bytes"] for row in run["parameters"])

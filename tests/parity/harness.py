@@ -176,7 +176,7 @@ def build_trainer(mesh: ParallelMesh, config: RunConfig) -> Trainer:
     freeze(config.optim, model.parameters())
     make_optimizer = partial(build_optimizer, config.optim, width_factor=config.model.width_factor, seed=config.seed)
     if config.train.compile:
-        compile_blocks(config, model, mesh.device)
+        compile_blocks(model)
     engine = build_engine(config, model, mesh, make_optimizer, model.tied_weight)
     if config.zero.stage > 0:
         from megalm.zero.deepspeed_engine import forget_world

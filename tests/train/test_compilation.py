@@ -158,6 +158,8 @@ def test_an_optimizer_that_compiles_its_update_is_told_and_left_out_of_the_rate(
     ("sections", "said"),
     [
         ({"zero": {"stage": 3}}, "train.compile=true does not work with zero.stage=3: DeepSpeed gathers weights by"),
+        ({"model": {"dropout": 0.1, "kernels": "fused"}}, "does not work with dropout and fused kernels: they are"),
+        ({"model": {"dropout": 0.1}, "run": {"device": "cuda"}}, "use model.kernels=reference, or train.compile=false"),
         ({"inspect": {"every": 2}}, "inspect.every=2 looks into the blocks, which train.compile=true makes programs"),
     ],
 )
@@ -177,7 +179,7 @@ def check_a_missing_compiler(mesh: ParallelMesh) -> str:
 
         patch.setattr(cpp_builder, "get_cpp_compiler", missing)
         with pytest.raises(ConfigError) as caught:
-            compile_blocks(trainer.config, trainer.engine.module, mesh.device)
+            compile_blocks(trainer.engine.module)
     return str(caught.value)
 
 

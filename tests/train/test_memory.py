@@ -62,6 +62,8 @@ def test_the_want_of_memory_is_told_from_other_errors() -> None:
                                 "model": {"experts": 4}}, ["zero.config=zero2-offload", "train.micro_batch=1"]),
         (4, (9, 9, 9, 20), 9, {"overlap": {"gradients": True}, "train": {"recompute": "full"}},
          ["zero.stage=2", "train.micro_batch=1"]),
+        (4, (40, 0, 1, 20), 9, {"zero": {"stage": 2}, "train": {"recompute": "full"}, "parallel": {"expert": 2},
+                                "model": {"experts": 4}, "optim": {"kind": "apex_adamw"}}, ["train.micro_batch=1"]),
     ],
 )  # fmt: skip
 def test_remedies_fit_the_recipe_and_the_best_comes_first(
