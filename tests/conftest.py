@@ -21,7 +21,10 @@ if not torch.cuda.is_available():
 from tests.worker_pool import WorkerPool
 
 POOL_SIZE = 8
-SIDE_BY_SIDE = {"kernels", "config", "data", "launch", "models", "nn", "pipeline_parallel", "tensor_parallel"}
+SIDE_BY_SIDE = {
+    *("checkpoint", "config", "data", "dry_run", "evaluation", "generation", "kernels", "launch", "models", "nn"),
+    *("pipeline_parallel", "tensor_parallel"),
+}
 """Directories whose tests, but for those with a pool, keep to one core each."""
 
 
