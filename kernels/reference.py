@@ -121,7 +121,7 @@ def flash_attention_gradients(
     Autograd makes them of p = exp(score - lse), lse a constant: of sum(dout * (keep p) v) + sum((dlse - delta) p) where
     delta is the sum of dout * out over a head's features.
     """
-    delta_BHT = (dout_BTHE * out_BTHE).to(lse_BHT.dtype).sum(dim=-1).transpose(1, 2)
+    delta_BHT = (dout_BTHE.to(lse_BHT.dtype) * out_BTHE).sum(dim=-1).transpose(1, 2)
     lse_BHT1 = lse_BHT.masked_fill(lse_BHT == float("-inf"), float("inf"))[..., None]  # nothing seen: no probabilities
     weight_BHT = -delta_BHT if dlse_BHT is None else dlse_BHT - delta_BHT
     (samples, queries, heads, features), keys = q_BTHE.shape, k_BSGE.shape[1]
@@ -138,7 +138,7 @@ def flash_attention_gradients(
         leaves = [x.detach().requires_grad_() for x in (q_BTHE, k_BSGE, v_BSGE)]
         bias_HTS = None if bias_HTS is None else bias_HTS.detach().requires_grad_()
         q_BHTE, k_BHSE, v_BHSE = (
-            x.transpose(1, 2).repeat_interleave(heads // x.shape[2], dim=1).to(lse_BHT.dtype) for x in leaves
+            x.transpose(1, 2).to(lse_BHT.dtype).repeat_interleave(heads // x.shape[2], dim=1) for x in leaves
         )
         products_BHTS = (q_BHTE * (features**-0.5 if scale is None else scale)) @ k_BHSE.transpose(-2, -1)
         scores_BHTS = biased_scores(products_BHTS, softcap, alibi_slopes, bias_HTS, place)

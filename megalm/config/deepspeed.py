@@ -20,6 +20,7 @@ from megalm.config.deepspeed_keys import (
     IDLE,
     LOG_LEVELS,
     LOW_MEMORY_BF16,
+    NEEDED_BY_EXPERTS,
     NOT_GATED,
     NVME,
     OFFLOAD_KEYS,
@@ -247,6 +248,10 @@ def _check_zero(given: _Json, config: RunConfig, data_size: int | None) -> None:
     if zero.get("compute_grad_norm") is False:
         remedy = "take it out; the norm is logged and clipped by"
         given.contradiction("zero_optimization.compute_grad_norm", False, f"zero.stage={stage}", remedy)
+    if config.parallel.expert > 1 and stage in (1, 2):
+        for key in sorted(key for key in NEEDED_BY_EXPERTS if zero.get(key) is False):
+            recipe = f"parallel.expert={config.parallel.expert}"
+            given.contradiction(f"zero_optimization.{key}", False, recipe, NEEDED_BY_EXPERTS[key])
     _check_values(given, zero)
     _check_plus_plus(given, zero, config, data_size)
     _check_offload(given, zero.get("offload_optimizer"), config)

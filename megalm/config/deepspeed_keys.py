@@ -26,6 +26,7 @@ REFUSED = {
     "cpu_offload": NOT_GATED,
     "cpu_offload_param": NOT_GATED,
     "leaf_module": NOT_GATED,
+    "legacy_stage1": "DeepSpeed 0.19.8 has it no more and would stop",
     "offload_param": NOT_GATED,
     "parameter_alignment": NOT_GATED,
     "stage3_module_granularity_threshold": NOT_GATED,
@@ -34,6 +35,11 @@ REFUSED = {
     "zero_quantized_gradients": "DeepSpeed's kernel reads any gradient as fp16, and those of bf16 and fp32 weights are "
     "fp32: between nodes it would read other numbers",
     "zero_quantized_nontrainable_weights": NOT_GATED,
+}
+# Flags of stages 1 and 2 that must not be false where ranks divide the experts, and why.
+NEEDED_BY_EXPERTS = {
+    "contiguous_gradients": "without it experts' gradients are summed as if all data ranks held the same; take it out",
+    "reduce_scatter": "without it gradients are summed over all data ranks, which hold different experts; take it out",
 }
 FLAGS = frozenset({
     "allgather_partitions", "compute_grad_norm", "contiguous_gradients", "cpu_offload_use_pin_memory",

@@ -268,6 +268,8 @@ class Stated:
             calls += self._sum(axis, rows, self.wide) if self.stage > 0 else []
             calls += self._sum("tensor", cut, self.wide)
             calls += self._call("broadcast", axis, rows, self.wide) if self.stage == 0 else []
+            if axis == "replica" and self.tied is not None:
+                calls += self._call("broadcast", "embedding", _rows(shard_of(self.tied)), self.wide)
         return calls
 
     def _one(self, operation: str, axis: str, dtype: torch.dtype) -> list[Call]:

@@ -10,11 +10,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megalm.config.run import RunConfig
-from megalm.distributed.collectives import all_reduce_sum
+from megalm.distributed.collectives import all_reduce_sum, copy_from_first
 from megalm.distributed.layout import Axis
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment
@@ -67,13 +66,16 @@ def _centralize(engine: ZeroEngine, mesh: ParallelMesh, divided: bool, axis: Axi
     matrices = [fragment for fragment in engine.gradients() if fragment.shard.name in row_sums]
     for fragment in matrices:
         for at, part in _by_rows(fragment):
-            row_sums[fragment.shard.name][at] += part.sum(dim=-1).to(mesh.device)
+            row_sums[fragment.shard.name][at] += part.sum(dim=-1, dtype=dtype).to(mesh.device)
     if divided:
         sums.copy_(all_reduce_sum(sums, mesh.group(axis)))
     cut = sums[: sum(n for n, spec in zip(rows, specs, strict=True) if spec.dim == len(spec.global_shape) - 1)]
     cut.copy_(all_reduce_sum(cut, mesh.group("tensor")))
-    if not divided and mesh.size(axis) > 1:  # replicas stay the same bits, whatever order each group sums in
-        dist.broadcast(sums, dist.get_global_rank(mesh.group(axis), 0), group=mesh.group(axis))
+    if not divided:  # replicas stay the same bits, whatever order each group sums in
+        copy_from_first(sums, mesh.group(axis))
+    if engine.tied_weight is not None and shard_of(engine.tied_weight).name in row_sums:
+        # Its rows are cut at other places on the other stage, and so the order of the sums.
+        copy_from_first(row_sums[shard_of(engine.tied_weight).name], mesh.group("embedding"))
     for fragment in matrices:
         mean = row_sums[fragment.shard.name] / fragment.shard.global_shape[-1]
         for at, part in _by_rows(fragment):

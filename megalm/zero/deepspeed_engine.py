@@ -49,7 +49,7 @@ def make_engine(
 ) -> DeepSpeedEngine:
     """Return a DeepSpeedEngine around the module and its optimizer. Every rank of the mesh must call."""
     _join(mesh)
-    tell_of_experts(module, optimizer, mesh, config)
+    tell_of_experts(module, optimizer, mesh)
     elements = sum(math.prod(shard_of(p).local_shape) for p in module.parameters())
     fitting = _with_fitting_bucket(config, elements)
     mpu = _ModelParallelUnit(mesh)

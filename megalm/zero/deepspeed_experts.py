@@ -15,27 +15,19 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
 from megalm.distributed.mesh import ParallelMesh
-from megalm.errors import ConfigError
 from megalm.zero.engine import shard_of
 
 _NAME = "experts"
 
 
-def tell_of_experts(
-    module: nn.Module, optimizer: torch.optim.Optimizer, mesh: ParallelMesh, config: dict[str, Any]
-) -> None:
+def tell_of_experts(module: nn.Module, optimizer: torch.optim.Optimizer, mesh: ParallelMesh) -> None:
     """Mark parameters of divided experts, and give them groups of the optimizer of their own, before an engine is made.
 
-    Raises ConfigError where the JSON asks for a reduction that knows one process group only.
+    The JSON must not ask for reductions that know one process group only (`config/deepspeed.py`).
     """
     experts = [p for p in module.parameters() if shard_of(p).first_expert is not None]
     if not experts:
         return
-    if config["zero_optimization"].get("reduce_scatter") is False:
-        raise ConfigError(
-            "reduce_scatter=false sums all gradients over all data ranks, and parallel.expert="
-            f"{mesh.layout.expert} gives these different experts; leave it out"
-        )
     deepspeed_groups._EXPERT_PARALLEL_GROUP[_NAME] = mesh.group("expert")
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[_NAME] = mesh.group("expert_replica")
     for parameter in experts:

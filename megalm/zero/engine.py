@@ -47,6 +47,9 @@ class ZeroEngine(ABC):
     module: nn.Module
     """What the forward pass must be called on."""
 
+    tied_weight: Tensor | None
+    """This stage's copy of a weight that another stage holds too, if it has one."""
+
     loss_factor: float
     """Multiply the loss by this before the backward pass: it undoes the mean over data ranks, where one is taken."""
 

@@ -79,8 +79,6 @@ class ShardedEngine(ZeroEngine):
         self.loss_factor = float(mesh.size("replica"))
         self.parameters = list(module.parameters())
         self.frozen = FrozenWeights([*self.parameters, *kept_buffers(module)], mesh, tied_weight)
-        for parameter in self.parameters:
-            self._tag(parameter)
         optimizer = make_optimizer([(shard_of(p), p) for p in self.parameters if p.requires_grad])
         self.engine = make_engine(module, optimizer, mesh, deepspeed_config)
         self.module = self.engine.module
@@ -112,13 +110,6 @@ class ShardedEngine(ZeroEngine):
         if two_stages and any(f.is_cpu for f in self.flats):
             for group in self.optimizer.optimizer.param_groups:
                 group["fused"] = False  # which rounds by an element's place in memory, which differs on the two stages
-
-    def _tag(self, parameter: Any) -> None:
-        """Tell DeepSpeed's gradient norm which ranks count the parameter."""
-        counted = counted_here(parameter, self.mesh, self.tied_weight)
-        parameter.model_parallel = counted
-        parameter.tensor_model_parallel = counted
-        parameter.ds_pipe_replicated = parameter is self.tied_weight and not self.mesh.is_first_stage
 
     def _widen_masters(self) -> None:
         """Make DeepSpeed's fp32 master weights, and the gradients it keeps beside them, fp64; equal to the weights."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megalm.cli import main
 from megalm.config.deepspeed import deepspeed_config
 from megalm.config.deepspeed_files import about_configs, shipped_configs
 from megalm.config.deepspeed_keys import COUNTS, FLAGS, REFUSED, ZERO_KEYS
@@ -285,6 +286,7 @@ def test_the_known_zero_keys_are_those_of_the_pinned_deepspeed() -> None:
             "zero_optimization.offload_optimizer.ratio",
         ),
         ({"zero_optimization": {"compute_grad_norm": False}}, "zero_optimization.compute_grad_norm"),
+        ({"zero_optimization": {"legacy_stage1": True}}, "zero_optimization.legacy_stage1"),
         ({"zero_optimization": {"parameter_alignment": 8}}, "zero_optimization.parameter_alignment"),
         (
             {"zero_optimization": {"stage3_module_granularity_threshold": 100000}},
@@ -396,3 +398,18 @@ def test_states_in_bf16_are_not_offloaded(tmp_path: Path) -> None:
     content = {"bf16": bf16, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     error = error_of(config_with(tmp_path, content, "precision=bf16", "zero.stage=2"))
     assert "DeepSpeed's own Adam alone keeps bf16 states in the host's memory; take it out" in error
+
+
+@pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_reduction_that_knows_one_group_is_refused_where_ranks_divide_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: int, key: str
+) -> None:
+    content, chosen = {"zero_optimization": {key: False}}, [f"zero.stage={stage}", "model.experts=4"]
+    assert deepspeed_config(config_with(tmp_path, content, *chosen))
+    divided = [*chosen, "parallel.expert=2", "model.vocab=64", f"zero.config={tmp_path / 'mine.json'}"]
+    wrong = f"mine.json:zero_optimization.{key}=false contradicts the recipe's parallel.expert=2; without it "
+    for command in (["config", "show"], ["train", "--dry-run=0/2"]):
+        assert main([*command, str(tmp_path / "recipe.yaml"), *divided]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"error: {wrong}") and said.err.endswith("; take it out\n") and not said.out

@@ -31,7 +31,7 @@ CASES = [
     Case(2, 1, 2, {**SEQUENCE, "train.recompute": "full"}),
     Case(2, 1, 2, {**SEQUENCE, "train.recompute": "selective"}),
     Case(1, 1, 2, {**SEQUENCE, "train.fp8": "rowwise"}),
-    Case(2, 2, 1, {**CHUNKS, "zero.stage": 1, "precision": "bf16"}),
+    Case(2, 2, 1, {**CHUNKS, "zero.stage": 1, "precision": "bf16", "optim.centralize": True}),
     Case(1, 2, 2, {**SHAPE, **FROZEN, "zero.stage": 1, "precision": "fp32", "optim.kind": "lion"}),
     Case(1, 2, 2, {**SEQUENCE, **DIVIDED, "optim.kind": "muon"}),
     Case(2, 2, 1, {**SHAPE, **DIVIDED, "parallel.schedule": "zb-h1", "model.dropout": 0.1}),

@@ -58,6 +58,17 @@ def test_attention_with_nothing_dropped_has_the_gradients_of_attention_without_d
         assert_close(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_a_part_of_attention_are_rounded_once(dtype: torch.dtype) -> None:
+    q, k, v, dout = (random(2, 7, heads, 16, seed=seed).to(dtype) for seed, heads in enumerate((4, 2, 2, 4)))
+    out, lse = reference.flash_attention(q, k, v, causal=True, return_lse=True)
+    found = reference.flash_attention_gradients(dout, None, out, lse, q, k, v, causal=True)
+    wide = [x.float() for x in (dout, out, q, k, v)]
+    expected = reference.flash_attention_gradients(wide[0], None, wide[1], lse, *wide[2:], causal=True)
+    for one, other in zip(found[:3], expected[:3], strict=True):
+        assert one.dtype is dtype and torch.equal(one, other.to(dtype))
+
+
 def test_norms_are_their_formulas() -> None:
     x, weight, bias = random(3, 4, 7) + 2.0, random(7, seed=1), random(7, seed=2)
     centred = x - x.mean(-1, keepdim=True)

@@ -6,23 +6,33 @@ rules that `megalm train` asks before it starts anything, in one line with a rem
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import random
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from megalm.config.run import check_world
 from megalm.errors import ConfigError
+from megalm.launch.checks import check_world
+from megalm.train.parameter_rules import check_rules
 from tests.parity.cases import misses
-from tests.parity.harness import Case, run_case
-from tests.parity.options import FACTORS, LAYOUT, STEPS
+from tests.parity.harness import VOCAB, Case, run_case
+from tests.parity.options import FACTORS, LAYOUT, STEPS, Value
 from tests.worker_pool import WorkerError, WorkerPool
 
 LIMIT_S = 60.0
 SIZES = (1, 1, 2, 2, 3, 4, 8)
 """Of an axis; the products above 8 are drawn again."""
+FLAGS = ("allgather_partitions", "contiguous_gradients", "ignore_unused_parameters", "memory_efficient_linear",
+         "reduce_scatter", "round_robin_gradients", "stage3_allgather_sequential",
+         "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce")  # fmt: skip
+COUNTS = ("allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+          "stage3_prefetch_bucket_size", "sub_group_size")  # fmt: skip
+"""Of a DeepSpeed JSON, what is drawn."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ def draw(number: int) -> Case:
     heads = tensor * rng.choice((1, 2, 3))
     layers = rng.randint(pipeline, max(pipeline, 8) if rng.random() < 0.5 else 2 * pipeline)
     micro_batch = rng.randint(1, 3)
-    overrides: dict[str, Any] = {
+    overrides: Value = {
         "model.layers": layers,
         "model.heads": heads,
         "model.hidden": heads * rng.choice((4, 6, 8)),
@@ -63,14 +73,58 @@ def draw(number: int) -> Case:
     for key in ("parallel.context", "parallel.context_attention"):
         overrides.pop(key, None)
     if context > 1:
-        overrides |= {"parallel.context": context, "parallel.context_attention": rng.choice(("ring", "ulysses"))}
-    return Case(pipeline, data, tensor, overrides)
+        kind = rng.choice(("ring", "ulysses" if heads // tensor % context == 0 else "ring"))
+        overrides |= {"parallel.context": context, "parallel.context_attention": kind}
+    return Case(pipeline, data, tensor, overrides | _further(rng, overrides, pipeline, data * context))
+
+
+def _further(rng: random.Random, chosen: Value, pipeline: int, replicas: int) -> Value:
+    """Return what is drawn beside the covering array's values: experts over any ranks, what is frozen, a JSON."""
+    more: Value = {}
+    if "model.experts" in chosen:
+        ranks = rng.choice([n for n in range(1, 9) if replicas % n == 0])
+        more |= {"parallel.expert": ranks, "model.experts": ranks * max(2, 4 // ranks)}
+        more["model.expert_ffn"] = chosen["model.ffn"]
+        more["model.ffn"] = chosen["model.ffn"] if "model.dense_layers" in chosen else None
+    if rng.random() < 0.2:
+        layers = range(chosen["model.layers"])
+        kept = rng.choice(layers)
+        but_one = ["[!b]*", *(f"blocks.{layer}.*" for layer in layers if layer != kept)]
+        kinds = [["*norm*"], ["*.bias"], ["*.experts.*" if "model.experts" in chosen else "*.mlp.*"], but_one]
+        more["optim.rules"] = [{"match": match, "freeze": True} for match in rng.choice(kinds)]
+    if rng.random() < 0.15:
+        more["optim.ema_decay"] = 0.9
+    if rng.random() < 0.25:
+        more["zero.stage"] = rng.choice((1, 2, 3) if pipeline == 1 else (1, 2))
+        more["zero.config"] = _deepspeed_json(rng)
+    return more
+
+
+def _deepspeed_json(rng: random.Random) -> str:
+    """Return the path of a DeepSpeed JSON of some flags and sizes, for any stage; small weights are divided too."""
+    zero: Value = {key: rng.random() < 0.5 for key in FLAGS if rng.random() < 0.3}
+    zero |= {key: rng.choice((100, 3000)) for key in COUNTS if rng.random() < 0.3}
+    zero |= {"stage": "auto", "stage3_param_persistence_threshold": rng.choice((1, 50))}
+    if rng.random() < 0.2:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    text = json.dumps({"zero_optimization": zero})
+    path = Path(_folder().name) / f"{random.Random(text).getrandbits(32):08x}.json"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Return where this process's JSONs are, until it ends."""
+    return tempfile.TemporaryDirectory(prefix="fuzz-")
 
 
 def refusal(case: Case) -> Verdict | None:
     """Return why a recipe cannot be; None where it can."""
     try:
-        check_world(case.config(), case.layout.world_size)
+        config = case.config()
+        check_world(config, case.layout.world_size)
+        check_rules(config, VOCAB)
     except ConfigError as error:
         lines = str(error).splitlines()
         unclear = [line for line in lines[len(lines) > 1 :] if ";" not in line and ":" not in line]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
@@ -38,6 +39,10 @@ def check_flips(mesh: ParallelMesh, overrides: dict[str, Any]) -> int:
     watch = CompareReplicas(1)
     for _ in range(2):
         watch.after_step(trainer, trainer.train_step())
+    with pytest.MonkeyPatch.context() as patch:  # each rank has as many sums as tensors, and a world many ranks
+        for name in ("all_gather", "all_gather_into_tensor"):
+            patch.setattr(dist, name, lambda *_, **__: pytest.fail("gathered though nothing differs"))
+        compare(trainer)
     found = 0
     for number in range(FLIPS):
         choose = random.Random(number)  # the stages hold different tensors, and draw differently from here on
@@ -53,6 +58,12 @@ def check_flips(mesh: ParallelMesh, overrides: dict[str, Any]) -> int:
         if mesh.rank == rank:
             flip(tensor, element, bit)
         compare(trainer)
+    for _, tensor in trainer.engine.replicas():
+        if mesh.rank == 1:
+            flip(tensor, 0, 5)
+    with pytest.raises(CorruptionError) as caught:
+        compare(trainer)
+    assert str(caught.value).count("rank 1 on") == 4
     return found
 
 

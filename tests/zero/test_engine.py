@@ -46,11 +46,14 @@ def test_optimizers_that_know_their_parameters_resume_bit_for_bit(pool: WorkerPo
 def test_the_two_stages_of_a_tied_weight_stay_alike(pool: WorkerPool, zero: str) -> None:
     """Among three data ranks the order of a sum shows, and where in memory the weight lies."""
     cells = [Cell(zero, "fp32", kind) for kind in ("adamw", "sgd", "adafactor", "muon", "narrow adamw")]
-    pool.run(check_cells, check_tied, cells, layout=RankLayout(pipeline=2, data=3))
+    layout = RankLayout(pipeline=2, data=3)
+    pool.run(check_cells, check_tied, cells, {"model.hidden": 32, "model.ffn": 4}, layout=layout)
+    cut_in_a_row = {"model.hidden": 38, "model.kv_heads": 1, "model.ffn": 1, "optim.centralize": True}
+    pool.run(check_cells, check_tied, cells[:1], cut_in_a_row, layout=layout)
 
 
-def check_tied(mesh: ParallelMesh, cell: Cell) -> None:
-    trainer = build_trainer(mesh, cell.config(mesh, **{"train.global_batch": 6, "model.hidden": 32, "model.ffn": 4}))
+def check_tied(mesh: ParallelMesh, cell: Cell, overrides: dict[str, Any]) -> None:
+    trainer = build_trainer(mesh, cell.config(mesh, **{"train.global_batch": 6, **overrides}))
     run_steps(trainer, 20)
     weight: Any = trainer.engine.module.tied_weight
     assert weight is not None and mesh.size("embedding") == 2
