@@ -26,11 +26,11 @@ from megalm.data.tokenizer import FILE_NAME, Tokenizer
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.build import DTYPES
 from megalm.models.huggingface.checking import check_logits, require_transformers
+from megalm.models.huggingface.companions import written_companions
 from megalm.models.huggingface.configs import differences
 from megalm.models.huggingface.families import FAMILIES, Family
 from megalm.models.huggingface.mapping import Bound, Part, bind
 from megalm.models.huggingface.safetensors_files import INDEX, SINGLE
-from megalm.models.huggingface.tokenizer_files import tokenizer_files
 from megalm.models.imported import SOURCE_FILE, new_directory, require_free
 from megalm.models.trained import load_checkpoint
 
@@ -59,7 +59,8 @@ def export_model(
 ) -> dict[str, Any]:
     """Write the newest weights of a run (`averaged`: their average) as a Hugging Face directory `out`.
 
-    `dtype` is that of the files (None: the recipe's precision), `family` a model_type (None: the one that fits).
+    `dtype` is that of the files (None: the recipe's precision), `family` the model_type to be written (None: one that
+    fits).
     `step`: weights of that checkpoint, not the newest. Keys of the result: out, family, step, weights, dtype,
     parameters, files, largest_difference, tolerance. Raises ConfigError for a model that the family cannot express,
     naming what it is, CheckpointError where the written model differs.
@@ -71,16 +72,16 @@ def export_model(
     reader = load_checkpoint(run, step, lambda reader: reader.verify_files(reader.files(*kinds)))
     tokenizer = Tokenizer.load(run) if (run / FILE_NAME).exists() else None
     vocab = config.model.vocab or (0 if tokenizer is None else tokenizer.vocabulary)
-    chosen, values = choose(config.model, vocab, family or _imported_from(run))
+    chosen, values = choose(config.model, vocab, _imported_from(run), family)
     dtype = dtype or config.precision
     with closing(reader), new_directory(out) as (files, partial):
         tensors = list(theirs(chosen, config.model, vocab))
         names = write_weights(files, partial, tensors, reader, averaged, DTYPES[dtype], shard_bytes)
-        extras = tokenizer_files(tokenizer, config.model.sequence)
-        tokens = {} if tokenizer is None else {"bos_token_id": tokenizer.end_of_text} | _ends(tokenizer)
-        # Both words for the dtype: the older is the one that every version reads.
+        tokens, extras = written_companions(run, tokenizer, config.model.sequence)
+        if tokenizer is not None:
+            extras[FILE_NAME] = tokenizer.serialized
+        # The older of two words for the dtype, which every version reads.
         extras["config.json"] = _json({**values, **tokens, "torch_dtype": _torch_name(dtype)})
-        extras["generation_config.json"] = _json({"_from_model_config": True, **tokens})
         for name, text in extras.items():
             files.write_file(partial / name, text)
         found = check_logits(partial, config, vocab, reader, averaged, DTYPES[dtype])
@@ -94,10 +95,6 @@ def export_model(
         "files": len(names),
         **found,
     }
-
-
-def _ends(tokenizer: Tokenizer) -> dict[str, int]:
-    return {"eos_token_id": tokenizer.end_of_text}
 
 
 def _torch_name(dtype: str) -> str:
@@ -117,29 +114,36 @@ def _imported_from(run: Path) -> str | None:
         return None
 
 
-def choose(model: ModelSection, vocab: int, preferred: str | None) -> tuple[Family, dict[str, Any]]:
-    """Return the first family that expresses a model, `preferred` before all others, and its config.json.
+def choose(
+    model: ModelSection, vocab: int, imported: str | None, asked: str | None = None
+) -> tuple[Family, dict[str, Any]]:
+    """Return the first family that expresses a model, that which it was `imported` as first, and its config.json.
 
-    Raises ConfigError where none does, naming what the nearest one lacks.
+    `asked` is the only one that is tried. Raises ConfigError where none does, naming what the nearest one lacks.
     """
-    order = [FAMILIES[preferred]] if preferred else []
-    order += [family for family in FAMILIES.values() if family.model_type != preferred]
+    order = [FAMILIES[name] for name in (asked or imported,) if name]
+    order += [] if asked else [family for family in FAMILIES.values() if family.model_type != imported]
     lacks: dict[str, list[str]] = {}
+    refusals: dict[str, str] = {}
     for family in order:
         values = family.config(model, vocab)
         try:
-            lacks[family.name] = differences(
-                model.model_copy(update={"vocab": vocab}), family.section(values, "the model section")
-            )
+            found = differences(model.model_copy(update={"vocab": vocab}), family.section(values, "its config.json"))
         except ConfigError as error:
-            lacks[family.name] = [str(error)]
-        if not lacks[family.name]:
+            refusals[family.name] = str(error)
+            continue
+        if not found:
             return family, values
-    nearest = order[0].name if preferred else min(lacks, key=lambda name: len(lacks[name]))
-    raise ConfigError(
-        f"no family of transformers that megalm writes has {', '.join(lacks[nearest])} ({nearest} has all else); "
-        "megalm evaluate and megalm generate take the run as it is"
-    )
+        lacks[family.name] = found
+    others = "another --family, or none, may have it" if asked else "megalm evaluate and generate take the run as it is"
+    if not lacks:
+        nearest, reason = next(iter(refusals.items()))
+        raise ConfigError(f"{nearest} is no family for this model: {reason}; {others}")
+    nearest = order[0].name if order[0].name in lacks and imported else min(lacks, key=lambda name: len(lacks[name]))
+    if asked:
+        raise ConfigError(f"--family={asked}: {nearest} has no {', '.join(lacks[nearest])}; {others}")
+    named = ", ".join(lacks[nearest])
+    raise ConfigError(f"no family of transformers that megalm writes has {named} ({nearest} has all else); {others}")
 
 
 def theirs(family: Family, model: ModelSection, vocab: int) -> Iterator[Theirs]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalm.config.model import ModelSection
 from megalm.distributed.sharding import ShardSpec
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, ConfigError
 from megalm.models.huggingface.families import Family, family_of
 from megalm.models.huggingface.mapping import Bound, Box, bind, flat_boxes, narrowed, overlap
 from megalm.models.huggingface.safetensors_files import StoredTensor, open_directory, read_json, read_view
@@ -42,12 +42,13 @@ class HuggingFaceReader:
         values = read_json(directory / CONFIG)
         self.config = values
         self.family: Family = family_of(values, str(directory / CONFIG))
-        self.section: dict[str, Any] = self.family.section(values, str(directory / CONFIG))
+        where = str(directory / CONFIG)
+        self.section: dict[str, Any] = self.family.section(values, where, len(self.stored))
         self.model = ModelSection.model_validate(self.section)
-        for key, count in (("layers", self.model.layers), ("experts", self.model.experts or 0)):
-            if count > len(self.stored):  # before anything is made of so many
-                raise CheckpointError(f"{directory / CONFIG}: {count} {key}, and {len(self.stored)} tensors")
-        self.bound = bind(self.family.rows, self.model, self.model.vocab or 0)
+        try:
+            self.bound = bind(self.family.rows, self.model, self.model.vocab or 0)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {self.family.in_their_words(str(error))}") from error
         self._check()
 
     def kinds(self) -> list[str]:

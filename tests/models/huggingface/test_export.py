@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ def test_a_run_of_ours_goes_out_with_its_tokenizer(run: Path, tmp_path: Path) ->
     ours, theirs = Tokenizer.load(run), transformers.AutoTokenizer.from_pretrained(out)
     text = "north 3 is not  north 4.\n"
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
-    assert theirs.eos_token_id == ours.end_of_text == json.loads((out / "config.json").read_text())["eos_token_id"]
+    config = json.loads((out / "config.json").read_text())
+    assert theirs.eos_token_id == ours.end_of_text == config["eos_token_id"]
+    unknown = (theirs.bos_token, theirs.unk_token, config["bos_token_id"], config["pad_token_id"])
+    assert unknown == (None, None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +248,43 @@ def test_a_tokenizer_comes_in_with_the_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tokens, and the model has 67 \(vocab_size\)"):
         import_model(small, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_special_tokens_and_templates_go_out_as_they_came(tmp_path: Path) -> None:
+    """A begin of text, several ends, a template for chats; none of them is known to megalm."""
+    transformers = pytest.importorskip("transformers")
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 0}
+    source = make(tmp_path / "source", {**values_of("llama"), "vocab_size": 300, **ids})
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    about = {**special, "tokenizer_class": "PreTrainedTokenizerFast"}
+    files = {
+        "tokenizer.json": llama_2_tokenizer(),
+        "tokenizer_config.json": json.dumps(about, indent=7).encode(),
+        "special_tokens_map.json": json.dumps(special).encode(),
+        "generation_config.json": json.dumps({**ids, "do_sample": True, "top_k": 7}).encode(),
+        "chat_template.jinja": "{{ messages[0]['content'] }} \u00e9\n".encode(),
+    }
+    for name, content in files.items():
+        (source / name).write_bytes(content)
+    import_model(source, tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in ids} == ids
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.apply_chat_template([{"role": "user", "content": "a b"}], tokenize=False) == "a b \u00e9"
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
+
+
+def test_tokens_of_which_nothing_is_known_are_null(tmp_path: Path) -> None:
+    """Not those of transformers' defaults, which are of GPT-2's, Llama's or Gemma's vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    import_model(make(tmp_path / "source", values_of("gemma 2")), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "huggingface")  # as of a run of ours
+    export_model(tmp_path / "run", tmp_path / "out")
+    for kind in (transformers.AutoConfig, transformers.GenerationConfig):
+        config = kind.from_pretrained(tmp_path / "out")
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
 def test_every_configuration_says_of_itself_which_family_it_is() -> None:
