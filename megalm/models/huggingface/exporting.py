@@ -62,8 +62,9 @@ def export_model(
     `dtype` is that of the files (None: the recipe's precision), `family` the model_type to be written (None: one that
     fits).
     `step`: weights of that checkpoint, not the newest. Keys of the result: out, family, step, weights, dtype,
-    parameters, files, largest_difference, tolerance. Raises ConfigError for a model that the family cannot express,
-    naming what it is, CheckpointError where the written model differs.
+    rounded (tensors that lost bits, as they were stored in a wider dtype), parameters, files, largest_difference,
+    tolerance. Raises ConfigError for a model that the family cannot express, naming what it is, CheckpointError for
+    numbers that are not finite in the dtype, and where the written model differs.
     """
     require_free(out)
     require_transformers()
@@ -76,7 +77,7 @@ def export_model(
     dtype = dtype or config.precision
     with closing(reader), new_directory(out) as (files, partial):
         tensors = list(theirs(chosen, config.model, vocab))
-        names = write_weights(files, partial, tensors, reader, averaged, DTYPES[dtype], shard_bytes)
+        names, rounded = write_weights(files, partial, tensors, reader, averaged, DTYPES[dtype], shard_bytes)
         tokens, extras = written_companions(run, tokenizer, config.model.sequence)
         if tokenizer is not None:
             extras[FILE_NAME] = tokenizer.serialized
@@ -91,10 +92,16 @@ def export_model(
         "step": reader.step,
         "weights": "averaged" if averaged else "last",
         "dtype": dtype,
+        "rounded": _listed(rounded),
         "parameters": sum(prod(tensor.shape) for tensor in tensors),
         "files": len(names),
         **found,
     }
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "none"
 
 
 def _torch_name(dtype: str) -> str:
@@ -161,8 +168,11 @@ def write_weights(
     averaged: bool,
     dtype: torch.dtype,
     shard_bytes: int,
-) -> list[str]:
-    """Write the safetensors files and their index; return their names. Raises OSError and CheckpointError."""
+) -> tuple[list[str], list[str]]:
+    """Write the safetensors files and their index; return their names, and those of the tensors that were rounded.
+
+    Raises OSError and CheckpointError.
+    """
     with_average = set(reader.names("ema")) if averaged else set()
     if averaged and not with_average:
         raise CheckpointError(f"{reader.directory}: no averaged weights; train with optim.ema_decay, or without --ema")
@@ -178,14 +188,15 @@ def write_weights(
     count = len(groups)
     names = [SINGLE] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
     weight_map: dict[str, str] = {}
+    rounded: list[str] = []
     for name, group in zip(names, groups, strict=True):
-        _write_file(files, directory / name, group, reader, with_average, dtype)
+        rounded += _write_file(files, directory / name, group, reader, with_average, dtype)
         weight_map |= {tensor.name: name for tensor in group}
     if count > 1:
         total = sum(prod(tensor.shape) for tensor in tensors) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         files.write_file(directory / INDEX, _json(index))
-    return names
+    return names, rounded
 
 
 def _write_file(
@@ -195,7 +206,9 @@ def _write_file(
     reader: CheckpointReader,
     with_average: set[str],
     dtype: torch.dtype,
-) -> None:
+) -> list[str]:
+    """Write one file, and return the names of the tensors that were rounded."""
+    rounded: list[str] = []
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -212,12 +225,29 @@ def _write_file(
         files.write(descriptor, len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             kind = "ema" if tensor.bound.spec.name in with_average else "weight"
-            values = read_theirs(reader, tensor, kind).to(dtype).reshape(-1)
+            values, exact = read_theirs(reader, tensor, kind).reshape(-1), True
             for block in torch.split(values, BLOCK_BYTES // dtype.itemsize):
-                files.write(descriptor, as_bytes(block).data)
+                cast = block.to(dtype)
+                _require_finite(tensor.name, block, cast)
+                exact = exact and torch.equal(cast.to(block.dtype), block)
+                files.write(descriptor, as_bytes(cast).data)
+            rounded += [] if exact else [tensor.name]
         files.sync(descriptor)
     finally:
         files.close(descriptor)
+    return rounded
+
+
+def _require_finite(name: str, values: Tensor, cast: Tensor) -> None:
+    """Raise CheckpointError where numbers are not finite, as those are none that transformers could agree upon."""
+    if bool(cast.isfinite().all()):
+        return
+    if not bool(values.isfinite().all()):
+        raise CheckpointError(f"{name} holds numbers that are not finite; export an earlier checkpoint (--step)")
+    largest, word = float(values.abs().max()), next(word for word, dtype in DTYPES.items() if dtype == cast.dtype)
+    raise CheckpointError(
+        f"{name} holds {largest:.3g}, too large for --dtype={word}; give --dtype=bf16 or --dtype=fp32"
+    )
 
 
 def read_theirs(reader: CheckpointReader, tensor: Theirs, kind: str) -> Tensor:

@@ -28,6 +28,7 @@ def import_model(directory: Path, out: Path, precision: str | None = None) -> di
     """
     require_free(out)
     reader = HuggingFaceReader(directory)
+    reader.check_tied()
     tokenizer = _tokenizer(directory, reader.model.vocab or 0)
     elements: Counter[str] = Counter()
     names = {dtype: name for name, dtype in DTYPES.items()}

@@ -30,8 +30,8 @@ class HuggingFaceReader:
     """The model in a directory of `config.json` and safetensors, open for reading.
 
     `family`, `section` (keys of the recipe's model section) and `model` say what it is; each tensor is there, of the
-    shape that the config makes it, or opening raises CheckpointError, or ConfigError for the config. Every method may
-    raise CheckpointError. `bytes_read` counts what was asked for of the files.
+    shape that the config makes it, or opening raises CheckpointError, or ConfigError for the config; no number is read
+    for that. Every method may raise CheckpointError. `bytes_read` counts what was asked for of the files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -148,20 +148,29 @@ class HuggingFaceReader:
                         f"{stored.file}: {name} is {stored.dtype} of shape {stored.shape}, of which config.json makes "
                         f"a float of shape {shape}; the two are not of one model"
                     )
-        left = [name for name, stored in self.stored.items() if id(stored) not in used]
-        left = [name for name in left if not any(re.fullmatch(pattern, name) for pattern in self.family.ignored)]
-        heads = [name for row in self.family.rows if row.ours == "head.weight" for name in row.theirs]
-        for name in left:
-            if name not in heads or not self.model.tie_embeddings:
+        tied = self._tied_heads()
+        for name, stored in self.stored.items():
+            known = id(stored) in used or name in tied
+            if not known and not any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
                 raise CheckpointError(
                     f"{self.directory}: tensor {name!r:.80} is none of a {self.family.name} model of this config; "
                     "megalm would leave it out, so the model is refused"
                 )
-            self._check_tied(name)
 
-    def _check_tied(self, name: str) -> None:
-        """Raise CheckpointError unless a head that the config ties to the embedding holds the same numbers."""
-        embedding, head = self._their(self.bound["embedding.weight"].names[0]), self.stored[name]
+    def _tied_heads(self) -> list[str]:
+        """Return the heads in the files of a model whose head is the embedding."""
+        heads = [name for row in self.family.rows if row.ours == "head.weight" for name in row.theirs]
+        return [name for name in heads if name in self.stored and self.model.tie_embeddings]
+
+    def check_tied(self) -> None:
+        """Raise CheckpointError unless a head that the config ties to the embedding holds the same numbers.
+
+        Reads both, where there is such a head, so one process is to call it.
+        """
+        for name in self._tied_heads():
+            self._compare(name, self._their(self.bound["embedding.weight"].names[0]), self.stored[name])
+
+    def _compare(self, name: str, embedding: StoredTensor, head: StoredTensor) -> None:
         same = embedding.shape == head.shape and embedding.dtype == head.dtype
         blank, rows = torch.empty(embedding.shape, device="meta"), max(1, (1 << 22) // max(1, embedding.shape[1]))
         for first in range(0, embedding.shape[0] if same else 0, rows):

@@ -24,7 +24,7 @@ from megalm.models.huggingface.exporting import choose, export_model
 from megalm.models.huggingface.importing import import_model
 from megalm.models.huggingface.mapping import Row
 from tests.models.huggingface.families import CONFIGS
-from tests.models.huggingface.plain import make, values_of
+from tests.models.huggingface.plain import make, tensors_of, values_of
 from tests.trained_run import make_run
 
 LLAMA: dict[str, Any] = {
@@ -157,6 +157,38 @@ def test_what_is_missing_is_said_before_anything_is_written(
     with pytest.raises(ConfigError, match=r"pip install 'megalm\[hf\]'"):
         export_model(run, out)
     assert {path.name for path in tmp_path.iterdir()} == {"taken"}
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "reason"),
+    [
+        (float("nan"), None, r"^model\.norm\.weight holds numbers that are not finite; .*--step"),
+        (float("inf"), "fp32", r"^model\.norm\.weight holds numbers that are not finite"),
+        (1e30, "fp16", r"^model\.norm\.weight holds 1e\+30, too large for --dtype=fp16; give --dtype=bf16"),
+        (3e38, "fp32", "^the model's own logits of random prompts are not finite in fp32"),
+    ],
+)
+def test_weights_that_nothing_can_be_compared_with_are_named(
+    tmp_path: Path, number: float, dtype: str | None, reason: str
+) -> None:
+    pytest.importorskip("transformers")
+    norm = {"model.norm.weight": torch.tensor([1.0, number, *[1.0] * 46])}
+    import_model(make(tmp_path / "source", values_of("llama"), **norm), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=reason):
+        export_model(tmp_path / "run", tmp_path / "out", dtype=dtype)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "run"}
+
+
+def test_what_is_rounded_is_said(tmp_path: Path) -> None:
+    """A model in bf16 whose routers are in fp32, as it is written in one dtype."""
+    pytest.importorskip("transformers")
+    values = values_of("mixtral")
+    mixed = {name: tensor if "gate" in name else tensor.bfloat16() for name, tensor in tensors_of(values).items()}
+    assert import_model(make(tmp_path / "source", values, **mixed), tmp_path / "run")["precision"] == "bf16"
+    router = "model.layers.{}.block_sparse_moe.gate.weight"
+    rounded = export_model(tmp_path / "run", tmp_path / "out")["rounded"]
+    assert rounded == f"{', '.join(router.format(n) for n in range(3))} and 1 more"
+    assert export_model(tmp_path / "run", tmp_path / "whole", dtype="fp32")["rounded"] == "none"
 
 
 def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
