@@ -174,7 +174,9 @@ def section_of(values: Mapping[str, Any], path: str) -> ModelSection:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: its arguments give model.{key}={first['input']!r}: {first['msg']}") from error
+        raise CheckpointError(
+            f"{path}: its arguments give model.{key}={first['input']!r:.80}: {first['msg']}"
+        ) from error
 
 
 def expected_shapes(model: ModelSection) -> dict[str, tuple[int, ...]]:

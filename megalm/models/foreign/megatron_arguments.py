@@ -82,7 +82,7 @@ def zero_centered(given: Arguments) -> bool:
 
 def refused(path: str, name: str, value: Any, reason: str) -> CheckpointError:
     """Return the error for an argument that cannot be imported."""
-    return CheckpointError(f"{path}: its argument {name}={value!r} cannot be imported: {reason}")
+    return CheckpointError(f"{path}: its argument {name}={value!r:.80} cannot be imported: {reason}")
 
 
 class _Needed:
@@ -94,7 +94,9 @@ class _Needed:
     def number(self, name: str) -> int:
         value = self.given.get(name)
         if type(value) is not int or value < 1:
-            raise CheckpointError(f"{self.path}: its arguments have {name}={value!r} where a whole number is needed")
+            raise CheckpointError(
+                f"{self.path}: its arguments have {name}={value!r:.80} where a whole number is needed"
+            )
         return value
 
 

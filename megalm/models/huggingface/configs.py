@@ -258,5 +258,5 @@ def differences(model: ModelSection, other: Mapping[str, Any]) -> list[str]:
 
 
 def _short(model: ModelSection, key: str) -> str:
-    value = getattr(model, key)
+    value = _said(model).get(key, getattr(model, key))
     return str(value).lower() if isinstance(value, bool) else str(value)

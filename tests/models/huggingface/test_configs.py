@@ -127,6 +127,9 @@ def test_every_family_can_be_asked_for_and_is_then_the_only_one() -> None:
     with pytest.raises(ConfigError, match=r"^--family=mistral: Mistral has no model\.qkv_bias=true;"):
         choose(model, 13, "qwen2", "mistral")
     assert choose(model, 13, "mistral", None)[0] is FAMILIES["qwen2"]
+    derived = ModelSection.model_validate({**LLAMA, "bias": True})
+    with pytest.raises(ConfigError, match=r"model\.bias=true, model\.qkv_bias=true, model\.out_bias=true;"):
+        choose(derived, 13, None, "mistral")
     one = ModelSection.model_validate({**LLAMA, "experts": 4, "experts_per_token": 1})
     with pytest.raises(ConfigError, match=r"^Mixtral is no family for this model: its config\.json: num_experts_per_t"):
         choose(one, 13, None, "mixtral")

@@ -149,6 +149,8 @@ def test_what_is_missing_is_said_before_anything_is_written(
         export_model(run, out, averaged=True)
     with pytest.raises(CheckpointError, match="no checkpoint of step 99"):
         export_model(run, out, step=99)
+    with pytest.raises(ConfigError, match=r"^--family=llama: Llama has no model\.sequence=16, model\.norm=layernorm, "):
+        export_model(run, out, family="llama")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").touch()
     with pytest.raises(CheckpointError, match="is there already"):
