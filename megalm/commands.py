@@ -101,7 +101,7 @@ def train(args: Namespace) -> int:
     if config.train.init_from is not None and (before is None or fresh):
         from megalm.train.start import check_start
 
-        check_start(config, config.model.vocab or data.vocabulary)
+        check_start(config, config.model.vocab or data.vocabulary, tied=starts_workers)
     if starts_workers:
         if interruption.received:  # from here on signals are passed on to the workers
             raise Interrupted(f"{signal.Signals(interruption.received).name} came before anything was started")

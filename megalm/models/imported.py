@@ -44,13 +44,15 @@ def write_run(
     step: int = 0,
     precision: str = "fp32",
     sections: Mapping[str, Mapping[str, Any]] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write the run's directory `out`, which must not be there or be empty, and return its checkpoint's path.
 
     `model` is the recipe's section (`ModelSection.model_dump(exclude_unset=True)`), `sections` others, such as optim.
     `tensors` are whole weights under their logical names, any dtype that a checkpoint holds, taken one by one;
     `optimizer` are fragments of its state. `tokenizer` is a `tokenizer.json`, `source` (JSON values) is noted in
-    `imported.json` and with the checkpoint, whose `state` and `step` are as given.
+    `imported.json` and with the checkpoint, whose `state` and `step` are as given. `beside` are further files by their
+    names in the directory, at most one directory deep.
 
     The directory appears by a rename, whole and durable or not at all. Raises ConfigError for a section that is wrong,
     CheckpointError for a place that is taken and where the disk refuses a write.
@@ -70,6 +72,11 @@ def write_run(
             files.write_file(partial / FILE_NAME, read_tokenizer_file(tokenizer))
         files.write_file(partial / "config.yaml", sealed(dump_yaml(config)).encode())
         files.write_file(partial / SOURCE_FILE, (json.dumps(dict(source), indent=1) + "\n").encode())
+        for name, content in (beside or {}).items():
+            files.make_directory((partial / name).parent)
+            files.write_file(partial / name, content)
+        for folder in {(partial / name).parent for name in beside or {}}:
+            files.sync_directory(folder)
     return out / path.relative_to(partial)
 
 

@@ -283,7 +283,7 @@ def _start(config: RunConfig, vocab: int, trainer: Trainer, directory: RunDirect
     with together(world_group()):
         if directory is not None:
             directory.check_source()
-        source = check_start(config, vocab)
+        source = check_start(config, vocab, tied=directory is not None)
     with closing(source):
         set_start(config, trainer.engine, source)
         return notes(config, source)

@@ -28,14 +28,17 @@ ADAMS = frozenset({"adam", "adamw", "fused_adamw", "apex_adamw"})
 """Optimizers that keep the same: each may go on with the state of another."""
 
 
-def check_start(config: RunConfig, vocab: int) -> Source:
+def check_start(config: RunConfig, vocab: int, tied: bool = False) -> Source:
     """Return the source at `train.init_from`, whose tensors are those of the model, open for reading.
 
-    Raises ConfigError, with both shapes, where they are not; CheckpointError where the source is damaged.
+    `tied`: compare also a head in the files with the embedding that it is tied to, as one process does. Raises
+    ConfigError, with both shapes, where they are not; CheckpointError where the source is damaged.
     """
     assert config.train.init_from is not None
     path = Path(config.train.init_from)
     source: Source = HuggingFaceReader(path) if is_huggingface(path) else CheckpointReader(newest_checkpoint(path))
+    if tied and isinstance(source, HuggingFaceReader):
+        source.check_tied()
     there = shapes_of(source)
     here = {name: spec.global_shape for name, spec in whole_tensors(config.model, vocab).items()}
     where = f"train.init_from={path}"

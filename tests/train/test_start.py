@@ -265,6 +265,18 @@ def test_fresh_keeps_the_old_run_until_the_first_weights_are_there(place: Path, 
     assert same(weights(run, 2), dict(HuggingFaceReader(place / "source").tensors()))
 
 
+def test_one_process_compares_a_head_with_the_embedding_to_which_it_is_tied(place: Path, tmp_path: Path) -> None:
+    values = {**values_of("llama"), "vocab_size": 280, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    source = make(tmp_path / "source", values, **{"lm_head.weight": torch.ones(280, 48)})
+    config = recipe(place, tmp_path / "run", source, tie_embeddings=True)
+    opened = check_start(config, 280)
+    assert isinstance(opened, HuggingFaceReader) and opened.bytes_read == 0
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the embedding"):
+        check_start(config, 280, tied=True)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the embedding"):
+        train(config)
+
+
 def test_what_is_no_source_is_refused_before_anything_starts(place: Path, tmp_path: Path) -> None:
     arguments = ["train", "gpt-tiny", f"run.dir={tmp_path / 'run'}", f"data.path={place / 'data'}"]
     assert cli.main([*arguments, f"train.init_from={tmp_path / 'nothing'}"]) == 2

@@ -6,6 +6,7 @@ numbers reads himself. Standard library only, as it runs in the process of `conf
 
 from __future__ import annotations
 
+import encodings.cp437  # noqa: F401  # of entries' names, which zipfile would import where no file can be opened
 import io
 import stat
 import zipfile

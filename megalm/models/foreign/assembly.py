@@ -22,7 +22,7 @@ from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.errors import CheckpointError
 from megalm.models.build import build_stage
-from megalm.models.foreign.names import Place, joined, rows, whole
+from megalm.models.foreign.names import EMBEDDING, Place, joined, rows, whole
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,16 @@ _MOST_NAMED = 4
 
 
 class Lying(Protocol):
-    """A tensor in a file: its shape is known before it is read."""
+    """A tensor in a file: its shape and its dtype are known before it is read."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its lengths."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its numbers are."""
         ...
 
     def read(self) -> Tensor:
@@ -80,9 +85,17 @@ class Assembly:
 
     def check(self) -> None:
         """Raise CheckpointError unless the tensors are those of the model, by names and shapes; reads none."""
+        layers = {pieces.layer for pieces in self.pieces} - {None}
+        if len(layers) != self.model.layers:  # before a model of so many is built
+            raise CheckpointError(
+                f"{self.path}: holds {len(layers)} layers, its arguments describe {self.model.layers}"
+            )
         expected = expected_shapes(self.model)
         found: dict[str, tuple[int, ...]] = {}
         for pieces in self.pieces:
+            odd = next((part.dtype for part in pieces.parts if not part.dtype.is_floating_point), None)
+            if odd is not None:
+                raise CheckpointError(f"{self.path}: {pieces.source} is {odd}, no weight's; nothing was imported")
             try:
                 made = pieces.named(self.model, [torch.empty(part.shape, device="meta") for part in pieces.parts])
             except (RuntimeError, ValueError, IndexError) as error:
@@ -146,6 +159,14 @@ class Assembly:
                 )
 
 
+def rows_of(path: str, found: Iterable[tuple[Place, Sequence[Lying]]]) -> int:
+    """Return how many rows of tokens there are, those of all parts of an embedding together. Raises CheckpointError."""
+    parts = [part for place, parts in found if place is EMBEDDING for part in parts]
+    if not all(part.shape for part in parts):
+        raise CheckpointError(f"{path}: its embedding is a single number, without rows of tokens; nothing was imported")
+    return sum(part.shape[0] for part in parts)
+
+
 def section_of(values: Mapping[str, Any], path: str) -> ModelSection:
     """Return the section `model` of its values. Raises CheckpointError for one that a recipe does not allow."""
     try:
@@ -153,7 +174,9 @@ def section_of(values: Mapping[str, Any], path: str) -> ModelSection:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: its arguments give model.{key}={first['input']!r}: {first['msg']}") from error
+        raise CheckpointError(
+            f"{path}: its arguments give model.{key}={first['input']!r:.80}: {first['msg']}"
+        ) from error
 
 
 def expected_shapes(model: ModelSection) -> dict[str, tuple[int, ...]]:

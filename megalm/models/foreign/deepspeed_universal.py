@@ -20,11 +20,11 @@ from typing import Any
 from megalm.config.model import ModelSection
 from megalm.distributed.sharding import Fragment
 from megalm.errors import CheckpointError
-from megalm.models.foreign.assembly import Assembly, section_of
+from megalm.models.foreign.assembly import Assembly, rows_of, section_of
 from megalm.models.foreign.imported_model import ForeignModel, latest
 from megalm.models.foreign.megatron import arguments, facts_of, precision_of, vocabulary
 from megalm.models.foreign.megatron_arguments import model_of, zero_centered
-from megalm.models.foreign.names import EMBEDDING, ENDS, LAYER, Place, is_no_weight, place_of
+from megalm.models.foreign.names import ENDS, LAYER, Place, is_no_weight, place_of
 from megalm.models.foreign.torch_file import Piece, StoredTensor, read_file, read_files
 
 POINTER = "latest_universal"
@@ -45,7 +45,7 @@ class _Parameter:
     step: Any = None
 
     def tensor(self, kind: str) -> StoredTensor:
-        value = self.states[kind].get("param")
+        value = self.states.get(kind, {}).get("param")
         if not isinstance(value, StoredTensor):
             raise CheckpointError(f"{self.name}/{kind}.pt: holds no tensor `param`; convert the checkpoint again")
         return value
@@ -78,7 +78,7 @@ def read_universal(directory: Path, vocab: int | None = None) -> ForeignModel:
     section = model_of(given, str(file))
     parameters = _parameters(directory / "zero")
     _check_gates(parameters, given, directory)
-    rows = sum(item.tensor(WEIGHTS).shape[0] for item in parameters if item.place is EMBEDDING)
+    rows = rows_of(str(directory), ((item.place, [item.tensor(WEIGHTS)]) for item in parameters))
     section["vocab"] = vocabulary(rows, vocab, str(directory))
     model = section_of(section, str(directory))
     weights = _assembly(parameters, WEIGHTS, directory, model, zero_centered(given))
@@ -164,7 +164,7 @@ def _check_gates(parameters: list[_Parameter], given: Mapping[str, Any], directo
     if not given.get("swiglu") or given.get("tensor_model_parallel_size") in (None, 1):
         return
     for item in parameters:
-        if item.place.name.startswith("mlp.up.") and item.states[WEIGHTS].get("param_n_sub_params") != 2:
+        if item.place.name.startswith("mlp.up.") and item.states.get(WEIGHTS, {}).get("param_n_sub_params") != 2:
             raise CheckpointError(
                 f"{directory}: {item.name} was joined without regard to its gate; convert the checkpoint again with "
                 "a DeepSpeed and a Megatron-DeepSpeed that know `parameter_with_2_sub_params_cat_dim_0`"

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from megalm.errors import CheckpointError
-from megalm.models.foreign.assembly import Assembly, section_of
+from megalm.models.foreign.assembly import Assembly, rows_of, section_of
 from megalm.models.foreign.imported_model import ForeignModel, latest
 from megalm.models.foreign.megatron_arguments import model_of, zero_centered
-from megalm.models.foreign.names import EMBEDDING, Place, is_no_weight, place_of
+from megalm.models.foreign.names import Place, is_no_weight, place_of
 from megalm.models.foreign.torch_file import Opaque, Piece, StoredTensor, read_files
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -64,7 +65,7 @@ def read_megatron(directory: Path, vocab: int | None = None) -> ForeignModel:
         )
     section = model_of(given, str(directory))
     tensors = _merged({rank: _chunks(contents[rank], ranks[rank]) for rank in ranks}, section["layers"], directory)
-    padded = sum(part.shape[0] for _, place, parts in tensors.values() for part in parts if place is EMBEDDING)
+    padded = rows_of(str(directory), ((place, parts) for _, place, parts in tensors.values()))
     section["vocab"] = vocabulary(padded, vocab, str(directory))
     assembly = Assembly(str(directory), section_of(section, str(directory)), zero_centered(given))
     for (layer, _), (source, place, parts) in tensors.items():
@@ -96,12 +97,14 @@ def _check_grid(ranks: Mapping[tuple[int, int], Path], given: Mapping[str, Any],
     sizes = [given.get(f"{axis}_model_parallel_size") or 1 for axis in ("tensor", "pipeline")]
     if not all(type(size) is int and 1 <= size <= 100_000 for size in sizes):
         raise CheckpointError(f"{directory}: its arguments have {sizes} tensor and pipeline ranks")
-    expected = {(tensor, stage) for tensor in range(sizes[0]) for stage in range(sizes[1])}
-    if expected != set(ranks):
-        missing = sorted(expected - set(ranks)) or sorted(set(ranks) - expected)
+    expected = product(range(sizes[0]), range(sizes[1]))  # not made a set: there may be any number
+    missing = next((rank for rank in expected if rank not in ranks), None)
+    if missing is None and sizes[0] * sizes[1] != len(ranks):
+        missing = next(rank for rank in sorted(ranks) if rank[0] >= sizes[0] or rank[1] >= sizes[1])
+    if missing is not None:
         raise CheckpointError(
             f"{directory}: is of {sizes[0]} tensor and {sizes[1]} pipeline ranks, but has {len(ranks)} directories "
-            f"(first to differ: tensor rank {missing[0][0]}, stage {missing[0][1]}); copy the missing ones there"
+            f"(first to differ: tensor rank {missing[0]}, stage {missing[1]}); copy the missing ones there"
         )
 
 

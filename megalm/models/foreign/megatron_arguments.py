@@ -7,7 +7,7 @@ is taken over, since training may go on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megalm.errors import CheckpointError
@@ -62,8 +62,8 @@ def model_of(given: Arguments, path: str) -> dict[str, Any]:
         "heads": need.number("num_attention_heads"),
         "sequence": _sequence(need),
         "tie_embeddings": not given.get("untie_embeddings_and_output_weights", False),
-        "dropout": float(given.get("hidden_dropout") or 0.0),
-        "attention_dropout": float(given.get("attention_dropout") or 0.0),
+        "dropout": _number(given, path, ("hidden_dropout",), 0.0),
+        "attention_dropout": _number(given, path, ("attention_dropout",), 0.0),
     }
     model["ffn"] = need.number("ffn_hidden_size")
     if given.get("kv_channels") is not None:
@@ -82,7 +82,7 @@ def zero_centered(given: Arguments) -> bool:
 
 def refused(path: str, name: str, value: Any, reason: str) -> CheckpointError:
     """Return the error for an argument that cannot be imported."""
-    return CheckpointError(f"{path}: its argument {name}={value!r} cannot be imported: {reason}")
+    return CheckpointError(f"{path}: its argument {name}={value!r:.80} cannot be imported: {reason}")
 
 
 class _Needed:
@@ -94,8 +94,20 @@ class _Needed:
     def number(self, name: str) -> int:
         value = self.given.get(name)
         if type(value) is not int or value < 1:
-            raise CheckpointError(f"{self.path}: its arguments have {name}={value!r} where a whole number is needed")
+            raise CheckpointError(
+                f"{self.path}: its arguments have {name}={value!r:.80} where a whole number is needed"
+            )
         return value
+
+
+def _number(given: Arguments, path: str, names: Sequence[str], default: float) -> float:
+    """Return the first of some arguments that is set. Raises CheckpointError for one that is no number."""
+    name = next((name for name in names if given.get(name) is not None), None)
+    if name is None:
+        return default
+    if type(given[name]) not in (int, float) or not abs(given[name]) < 1e15:
+        raise refused(path, name, given[name], "it is no number")
+    return float(given[name])
 
 
 def _sequence(need: _Needed) -> int:
@@ -116,11 +128,11 @@ def _norm(given: Arguments, path: str) -> dict[str, Any]:
     names = {"layernorm": "layernorm", "rmsnorm": "rmsnorm"}
     if kind.lower() not in names:
         raise refused(path, "normalization", kind, "the recipe has LayerNorm and RMSNorm")
-    eps = given.get("norm_epsilon", given.get("layernorm_epsilon", 1e-5))
+    eps = _number(given, path, ("norm_epsilon", "layernorm_epsilon"), 1e-5)
     norm = names[kind.lower()]
     if norm == "layernorm" and not given.get("add_bias_linear", True):
         raise refused(path, "add_bias_linear", False, "LayerNorm has a bias there, and here only with linear layers'")
-    return {"norm": norm, "norm_eps": float(eps)}
+    return {"norm": norm, "norm_eps": eps}
 
 
 def _biases(given: Arguments) -> dict[str, Any]:
@@ -150,18 +162,19 @@ def _position(given: Arguments, path: str, model: Arguments) -> dict[str, Any]:
         return {"position": "learned" if kind == "learned_absolute" else "none"}
     if kind != "rope":
         raise refused(path, "position_embedding_type", kind, "the recipe has none, learned_absolute and rope")
-    base = given.get("rotary_base", given.get("rope_theta", given.get("rotary_position_embeddings_theta", 10000)))
-    found: dict[str, Any] = {"position": "rotary", "rotary_base": float(base)}
-    if given.get("rotary_percent") not in (None, 1, 1.0):
-        found["rotary_share"] = float(given["rotary_percent"])
+    bases = ("rotary_base", "rope_theta", "rotary_position_embeddings_theta")
+    found: dict[str, Any] = {"position": "rotary", "rotary_base": _number(given, path, bases, 10000.0)}
+    share = _number(given, path, ("rotary_percent",), 1.0)
+    if share != 1.0:
+        found["rotary_share"] = share
     if given.get("use_rope_scaling"):
-        factor = float(given.get("rope_scaling_factor") or 8.0)
+        factor = _number(given, path, ("rope_scaling_factor",), 8.0)
         found |= {"rotary_scaling": "llama3", "rotary_factor": factor, "rotary_original": 8192}
-    stretched = given.get("rotary_seq_len_interpolation_factor")
-    if stretched not in (None, 1, 1.0):
+    stretched = _number(given, path, ("rotary_seq_len_interpolation_factor",), 1.0)
+    if stretched != 1.0:
         if "rotary_scaling" in found:
             raise refused(path, "rotary_seq_len_interpolation_factor", stretched, "use_rope_scaling is set too")
-        found |= {"rotary_scaling": "linear", "rotary_factor": float(stretched)}
+        found |= {"rotary_scaling": "linear", "rotary_factor": stretched}
     every = given.get("no_rope_freq")
     if every not in (None, 0):
         if type(every) is not int:

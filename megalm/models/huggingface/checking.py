@@ -41,12 +41,18 @@ def require_transformers() -> None:
 def check_logits(
     directory: Path, config: RunConfig, vocab: int, reader: CheckpointReader, averaged: bool, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return the largest difference and the tolerance. Raises CheckpointError where the logits differ by more.
+    """Return the largest difference and the tolerance. Raises CheckpointError where the logits differ by more, and
+    where they are none in fp32.
 
     One of the two models is in memory at a time. Joins a world of one, so none may be there.
     """
     tokens = _prompts(config, vocab)
     ours = _our_logits(config, vocab, reader, averaged, dtype, tokens)
+    if not bool(ours.isfinite().all()):
+        raise CheckpointError(
+            "the model's own logits of random prompts are not finite in fp32, so nothing can be compared with them; "
+            "its weights are too large: export an earlier checkpoint (--step)"
+        )
     theirs = _their_logits(directory, tokens)
     scale = float(ours.abs().max())
     off = (ours - theirs).abs().amax(dim=-1).flatten() / max(scale, 1e-30)

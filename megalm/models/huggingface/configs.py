@@ -1,24 +1,27 @@
 """`config.json` into the recipe's model section and back, for each family.
 
 Owns the words of transformers for what a model is. A `Family` is data: which of its keys is which of ours, what is
-always so, and which values of its keys we cannot compute. What both directions share beyond single keys (rotary
-positions, windows, activations, experts) stands here once. Every value read is checked: the file may be anyone's.
+always so, and which values of its keys we cannot compute. What both directions share beyond single keys (windows,
+activations, experts) stands here once, rotary positions in `rotary`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
+from megalm.config.fields import LARGEST_ENUMERATED
 from megalm.config.model import ModelSection
 from megalm.errors import ConfigError
+from megalm.models.huggingface.fields import Fields
 from megalm.models.huggingface.mapping import Row
+from megalm.models.huggingface.rotary import read_rotary, write_rotary
 
-LARGEST = 2**31 - 1
 LONGEST = 2**24  # tokens of a row, whose tables of angles are computed
 _GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu_fast": "geglu"}
 _PLAIN = {
@@ -31,59 +34,6 @@ _PLAIN = {
     "silu": "silu",
     "swish": "silu",
 }
-_TURNS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
-
-
-class Fields:
-    """The values of a `config.json`, each checked when it is read. Methods raise ConfigError naming file and key."""
-
-    def __init__(self, values: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> None:
-        self.values = {**(defaults or {}), **values}
-        self.where = where
-
-    def wrong(self, key: str, reason: str) -> ConfigError:
-        """Return the error for a value."""
-        return ConfigError(f"{self.where}: {key}={repr(self.values.get(key))[:60]} {reason}")
-
-    def count(self, key: str, least: int = 1, most: int = LARGEST) -> int:
-        """Return a whole number."""
-        value: Any = self.values.get(key)
-        if type(value) is not int or not least <= value <= most:
-            raise self.wrong(key, f"is no whole number from {least} to {most}")
-        return value
-
-    def number(self, key: str, least: float = 0.0, most: float = 1e12) -> float:
-        """Return a finite number."""
-        value: Any = self.values.get(key)
-        if type(value) not in (int, float) or not least <= value <= most:
-            raise self.wrong(key, f"is no number from {least:g} to {most:g}")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        """Return true or false."""
-        value: Any = self.values.get(key)
-        if not isinstance(value, bool):
-            raise self.wrong(key, "is neither true nor false")
-        return value
-
-    def choice(self, key: str, choices: Mapping[str, str], what: str) -> str:
-        """Return what a text stands for."""
-        value: Any = self.values.get(key)
-        if not isinstance(value, str) or value not in choices:
-            raise self.wrong(key, f"is {what} that megalm lacks; it has {', '.join(choices)}")
-        return choices[value]
-
-    def section(self, key: str) -> dict[str, Any]:
-        """Return an object, empty where there is none."""
-        value: Any = self.values.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.wrong(key, "is no object")
-        return value or {}
-
-    def has(self, key: str) -> bool:
-        """Return whether there is a value that is not null."""
-        return self.values.get(key) is not None
 
 
 @dataclass(frozen=True)
@@ -106,6 +56,10 @@ class Family:
     """Keys of theirs of which we compute one value alone, and what another would be."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other words for keys of theirs, by other versions."""
+    alike: Mapping[str, str] = field(default_factory=dict)
+    """Keys of theirs that must have the value of another, where one of ours stands for both."""
+    even: bool = False
+    """Whether transformers refuses a width that heads do not divide, whatever the size of a head is."""
     ignored: tuple[str, ...] = ()
     """Patterns of tensors that older files hold and that are no weights."""
     activation: str = "hidden_act"
@@ -114,57 +68,77 @@ class Family:
     share: float | None = None
     """How much of a head turns where nothing is said; None: all of it, always."""
     windows: str = "none"
-    """Which layers a window is in: none, all, or all if it is "switched" on; where layer_types says nothing those from
-    max_window_layers on ("above"), or every other one, the first included ("alternating")."""
+    """Which layers a window is in: none, all, all whatever layer_types says too ("uniform"), or all if it is "switched"
+    on; where layer_types says nothing those from max_window_layers on ("above", if it is switched on), or every other
+    one, the first included ("alternating")."""
 
-    def section(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Return the keys of the recipe's model section of a `config.json`. Raises ConfigError."""
+    def section(self, values: Mapping[str, Any], where: str, tensors: int = LARGEST_ENUMERATED) -> dict[str, Any]:
+        """Return the keys of the recipe's model section of a `config.json`. Raises ConfigError, naming file and key.
+
+        There are not to be more layers or experts than `tensors`, before anything is made of so many.
+        """
         renamed = {self.aliases[key]: value for key, value in values.items() if key in self.aliases}
         fields = Fields({**renamed, **values}, where, self.defaults)
         for key, (value, what) in self.only.items():
             if fields.values.get(key) not in (value, None):
                 raise fields.wrong(key, f"is {what}, which megalm has not")
+        for key, other in self.alike.items():
+            if fields.values.get(key) != fields.values.get(other):
+                said = f"is not {other}={repr(fields.values.get(other))[:40]}, and megalm has one value for both"
+                raise fields.wrong(key, f"{said}; make them alike there")
         found: dict[str, Any] = {}
         for ours, theirs in self.keys.items():
             if fields.has(theirs) or ours in _REQUIRED:
                 found[ours] = _read(fields, ours, theirs)
+                if ours in ("layers", "experts") and found[ours] > tensors:
+                    raise fields.wrong(theirs, f"is more {ours} than there are tensors, {tensors}")
+        if self.even and found["hidden"] % found["heads"]:
+            raise fields.wrong(self.keys["hidden"], f"is no multiple of {self.keys['heads']}, as {self.name} has it")
         found["activation"] = fields.choice(self.activation, _GATED if self.gated else _PLAIN, "an activation")
         if self.fixed.get("position") == "rotary":
-            found |= _rotary(fields, self, found)
-        found |= _windows(fields, self.windows, found.get("layers", 0))
+            head = found.get("head_dim") or found["hidden"] // found["heads"]
+            found |= read_rotary(fields, self.name, self.theta, self.share, head)
+        found |= _windows(fields, self.windows, found["layers"])
         if "experts" in found:
             found |= _dense_layers(fields, found)
             if found.get("experts_per_token") == 1:
                 raise fields.wrong(
                     "num_experts_per_tok", "has gates divided by their sum, which megalm's one gate is not"
                 )
-        if self.model_type == "gemma2" and "hidden" in found:
+        if self.model_type == "gemma2":
             found["embedding_scale"] = math.sqrt(found["hidden"])
         whole = {**self.fixed, **found}
         try:
             ModelSection.model_validate(whole)
         except ValidationError as error:
             first = error.errors()[0]
-            key = str(first["loc"][0])
-            shown = self.keys.get(key, key)
-            raise ConfigError(f"{where}: {shown}: {str(first['msg'])[:120]} (model.{key})") from error
+            reason = f"model.{'.'.join(map(str, first['loc']))}: {str(first['msg'])[:120]}"
+            raise ConfigError(f"{where}: {self.in_their_words(reason)}") from error
         return whole
+
+    def in_their_words(self, reason: str) -> str:
+        """Return a reason with their key before each key of ours that has one."""
+        return re.sub(
+            r"model\.(\w+)", lambda found: f"{self.keys[found[1]]} ({found[0]})" if found[1] in self.keys else found[0],
+            reason,
+        )  # fmt: skip
 
     def config(self, model: ModelSection, vocab: int) -> dict[str, Any]:
         """Return the `config.json` nearest to a model; `section` of it tells whether it is the same model."""
         values: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         whole = {**model.model_dump(mode="json"), **_said(model), "vocab": vocab}
         values |= {theirs: whole[ours] for ours, theirs in self.keys.items()}
+        values |= {key: values[other] for key, other in self.alike.items()}
         values |= {key: value for key, (value, _) in self.only.items() if value is not None}
         names = _GATED if self.gated else _PLAIN
         # One that the family lacks comes back as another, and so is found out.
         values[self.activation] = next((name for name, ours in names.items() if ours == model.activation), "silu")
         if self.fixed.get("position") == "rotary":
-            values |= _rotary_config(model, self)
+            values |= write_rotary(model, self.share is not None)
         values |= _window_config(model, self.windows)
         if "mlp_only_layers" in self.defaults:
             values |= {"mlp_only_layers": list(range(model.dense_layers))}
-        return {**values, "initializer_range": model.init_std}
+        return {**values, "initializer_range": min(model.init_std, 1.0)}  # Llama's must be below
 
 
 def _said(model: ModelSection) -> dict[str, Any]:
@@ -192,80 +166,21 @@ def _read(fields: Fields, ours: str, theirs: str) -> Any:
     if ours in _NUMBERS:
         return fields.number(theirs)
     if ours in ("sequence", "layers"):
-        return fields.count(theirs, most=LONGEST)
+        return fields.count(theirs, most=LONGEST if ours == "sequence" else LARGEST_ENUMERATED)
     return fields.count(theirs)
-
-
-def _rotary(fields: Fields, family: Family, shape: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our keys of rotary positions, from either form: rope_parameters, or rope_theta and rope_scaling."""
-    old = "rope_scaling" if fields.section("rope_scaling") else "rope_parameters"
-    rope = Fields(fields.section(old), f"{fields.where}: {old}", {"rope_type": "default"})
-    if any(isinstance(value, dict) for value in rope.values.values()):
-        raise fields.wrong(old, "has rotary positions by kinds of layers, which megalm has not")
-    for key, names in (("rope_theta", ("rope_theta", "rotary_emb_base")), ("partial_rotary_factor", ("rotary_pct",))):
-        for name in (*names, key):
-            if key not in rope.values and fields.has(name):
-                rope.values[key] = fields.values[name]
-    rope.values.setdefault("rope_theta", family.theta)
-    rope.values.setdefault("partial_rotary_factor", 1.0 if family.share is None else family.share)
-    if family.share is None and rope.values["partial_rotary_factor"] != 1.0:
-        raise rope.wrong("partial_rotary_factor", f"is not 1, the one that {family.name} has")
-    head = shape.get("head_dim") or shape["hidden"] // shape["heads"]
-    turning = int(head * rope.number("partial_rotary_factor", 1e-9, 1.0))
-    if turning % 2 or turning == 0:  # transformers then has angles for one feature more
-        raise rope.wrong("partial_rotary_factor", f"turns {turning} of a head's {head} features, which are no pairs")
-    kind = rope.values["rope_type"] if "rope_type" in fields.section(old) else rope.values.get("type", "default")
-    found = {
-        "rotary_base": rope.number("rope_theta", 1.0 + 1e-9, 1e15),
-        "rotary_share": rope.number("partial_rotary_factor", 1e-9, 1.0),
-    }
-    rope.values["rope_type"] = kind
-    if kind == "default":
-        return found
-    if kind not in ("linear", "llama3", "yarn"):
-        raise rope.wrong("rope_type", "is a scaling that megalm lacks; it has default, linear, llama3, yarn")
-    found |= {"rotary_scaling": kind, "rotary_factor": rope.number("factor", 1.0, 1e6)}
-    if kind != "linear":
-        rope.values.setdefault("original_max_position_embeddings", fields.values.get("max_position_embeddings"))
-        found["rotary_original"] = rope.count("original_max_position_embeddings")
-    fixed = {"llama3": _TURNS, "yarn": _YARN}.get(str(kind), {})
-    if kind == "yarn":
-        growth = 0.1 * math.log(found["rotary_factor"]) + 1.0
-        if rope.has("attention_factor") and not math.isclose(rope.number("attention_factor"), growth, rel_tol=1e-6):
-            raise rope.wrong("attention_factor", f"is not yarn's {growth:.6g}, the one that megalm has")
-        if rope.has("mscale") or rope.has("mscale_all_dim"):
-            raise rope.wrong("mscale", "is a growth that megalm lacks")
-    for key, value in fixed.items():
-        if rope.has(key) and rope.values[key] != value:
-            raise rope.wrong(key, f"is not {value}, the one that megalm has")
-    return found
-
-
-def _rotary_config(model: ModelSection, family: Family) -> dict[str, Any]:
-    """Return the keys that every version of transformers reads."""
-    partial = family.share is not None
-    values: dict[str, Any] = {"rotary_emb_base" if partial else "rope_theta": model.rotary_base}
-    if partial:
-        values["rotary_pct"] = model.rotary_share
-    kind = model.rotary_scaling
-    if kind in ("linear", "llama3", "yarn"):
-        scaling: dict[str, Any] = {"rope_type": kind, "factor": model.rotary_factor}
-        if kind != "linear":
-            scaling["original_max_position_embeddings"] = model.rotary_original
-        values["rope_scaling"] = scaling | (_TURNS if kind == "llama3" else {})
-        if partial:  # these take both from the one object
-            scaling |= {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_share}
-    return values
 
 
 def _windows(fields: Fields, where: str, layers: int) -> dict[str, Any]:
     """Return our window and the letters of its layers."""
-    off = fields.values.get("use_sliding_window", True) is False
-    if where == "none" or not fields.has("sliding_window") or off:
+    if where == "none" or not fields.has("sliding_window"):
+        return {}
+    if where in ("above", "switched") and not fields.flag("use_sliding_window"):  # others have no such key
         return {}
     letters = "S"
+    types = fields.values.get("layer_types")
+    if where == "uniform" and types != ["sliding_attention"] * layers and types is not None:
+        raise fields.wrong("layer_types", "has layers without the window; transformers reads that as another family")
     if where in ("above", "alternating"):
-        types = fields.values.get("layer_types")
         if types is None:
             first = fields.count("max_window_layers", 0) if where == "above" else 0
             types = [n >= first if where == "above" else n % 2 == 0 for n in range(layers)]
@@ -282,7 +197,7 @@ def _windows(fields: Fields, where: str, layers: int) -> dict[str, Any]:
 def shortest(letters: str) -> str:
     """Return the shortest pattern whose repetition begins with these letters."""
     sizes = range(1, len(letters) + 1)
-    return next(letters[:n] for n in sizes if (letters[:n] * len(letters))[: len(letters)] == letters)
+    return next(letters[:n] for n in sizes if letters[n:] == letters[:-n])
 
 
 def _window_config(model: ModelSection, where: str) -> dict[str, Any]:
@@ -318,10 +233,11 @@ def meaning(model: ModelSection) -> dict[str, Any]:
         *("window_pattern", "kernels", "flash_attention", "init", "init_std", "init_depth_scaled", "document_mask"),
         *("dropout", "attention_dropout", "stochastic_depth", "capacity_factor"),  # of training alone
         *(() if rotary else ("rotary_base", "rotary_scaling")),
-        *(() if rotary and model.rotary_scaling != "none" else ("rotary_factor", "rotary_original")),
+        *(() if rotary and model.rotary_scaling != "none" else ("rotary_factor",)),
+        *(() if rotary and model.rotary_scaling in ("llama3", "yarn") else ("rotary_original",)),
         *(() if model.position == "t5" else ("relative_buckets", "relative_distance")),
         *(() if model.attention_pattern != "full" else ("block_size", "local_blocks", "block_stride", "global_tokens")),
-        *(() if model.has_dense_mlps else ("ffn",)),
+        *(() if model.experts is None or model.dense_layers else ("ffn",)),  # `expert_ffn` has what it gives experts
         *("expert_ffn", "experts_per_token", "router_score", "shared_experts"),
     }
     if model.experts is not None:
@@ -342,5 +258,5 @@ def differences(model: ModelSection, other: Mapping[str, Any]) -> list[str]:
 
 
 def _short(model: ModelSection, key: str) -> str:
-    value = getattr(model, key)
+    value = _said(model).get(key, getattr(model, key))
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -26,11 +26,11 @@ from megalm.data.tokenizer import FILE_NAME, Tokenizer
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.build import DTYPES
 from megalm.models.huggingface.checking import check_logits, require_transformers
+from megalm.models.huggingface.companions import written_companions
 from megalm.models.huggingface.configs import differences
 from megalm.models.huggingface.families import FAMILIES, Family
 from megalm.models.huggingface.mapping import Bound, Part, bind
 from megalm.models.huggingface.safetensors_files import INDEX, SINGLE
-from megalm.models.huggingface.tokenizer_files import tokenizer_files
 from megalm.models.imported import SOURCE_FILE, new_directory, require_free
 from megalm.models.trained import load_checkpoint
 
@@ -59,10 +59,12 @@ def export_model(
 ) -> dict[str, Any]:
     """Write the newest weights of a run (`averaged`: their average) as a Hugging Face directory `out`.
 
-    `dtype` is that of the files (None: the recipe's precision), `family` a model_type (None: the one that fits).
+    `dtype` is that of the files (None: the recipe's precision), `family` the model_type to be written (None: one that
+    fits).
     `step`: weights of that checkpoint, not the newest. Keys of the result: out, family, step, weights, dtype,
-    parameters, files, largest_difference, tolerance. Raises ConfigError for a model that the family cannot express,
-    naming what it is, CheckpointError where the written model differs.
+    rounded (tensors that lost bits, as they were stored in a wider dtype), parameters, files, largest_difference,
+    tolerance. Raises ConfigError for a model that the family cannot express, naming what it is, CheckpointError for
+    numbers that are not finite in the dtype, and where the written model differs.
     """
     require_free(out)
     require_transformers()
@@ -71,16 +73,16 @@ def export_model(
     reader = load_checkpoint(run, step, lambda reader: reader.verify_files(reader.files(*kinds)))
     tokenizer = Tokenizer.load(run) if (run / FILE_NAME).exists() else None
     vocab = config.model.vocab or (0 if tokenizer is None else tokenizer.vocabulary)
-    chosen, values = choose(config.model, vocab, family or _imported_from(run))
+    chosen, values = choose(config.model, vocab, _imported_from(run), family)
     dtype = dtype or config.precision
     with closing(reader), new_directory(out) as (files, partial):
         tensors = list(theirs(chosen, config.model, vocab))
-        names = write_weights(files, partial, tensors, reader, averaged, DTYPES[dtype], shard_bytes)
-        extras = tokenizer_files(tokenizer, config.model.sequence)
-        tokens = {} if tokenizer is None else {"bos_token_id": tokenizer.end_of_text} | _ends(tokenizer)
-        # Both words for the dtype: the older is the one that every version reads.
+        names, rounded = write_weights(files, partial, tensors, reader, averaged, DTYPES[dtype], shard_bytes)
+        tokens, extras = written_companions(run, tokenizer, config.model.sequence)
+        if tokenizer is not None:
+            extras[FILE_NAME] = tokenizer.serialized
+        # The older of two words for the dtype, which every version reads.
         extras["config.json"] = _json({**values, **tokens, "torch_dtype": _torch_name(dtype)})
-        extras["generation_config.json"] = _json({"_from_model_config": True, **tokens})
         for name, text in extras.items():
             files.write_file(partial / name, text)
         found = check_logits(partial, config, vocab, reader, averaged, DTYPES[dtype])
@@ -90,14 +92,16 @@ def export_model(
         "step": reader.step,
         "weights": "averaged" if averaged else "last",
         "dtype": dtype,
+        "rounded": _listed(rounded),
         "parameters": sum(prod(tensor.shape) for tensor in tensors),
         "files": len(names),
         **found,
     }
 
 
-def _ends(tokenizer: Tokenizer) -> dict[str, int]:
-    return {"eos_token_id": tokenizer.end_of_text}
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "none"
 
 
 def _torch_name(dtype: str) -> str:
@@ -117,29 +121,36 @@ def _imported_from(run: Path) -> str | None:
         return None
 
 
-def choose(model: ModelSection, vocab: int, preferred: str | None) -> tuple[Family, dict[str, Any]]:
-    """Return the first family that expresses a model, `preferred` before all others, and its config.json.
+def choose(
+    model: ModelSection, vocab: int, imported: str | None, asked: str | None = None
+) -> tuple[Family, dict[str, Any]]:
+    """Return the first family that expresses a model, that which it was `imported` as first, and its config.json.
 
-    Raises ConfigError where none does, naming what the nearest one lacks.
+    `asked` is the only one that is tried. Raises ConfigError where none does, naming what the nearest one lacks.
     """
-    order = [FAMILIES[preferred]] if preferred else []
-    order += [family for family in FAMILIES.values() if family.model_type != preferred]
+    order = [FAMILIES[name] for name in (asked or imported,) if name]
+    order += [] if asked else [family for family in FAMILIES.values() if family.model_type != imported]
     lacks: dict[str, list[str]] = {}
+    refusals: dict[str, str] = {}
     for family in order:
         values = family.config(model, vocab)
         try:
-            lacks[family.name] = differences(
-                model.model_copy(update={"vocab": vocab}), family.section(values, "the model section")
-            )
+            found = differences(model.model_copy(update={"vocab": vocab}), family.section(values, "its config.json"))
         except ConfigError as error:
-            lacks[family.name] = [str(error)]
-        if not lacks[family.name]:
+            refusals[family.name] = str(error)
+            continue
+        if not found:
             return family, values
-    nearest = order[0].name if preferred else min(lacks, key=lambda name: len(lacks[name]))
-    raise ConfigError(
-        f"no family of transformers that megalm writes has {', '.join(lacks[nearest])} ({nearest} has all else); "
-        "megalm evaluate and megalm generate take the run as it is"
-    )
+        lacks[family.name] = found
+    others = "another --family, or none, may have it" if asked else "megalm evaluate and generate take the run as it is"
+    if not lacks:
+        nearest, reason = next(iter(refusals.items()))
+        raise ConfigError(f"{nearest} is no family for this model: {reason}; {others}")
+    nearest = order[0].name if order[0].name in lacks and imported else min(lacks, key=lambda name: len(lacks[name]))
+    if asked:
+        raise ConfigError(f"--family={asked}: {nearest} has no {', '.join(lacks[nearest])}; {others}")
+    named = ", ".join(lacks[nearest])
+    raise ConfigError(f"no family of transformers that megalm writes has {named} ({nearest} has all else); {others}")
 
 
 def theirs(family: Family, model: ModelSection, vocab: int) -> Iterator[Theirs]:
@@ -157,8 +168,11 @@ def write_weights(
     averaged: bool,
     dtype: torch.dtype,
     shard_bytes: int,
-) -> list[str]:
-    """Write the safetensors files and their index; return their names. Raises OSError and CheckpointError."""
+) -> tuple[list[str], list[str]]:
+    """Write the safetensors files and their index; return their names, and those of the tensors that were rounded.
+
+    Raises OSError and CheckpointError.
+    """
     with_average = set(reader.names("ema")) if averaged else set()
     if averaged and not with_average:
         raise CheckpointError(f"{reader.directory}: no averaged weights; train with optim.ema_decay, or without --ema")
@@ -174,14 +188,15 @@ def write_weights(
     count = len(groups)
     names = [SINGLE] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
     weight_map: dict[str, str] = {}
+    rounded: list[str] = []
     for name, group in zip(names, groups, strict=True):
-        _write_file(files, directory / name, group, reader, with_average, dtype)
+        rounded += _write_file(files, directory / name, group, reader, with_average, dtype)
         weight_map |= {tensor.name: name for tensor in group}
     if count > 1:
         total = sum(prod(tensor.shape) for tensor in tensors) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         files.write_file(directory / INDEX, _json(index))
-    return names
+    return names, rounded
 
 
 def _write_file(
@@ -191,7 +206,9 @@ def _write_file(
     reader: CheckpointReader,
     with_average: set[str],
     dtype: torch.dtype,
-) -> None:
+) -> list[str]:
+    """Write one file, and return the names of the tensors that were rounded."""
+    rounded: list[str] = []
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -208,12 +225,29 @@ def _write_file(
         files.write(descriptor, len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             kind = "ema" if tensor.bound.spec.name in with_average else "weight"
-            values = read_theirs(reader, tensor, kind).to(dtype).reshape(-1)
+            values, exact = read_theirs(reader, tensor, kind).reshape(-1), True
             for block in torch.split(values, BLOCK_BYTES // dtype.itemsize):
-                files.write(descriptor, as_bytes(block).data)
+                cast = block.to(dtype)
+                _require_finite(tensor.name, block, cast)
+                exact = exact and torch.equal(cast.to(block.dtype), block)
+                files.write(descriptor, as_bytes(cast).data)
+            rounded += [] if exact else [tensor.name]
         files.sync(descriptor)
     finally:
         files.close(descriptor)
+    return rounded
+
+
+def _require_finite(name: str, values: Tensor, cast: Tensor) -> None:
+    """Raise CheckpointError where numbers are not finite, as those are none that transformers could agree upon."""
+    if bool(cast.isfinite().all()):
+        return
+    if not bool(values.isfinite().all()):
+        raise CheckpointError(f"{name} holds numbers that are not finite; export an earlier checkpoint (--step)")
+    largest, word = float(values.abs().max()), next(word for word, dtype in DTYPES.items() if dtype == cast.dtype)
+    raise CheckpointError(
+        f"{name} holds {largest:.3g}, too large for --dtype={word}; give --dtype=bf16 or --dtype=fp32"
+    )
 
 
 def read_theirs(reader: CheckpointReader, tensor: Theirs, kind: str) -> Tensor:

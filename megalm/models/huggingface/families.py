@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalm.errors import ConfigError
-from megalm.models.huggingface.configs import Family, Fields
+from megalm.models.huggingface.configs import Family
+from megalm.models.huggingface.fields import Fields
 from megalm.models.huggingface.mapping import (
     gated_experts,
     grouped,
@@ -116,7 +117,9 @@ GPT2 = Family(
         "tie_word_embeddings": True,
         "resid_pdrop": 0.1,
         "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
     },
+    alike={"embd_pdrop": "resid_pdrop"},
     only={
         **_NONE,
         "scale_attn_weights": (True, "attention without a scale"),
@@ -144,6 +147,7 @@ LLAMA = Family(
     defaults={**_LLAMA_DEFAULTS, "attention_bias": False, "mlp_bias": False},
     only=_NONE,
     ignored=_INVERSE,
+    even=True,
 )
 MISTRAL = Family(
     name="Mistral",
@@ -156,7 +160,7 @@ MISTRAL = Family(
     defaults={**_LLAMA_DEFAULTS, "sliding_window": 4096, "num_key_value_heads": 8},
     only=_NONE,
     ignored=_INVERSE,
-    windows="all",
+    windows="uniform",
 )
 QWEN2 = Family(
     name="Qwen2",
@@ -265,7 +269,7 @@ MIXTRAL = Family(
         "num_experts_per_tok": 2,
         "num_key_value_heads": 8,
     },
-    only=_NONE,
+    only={**_NONE, "router_jitter_noise": (0.0, "noise in what the router sees while it trains")},
     ignored=_INVERSE,
     theta=1e6,
     windows="all",
@@ -309,6 +313,7 @@ GEMMA2 = Family(
     only={**_NONE, "use_bidirectional_attention": (False, "attention to later tokens")},
     ignored=_INVERSE,
     activation="hidden_activation",
+    even=True,
     windows="alternating",
 )
 GPT_NEOX = Family(
@@ -369,9 +374,10 @@ MISSING: Mapping[str, str] = {
 def family_of(values: Mapping[str, Any], where: str) -> Family:
     """Return the family of a `config.json`. Raises ConfigError for one that megalm does not have, naming what lacks."""
     kind = values.get("model_type")
+    kind = kind if isinstance(kind, str) else ""
     if kind in FAMILIES:
-        return FAMILIES[str(kind)]
+        return FAMILIES[kind]
     known = ", ".join(FAMILIES)
     if kind in MISSING:
-        raise ConfigError(f"{where}: model_type={kind} needs {MISSING[str(kind)]}; megalm reads {known}")
+        raise ConfigError(f"{where}: model_type={kind} needs {MISSING[kind]}; megalm reads {known}")
     raise Fields(values, where).wrong("model_type", f"is no family that megalm reads; it reads {known}")

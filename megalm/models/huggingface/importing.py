@@ -14,19 +14,21 @@ from typing import Any
 from megalm.data.tokenizer import FILE_NAME, Tokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.models.build import DTYPES
-from megalm.models.huggingface.reader import HuggingFaceReader
+from megalm.models.huggingface.companions import DIRECTORY, read_companions
+from megalm.models.huggingface.reader import CONFIG, HuggingFaceReader
 from megalm.models.imported import require_free, write_run
 from megalm.models.sources import fingerprint
 
 
 def import_model(directory: Path, out: Path, precision: str | None = None) -> dict[str, Any]:
-    """Write the run's directory `out` from a directory of config.json, safetensors and perhaps tokenizer.json.
+    """Write the run's directory `out` from a directory of config.json, safetensors and perhaps what else a model has.
 
     `precision` is the recipe's (None: the one that most weights are stored in). Keys of the result: run, family,
     parameters, tensors, stored, precision, tokenizer. Raises ConfigError, CheckpointError or DataError.
     """
     require_free(out)
     reader = HuggingFaceReader(directory)
+    reader.check_tied()
     tokenizer = _tokenizer(directory, reader.model.vocab or 0)
     elements: Counter[str] = Counter()
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,7 +42,9 @@ def import_model(directory: Path, out: Path, precision: str | None = None) -> di
         "path": str(directory),
         "fingerprint": fingerprint(directory),
     }
-    write_run(out, reader.section, reader.tensors(), tokenizer, source, precision=precision)
+    companions = read_companions(directory, reader.config, str(directory / CONFIG))
+    beside = {f"{DIRECTORY}/{name}": content for name, content in companions.items()}
+    write_run(out, reader.section, reader.tensors(), tokenizer, source, precision=precision, beside=beside)
     return {
         "run": str(out),
         "family": reader.family.name,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalm.config.model import ModelSection
 from megalm.distributed.sharding import ShardSpec
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, ConfigError
 from megalm.models.huggingface.families import Family, family_of
 from megalm.models.huggingface.mapping import Bound, Box, bind, flat_boxes, narrowed, overlap
 from megalm.models.huggingface.safetensors_files import StoredTensor, open_directory, read_json, read_view
@@ -30,8 +30,8 @@ class HuggingFaceReader:
     """The model in a directory of `config.json` and safetensors, open for reading.
 
     `family`, `section` (keys of the recipe's model section) and `model` say what it is; each tensor is there, of the
-    shape that the config makes it, or opening raises CheckpointError, or ConfigError for the config. Every method may
-    raise CheckpointError. `bytes_read` counts what was asked for of the files.
+    shape that the config makes it, or opening raises CheckpointError, or ConfigError for the config; no number is read
+    for that. Every method may raise CheckpointError. `bytes_read` counts what was asked for of the files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -42,12 +42,13 @@ class HuggingFaceReader:
         values = read_json(directory / CONFIG)
         self.config = values
         self.family: Family = family_of(values, str(directory / CONFIG))
-        self.section: dict[str, Any] = self.family.section(values, str(directory / CONFIG))
+        where = str(directory / CONFIG)
+        self.section: dict[str, Any] = self.family.section(values, where, len(self.stored))
         self.model = ModelSection.model_validate(self.section)
-        for key, count in (("layers", self.model.layers), ("experts", self.model.experts or 0)):
-            if count > len(self.stored):  # before anything is made of so many
-                raise CheckpointError(f"{directory / CONFIG}: {count} {key}, and {len(self.stored)} tensors")
-        self.bound = bind(self.family.rows, self.model, self.model.vocab or 0)
+        try:
+            self.bound = bind(self.family.rows, self.model, self.model.vocab or 0)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {self.family.in_their_words(str(error))}") from error
         self._check()
 
     def kinds(self) -> list[str]:
@@ -147,20 +148,29 @@ class HuggingFaceReader:
                         f"{stored.file}: {name} is {stored.dtype} of shape {stored.shape}, of which config.json makes "
                         f"a float of shape {shape}; the two are not of one model"
                     )
-        left = [name for name, stored in self.stored.items() if id(stored) not in used]
-        left = [name for name in left if not any(re.fullmatch(pattern, name) for pattern in self.family.ignored)]
-        heads = [name for row in self.family.rows if row.ours == "head.weight" for name in row.theirs]
-        for name in left:
-            if name not in heads or not self.model.tie_embeddings:
+        tied = self._tied_heads()
+        for name, stored in self.stored.items():
+            known = id(stored) in used or name in tied
+            if not known and not any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
                 raise CheckpointError(
                     f"{self.directory}: tensor {name!r:.80} is none of a {self.family.name} model of this config; "
                     "megalm would leave it out, so the model is refused"
                 )
-            self._check_tied(name)
 
-    def _check_tied(self, name: str) -> None:
-        """Raise CheckpointError unless a head that the config ties to the embedding holds the same numbers."""
-        embedding, head = self._their(self.bound["embedding.weight"].names[0]), self.stored[name]
+    def _tied_heads(self) -> list[str]:
+        """Return the heads in the files of a model whose head is the embedding."""
+        heads = [name for row in self.family.rows if row.ours == "head.weight" for name in row.theirs]
+        return [name for name in heads if name in self.stored and self.model.tie_embeddings]
+
+    def check_tied(self) -> None:
+        """Raise CheckpointError unless a head that the config ties to the embedding holds the same numbers.
+
+        Reads both, where there is such a head, so one process is to call it.
+        """
+        for name in self._tied_heads():
+            self._compare(name, self._their(self.bound["embedding.weight"].names[0]), self.stored[name])
+
+    def _compare(self, name: str, embedding: StoredTensor, head: StoredTensor) -> None:
         same = embedding.shape == head.shape and embedding.dtype == head.dtype
         blank, rows = torch.empty(embedding.shape, device="meta"), max(1, (1 << 22) // max(1, embedding.shape[1]))
         for first in range(0, embedding.shape[0] if same else 0, rows):

@@ -76,9 +76,9 @@ def _indexed(directory: Path, index: Path) -> dict[str, StoredTensor]:
     if not isinstance(found, dict) or not found or len(found) > MOST_TENSORS:
         raise CheckpointError(f"{index}: weight_map is no list of 1 to {MOST_TENSORS} tensors; take the file anew")
     names = {file for file in found.values() if isinstance(file, str) and _FILE.fullmatch(file)}
-    wrong = next((file for file in found.values() if file not in names), None)
-    if wrong is not None or len(names) > MOST_FILES:
-        shown = f"{wrong!r}"[:80] if wrong is not None else f"{len(names)} files"
+    wrong = [file for file in found.values() if not isinstance(file, str) or file not in names]
+    if wrong or len(names) > MOST_FILES:
+        shown = f"{wrong[0]!r}"[:80] if wrong else f"{len(names)} files"
         raise CheckpointError(f"{index}: {shown} is not the name of a file beside it; take the file anew")
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(names):
@@ -93,12 +93,17 @@ def _indexed(directory: Path, index: Path) -> dict[str, StoredTensor]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of at most 64 MiB, each of its keys once. Raises CheckpointError."""
+    return parse_object(read_bounded(path, JSON_LIMIT_BYTES), path)
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """Return what is in a file, which is no link and not larger. Raises CheckpointError."""
     try:
         with _open(path) as file:
             size = os.fstat(file.fileno()).st_size
-            if size > JSON_LIMIT_BYTES:
-                raise CheckpointError(f"{path}: {size} bytes of JSON, at most {JSON_LIMIT_BYTES} are read")
-            return parse_object(read_exactly(file.fileno(), path, 0, size), path)
+            if size > most_bytes:
+                raise CheckpointError(f"{path}: {size} bytes, at most {most_bytes} are read")
+            return read_exactly(file.fileno(), path, 0, size)
     except OSError as error:
         raise _unreadable(path, error) from error
 

@@ -31,7 +31,7 @@ from tests.models.foreign.deepspeed_training import (
 )
 from tests.models.foreign.gpt import LEGACY, Shape, Weights, logits, random_weights, renamed, tensor_rank
 from tests.models.foreign.runs import logits_of, tensors_of
-from tests.models.foreign.test_megatron import TOKENS, ours
+from tests.models.foreign.test_megatron import GPT, TOKENS, ours
 from tests.worker_pool import WorkerPool
 
 
@@ -132,6 +132,25 @@ def test_the_names_of_the_pipeline_module_are_known(tmp_path: Path, tied: bool) 
     torch.testing.assert_close(
         logits_of(tmp_path / "run", TOKENS), logits(shape, weights, TOKENS), rtol=1e-10, atol=1e-10
     )
+
+
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+NO_WEIGHTS: dict[str, tuple[object, str]] = {
+    "a bare tensor": (torch.zeros(24, 16), "holds no tensor `param`"),
+    "a single number": ({"param": torch.tensor(1.0)}, "its embedding is a single number"),
+    "whole numbers": ({"param": torch.ones(24, 16, dtype=torch.int64)}, r"is torch\.int64, no weight's"),
+    "truths": ({"param": torch.ones(24, 16, dtype=torch.bool)}, r"is torch\.bool, no weight's"),
+}
+
+
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+def test_what_is_no_weight_is_refused(tmp_path: Path, name: str) -> None:
+    value, reason = NO_WEIGHTS[name]
+    names = {"decoder.": "language_model.encoder.", "embedding.": "language_model.embedding."}
+    directory = save_universal(tmp_path / "deepspeed", GPT, random_weights(GPT), names)
+    torch.save(value, directory / "zero" / EMBEDDING / "fp32.pt")
+    with pytest.raises(CheckpointError, match=reason):
+        read_foreign_deepspeed(directory)
 
 
 def test_gates_that_were_joined_blindly_and_models_of_others_are_refused(tmp_path: Path) -> None:

@@ -118,6 +118,20 @@ def test_what_a_recipe_cannot_express_is_refused_by_its_name(tmp_path: Path, nam
         read_foreign_megatron(directory)
 
 
+NO_NUMBERS: dict[str, Any] = {
+    "hidden_dropout": [1], "norm_epsilon": "x", "rotary_base": "x", "rotary_percent": {}, "rope_scaling_factor": [2],
+    "rotary_seq_len_interpolation_factor": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_is_no_number_where_one_belongs_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    others = {"use_rope_scaling": name == "rope_scaling_factor", name: NO_NUMBERS[name]}
+    directory = save_megatron(tmp_path / "megatron", LLAMA, random_weights(LLAMA), **others)
+    with pytest.raises(CheckpointError, match=rf"its argument {name}=.*: it is no number"):
+        read_foreign_megatron(directory)
+
+
 def test_layernorm_without_biases_of_linear_layers_is_refused(tmp_path: Path) -> None:
     shape = Shape(bias=False, qkv_bias=False)
     directory = save_megatron(tmp_path / "megatron", shape, random_weights(shape))
@@ -130,6 +144,16 @@ def test_missing_ranks_and_tensors_left_over_are_errors(tmp_path: Path) -> None:
     directory = save_megatron(tmp_path / "megatron", LLAMA, weights, tensor=2, pipeline=2)
     shutil.rmtree(directory / "iter_0000040" / "mp_rank_01_001")
     with pytest.raises(CheckpointError, match=r"2 tensor and 2 pipeline ranks, but has 3 .*tensor rank 1, stage 1"):
+        read_foreign_megatron(directory)
+    sizes = {f"{axis}_model_parallel_size": 100_000 for axis in ("tensor", "pipeline")}
+    directory = save_megatron(tmp_path / "claims", LLAMA, weights, **sizes)  # ten thousand million ranks
+    with pytest.raises(CheckpointError, match=r"but has 1 directories \(first to differ: tensor rank 0, stage 1\)"):
+        read_foreign_megatron(directory)
+    directory = save_megatron(tmp_path / "fewer", LLAMA, weights, tensor=2, tensor_model_parallel_size=1)
+    with pytest.raises(CheckpointError, match=r"but has 2 directories \(first to differ: tensor rank 1, stage 0\)"):
+        read_foreign_megatron(directory)
+    directory = save_megatron(tmp_path / "layers", LLAMA, weights, num_layers=10**9)
+    with pytest.raises(CheckpointError, match="holds 4 layers, its arguments describe 1000000000"):
         read_foreign_megatron(directory)
     directory = save_megatron(tmp_path / "more", LLAMA, weights, names={"output_layer": "lm_head.dense"})
     with pytest.raises(CheckpointError, match=r"holds lm_head\.dense\.weight, which a recipe has no tensor for"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megalm.errors import CheckpointError
 from megalm.models.foreign.command import import_model
+from megalm.models.foreign.megatron_distributed import ChunkedTensor, _placed
 from megalm.models.foreign.read import read_foreign_megatron
 from tests.models.foreign.gpt import TE, Weights, arguments, logits, random_weights, renamed, tensor_rank
 from tests.models.foreign.runs import logits_of, tensors_of
@@ -117,20 +119,78 @@ def test_chunks_elsewhere_are_refused(tmp_path: Path, place: str) -> None:
         read_foreign_megatron(root)
 
 
-def test_a_chunk_that_is_missing_or_outside_is_refused(tmp_path: Path) -> None:
-    root = save(tmp_path / "megatron", random_weights(LLAMA), {}, stacked=False)
+def less(index: Metadata) -> None:
+    chunks_of(index, "output_layer.weight").pop()
+
+
+def outside(index: Metadata) -> None:
+    chunks_of(index, "output_layer.weight")[0].sizes = torch.Size([300, 16])
+
+
+def overlapping(index: Metadata) -> None:
+    """Move the last chunk over the one before: as many elements as before, of which one is twice and one nowhere."""
+    last = chunks_of(index, "decoder.final_layernorm.weight")[-1]
+    place = index.storage_data.pop(MetadataIndex("decoder.final_layernorm.weight", last.offsets))
+    last.offsets = torch.Size([10])
+    index.storage_data[MetadataIndex("decoder.final_layernorm.weight", last.offsets)] = place
+
+
+def many_layers(index: Metadata) -> None:
+    """Claim more layers than the files hold."""
+    for name, about in index.state_dict_metadata.items():
+        if ".layers." in name:
+            about.size = torch.Size([LAYERS, *about.size[1:]])
+            about.chunks = about.chunks[:1]
+            about.chunks[0].sizes = about.size
+
+
+def chunks_of(index: Metadata, name: str) -> list[ChunkStorageMetadata]:
+    about = index.state_dict_metadata[name]
+    assert isinstance(about, TensorStorageMetadata)
+    return about.chunks
+
+
+LAYERS = 100_000
+DAMAGES: dict[str, tuple[Callable[[Metadata], None], bool, str]] = {
+    "less": (less, False, "not an index"),
+    "outside": (outside, False, "not an index"),
+    "overlapping": (overlapping, False, "the chunks of decoder.final_layernorm.weight are not the whole of it, each"),
+    "many layers": (many_layers, True, r"is no tensor of \[100000, "),
+    "no more than claimed": (lambda index: None, False, "holds 4 layers, its arguments describe 100000"),
+    "stacked, no more than claimed": (lambda index: None, True, r"\[4, .*its arguments describe 100000 layers"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_chunks_that_are_not_the_whole_are_refused(tmp_path: Path, name: str) -> None:
+    damage, stacked, reason = DAMAGES[name]
+    root = save(tmp_path / "megatron", random_weights(LLAMA), {}, stacked=stacked)
+    path, common = (root / DIRECTORY / file for file in (".metadata", "common.pt"))
+    index = pickle.loads(path.read_bytes())
+    damage(index)
+    path.write_bytes(pickle.dumps(index))
+    if "layers" in name or "claimed" in name:
+        held = torch.load(common, weights_only=False)
+        held["args"].num_layers = LAYERS
+        torch.save(held, common)
+    with pytest.raises(CheckpointError, match=reason):
+        read_foreign_megatron(root)
+
+
+def test_of_nothing_there_are_no_layers() -> None:
+    """An empty tensor may have any length without a byte in the files."""
+    tensor = ChunkedTensor("decoder.layers.mlp.linear_fc2.weight", (10**9, 0), {})
+    with pytest.raises(CheckpointError, match=r"\[1000000000, 0\], its arguments describe 1000000000 layers"):
+        list(_placed({tensor.name: tensor}, 10**9, Path("DIR")))
+
+
+def test_masters_are_enough(tmp_path: Path) -> None:
+    weights = random_weights(LLAMA)
+    root = save(tmp_path / "megatron", weights, {"fp32_param": weights}, stacked=False)
     path = root / DIRECTORY / ".metadata"
-    for change in ("less", "outside"):
-        index = pickle.loads(path.read_bytes())
-        chunks = index.state_dict_metadata["output_layer.weight"].chunks
-        if change == "less":
-            chunks.pop()
-        else:
-            chunks[0].sizes = torch.Size([300, 16])
-        altered = tmp_path / change / DIRECTORY
-        altered.mkdir(parents=True)
-        for file in ("common.pt", "__0_0.distcp"):
-            (altered / file).write_bytes((root / DIRECTORY / file).read_bytes())
-        (altered / ".metadata").write_bytes(pickle.dumps(index))
-        with pytest.raises(CheckpointError, match="not an index"):
-            read_foreign_megatron(altered)
+    index = pickle.loads(path.read_bytes())
+    for name in [name for name in index.state_dict_metadata if not name.startswith("optimizer.")]:
+        del index.state_dict_metadata[name]
+    path.write_bytes(pickle.dumps(index))
+    have = dict(read_foreign_megatron(root).tensors())
+    assert all(torch.equal(have[name], tensor) for name, tensor in ours(LLAMA, weights).items())

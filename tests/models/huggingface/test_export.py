@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from megalm.models.huggingface.exporting import choose, export_model
 from megalm.models.huggingface.importing import import_model
 from megalm.models.huggingface.mapping import Row
 from tests.models.huggingface.families import CONFIGS
-from tests.models.huggingface.plain import make, values_of
+from tests.models.huggingface.plain import make, tensors_of, values_of
 from tests.trained_run import make_run
 
 LLAMA: dict[str, Any] = {
@@ -47,7 +48,10 @@ def test_a_run_of_ours_goes_out_with_its_tokenizer(run: Path, tmp_path: Path) ->
     ours, theirs = Tokenizer.load(run), transformers.AutoTokenizer.from_pretrained(out)
     text = "north 3 is not  north 4.\n"
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
-    assert theirs.eos_token_id == ours.end_of_text == json.loads((out / "config.json").read_text())["eos_token_id"]
+    config = json.loads((out / "config.json").read_text())
+    assert theirs.eos_token_id == ours.end_of_text == config["eos_token_id"]
+    unknown = (theirs.bos_token, theirs.unk_token, config["bos_token_id"], config["pad_token_id"])
+    assert unknown == (None, None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +149,8 @@ def test_what_is_missing_is_said_before_anything_is_written(
         export_model(run, out, averaged=True)
     with pytest.raises(CheckpointError, match="no checkpoint of step 99"):
         export_model(run, out, step=99)
+    with pytest.raises(ConfigError, match=r"^--family=llama: Llama has no model\.sequence=16, model\.norm=layernorm, "):
+        export_model(run, out, family="llama")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").touch()
     with pytest.raises(CheckpointError, match="is there already"):
@@ -153,6 +159,38 @@ def test_what_is_missing_is_said_before_anything_is_written(
     with pytest.raises(ConfigError, match=r"pip install 'megalm\[hf\]'"):
         export_model(run, out)
     assert {path.name for path in tmp_path.iterdir()} == {"taken"}
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "reason"),
+    [
+        (float("nan"), None, r"^model\.norm\.weight holds numbers that are not finite; .*--step"),
+        (float("inf"), "fp32", r"^model\.norm\.weight holds numbers that are not finite"),
+        (1e30, "fp16", r"^model\.norm\.weight holds 1e\+30, too large for --dtype=fp16; give --dtype=bf16"),
+        (3e38, "fp32", "^the model's own logits of random prompts are not finite in fp32"),
+    ],
+)
+def test_weights_that_nothing_can_be_compared_with_are_named(
+    tmp_path: Path, number: float, dtype: str | None, reason: str
+) -> None:
+    pytest.importorskip("transformers")
+    norm = {"model.norm.weight": torch.tensor([1.0, number, *[1.0] * 46])}
+    import_model(make(tmp_path / "source", values_of("llama"), **norm), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=reason):
+        export_model(tmp_path / "run", tmp_path / "out", dtype=dtype)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "run"}
+
+
+def test_what_is_rounded_is_said(tmp_path: Path) -> None:
+    """A model in bf16 whose routers are in fp32, as it is written in one dtype."""
+    pytest.importorskip("transformers")
+    values = values_of("mixtral")
+    mixed = {name: tensor if "gate" in name else tensor.bfloat16() for name, tensor in tensors_of(values).items()}
+    assert import_model(make(tmp_path / "source", values, **mixed), tmp_path / "run")["precision"] == "bf16"
+    router = "model.layers.{}.block_sparse_moe.gate.weight"
+    rounded = export_model(tmp_path / "run", tmp_path / "out")["rounded"]
+    assert rounded == f"{', '.join(router.format(n) for n in range(3))} and 1 more"
+    assert export_model(tmp_path / "run", tmp_path / "whole", dtype="fp32")["rounded"] == "none"
 
 
 def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +282,43 @@ def test_a_tokenizer_comes_in_with_the_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tokens, and the model has 67 \(vocab_size\)"):
         import_model(small, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_special_tokens_and_templates_go_out_as_they_came(tmp_path: Path) -> None:
+    """A begin of text, several ends, a template for chats; none of them is known to megalm."""
+    transformers = pytest.importorskip("transformers")
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 0}
+    source = make(tmp_path / "source", {**values_of("llama"), "vocab_size": 300, **ids})
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    about = {**special, "tokenizer_class": "PreTrainedTokenizerFast"}
+    files = {
+        "tokenizer.json": llama_2_tokenizer(),
+        "tokenizer_config.json": json.dumps(about, indent=7).encode(),
+        "special_tokens_map.json": json.dumps(special).encode(),
+        "generation_config.json": json.dumps({**ids, "do_sample": True, "top_k": 7}).encode(),
+        "chat_template.jinja": "{{ messages[0]['content'] }} \u00e9\n".encode(),
+    }
+    for name, content in files.items():
+        (source / name).write_bytes(content)
+    import_model(source, tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in ids} == ids
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.apply_chat_template([{"role": "user", "content": "a b"}], tokenize=False) == "a b \u00e9"
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
+
+
+def test_tokens_of_which_nothing_is_known_are_null(tmp_path: Path) -> None:
+    """Not those of transformers' defaults, which are of GPT-2's, Llama's or Gemma's vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    import_model(make(tmp_path / "source", values_of("gemma 2")), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "huggingface")  # as of a run of ours
+    export_model(tmp_path / "run", tmp_path / "out")
+    for kind in (transformers.AutoConfig, transformers.GenerationConfig):
+        config = kind.from_pretrained(tmp_path / "out")
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
 def test_every_configuration_says_of_itself_which_family_it_is() -> None:

@@ -31,10 +31,14 @@ NAMES = tuple(CONFIGS)
 DIVIDED: dict[RankLayout, tuple[str, ...]] = {
     RankLayout(pipeline=2, tensor=2): (
         *("gpt2", "llama 3, grouped, tied", "qwen2", "qwen3 with biases and windows", "gpt-neox", "gemma 2", "mixtral"),
-        *("llama, one key head, biases of attention, large heads", "qwen3-moe"),
+        *("llama, one key head, biases of attention, large heads", "mistral", "qwen3-moe"),
     ),
     RankLayout(tensor=4): ("gpt2", "llama", "gpt-neox, one half after the other, tied", "mixtral"),
-    RankLayout(pipeline=4): ("gpt2 untied, wide, exact gelu", "mistral", "gemma 2 without caps, untied"),
+    RankLayout(pipeline=4): (
+        "gpt2 untied, wide, exact gelu",
+        "mistral without a window",
+        "gemma 2 without caps, untied",
+    ),
 }
 """Each table in several processes; 4 ranks divide 4 key heads, and no number of them the vocabulary."""
 
@@ -85,6 +89,12 @@ def test_logits_are_those_of_transformers(
     (found,) = pool.run(our_logits, [saved[name] for name in NAMES], some_tokens(), "fp32", layout=RankLayout())
     off = {name: worst(logits_BTV, expected[name]) for name, logits_BTV in zip(NAMES, found, strict=True)}
     assert {name: value for name, value in off.items() if not value < 1e-5} == {}
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_every_family_is_divided_over(axis: str) -> None:
+    divided = {CONFIGS[name][0] for layout, names in DIVIDED.items() if getattr(layout, axis) > 1 for name in names}
+    assert divided == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("layout", DIVIDED, ids=lambda layout: f"tensor {layout.tensor}, pipeline {layout.pipeline}")

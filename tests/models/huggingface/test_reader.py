@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -28,6 +30,8 @@ from megalm.models.huggingface.reader import HuggingFaceReader
 from tests.models.huggingface.families import CONFIGS, VOCAB
 from tests.models.huggingface.plain import SMALL, make, raw, tensors_of, values_of
 from tests.shards import part_of, spec_of
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +230,21 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "an index with a path": (index({"a": "../outside.safetensors"}), "is not the name of a file beside it"),
     "an index with an absolute path": (index({"a": "/etc/passwd"}), "is not the name of a file beside it"),
     "an index with a number": (index({"a": 5}), "is not the name of a file beside it"),
+    "an index with a list": (index({"a": []}), "[] is not the name of a file beside it"),
     "an index without tensors": (index({}), "weight_map is no list"),
     "an index of other tensors": (index({"a": "model.safetensors"}), "is in the file or in"),
     "an index of missing files": (index({"a": "model-00001-of-00002.safetensors"}), "cannot read"),
-    "a million layers": (changed(num_hidden_layers=1_000_000), "(model.layers)"),
-    "more layers than tensors": (changed(num_hidden_layers=1000), "1000 layers, and 21 tensors"),
+    "a million layers": (changed(num_hidden_layers=1_000_000), "num_hidden_layers=1000000 is no whole number from 1"),
+    "more layers than tensors": (
+        changed(num_hidden_layers=1000), "num_hidden_layers=1000 is more layers than there are tensors, 21",
+    ),
+    "windows of more layers than tensors": (
+        changed(model_type="qwen2", use_sliding_window=True, num_hidden_layers=2**17, max_window_layers=2**16),
+        "num_hidden_layers=131072 is more layers than there are tensors",
+    ),
+    "more experts than tensors": (
+        changed(model_type="mixtral", num_local_experts=10**5), "num_local_experts=100000 is more experts than",
+    ),
     "layers that are a text": (changed(num_hidden_layers="two"), "num_hidden_layers='two' is no whole number"),
     "layers that are missing": (changed(num_hidden_layers=None), "num_hidden_layers=None is no whole number"),
     "negative width": (changed(hidden_size=-8), "hidden_size=-8 is no whole number"),
@@ -243,15 +257,26 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         changed(rope_scaling={"type": "dynamic", "factor": 2.0}), "a scaling that megalm lacks",
     ),
     "quantized": (changed(quantization_config={"bits": 4}), "is quantized weights, which megalm has not"),
-    "heads that do not divide": (changed(num_key_value_heads=3), "kv_heads"),
+    "heads that do not divide": (
+        changed(num_key_value_heads=3), "config.json: num_attention_heads (model.heads)=2 is not divisible by",
+    ),
     "BERT": (changed(model_type="bert"), "bidirectional), token types"),
     "T5": (changed(model_type="t5"), "an encoder, cross-attention"),
+    "a family that is a list": (changed(model_type=[]), "is no family that megalm reads"),
     "an unknown family": (changed(model_type="rwkv"), "is no family that megalm reads"),
     "another width": (changed(intermediate_size=16), "of which config.json makes a float of shape (16, 8)"),
     "a tensor too many": (extra(**{"score.weight": torch.zeros(2, 8)}), "is none of a Llama model"),
     "a tensor too few": (lacking("model.layers.1.mlp.up_proj.weight"), "no tensor model.layers.1.mlp.up_proj.weight"),
     "a head of its own that is tied": (changed(tie_word_embeddings=True), "lm_head.weight differs from the embedding"),
     "a tokenizer that is none": (text("tokenizer.json", "{}"), "is not a tokenizer.json"),
+    "a token that is a text": (changed(eos_token_id="</s>"), "eos_token_id='</s>' is neither a token's number nor"),
+    "a list of tokens with a text": (changed(eos_token_id=[1, "x"]), "is neither a token's number nor a list"),
+    "generation that is a list": (text("generation_config.json", "[]"), "a list, not an object"),
+    "a template that is no text": (text("chat_template.jinja", b"\xff"), "no text in UTF-8"),
+    "a template that is long": (text("chat_template.jinja", bytes(17 << 20)), "at most 16777216 are read"),
+    "a linked template": (
+        lambda d: (d / "chat_template.jinja").symlink_to("/etc/hostname"), "a symbolic link, which is not followed",
+    ),
 }  # fmt: skip
 
 
@@ -260,13 +285,32 @@ def test_nothing_is_made_of_what_cannot_be_trusted(tmp_path: Path, name: str) ->
     damage, message = DAMAGES[name]
     source = make(tmp_path / "source")
     damage(source)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError) as caught:
         import_model(source, tmp_path / "run")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 900
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "elsewhere") == ["source"]
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def refuse_all_in_little_memory(folder: str) -> None:
+    """Import each damaged directory where 128 MiB more than are in use cannot be had; for a process of its own."""
+    sources = [make(Path(folder) / str(number) / "source") for number in range(len(DAMAGES))]
+    import_model(sources[0], Path(folder) / "whole")  # so that what is imported late is there
+    for source, (damage, _) in zip(sources, DAMAGES.values(), strict=True):
+        damage(source)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + (128 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    for source in sources:
+        with pytest.raises(UserError):
+            import_model(source, source.with_name("run"))
+
+
+def test_what_cannot_be_trusted_takes_little_memory(tmp_path: Path) -> None:
+    program = f"from {__name__} import refuse_all_in_little_memory as refuse; refuse({str(tmp_path)!r})"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_what_is_not_damaged_is_taken(tmp_path: Path) -> None:
