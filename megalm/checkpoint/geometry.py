@@ -67,6 +67,14 @@ class Piece:
         high = last * axis * inner + min(self.stop - last * local * inner, length * inner)
         return low + offset, high + offset
 
+    def local(self, element: int) -> int:
+        """Return how many elements of the local tensor, padding too, come before an element of the global tensor."""
+        _, axis, local, length, inner = self._grid()
+        if axis * inner == 0:
+            return 0
+        row, rest = divmod(max(0, element - self._offset()), axis * inner)
+        return row * local * inner + min(rest, length * inner)
+
     def runs(self) -> tuple[Offsets, Offsets, Offsets]:
         """Return (global offsets, local offsets, lengths) of the runs of elements, ascending; no padding."""
         outer, axis, local, length, inner = self._grid()

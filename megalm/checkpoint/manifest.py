@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: which files belong to it, and which piece of which tensor lies where.
 
-Owns: the index, its JSON form with its own checksum, the check that every tensor is there exactly once.
+Owns: its entries and its JSON form with its own checksum. `index.py` puts the entries of all ranks together.
 The format is described in docs/checkpoint-format.md.
 """
 
@@ -10,21 +10,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.blocks import DAMAGED, FileRecord, open_regular, unreadable
 from megalm.checkpoint.geometry import Piece
-from megalm.checkpoint.names import FILE_NAME, MANIFEST, STATE
+from megalm.checkpoint.names import FILE_NAME, MANIFEST, STATE, file_name, parse_file_name
 from megalm.checkpoint.tensor_file import DTYPES
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError, DamagedCheckpoint
 
-FORMAT, VERSION = "megalm-checkpoint", 3
+FORMAT, VERSION = "megalm-checkpoint", 4
 MANIFEST_LIMIT_BYTES = 4 << 30
 KIND = re.compile(r"[A-Za-z0-9_.-]+")
 _TAIL = re.compile(rb'\n"checksum": "([0-9a-f]{64})"\n}\n\Z')
@@ -32,17 +31,58 @@ _TAIL = re.compile(rb'\n"checksum": "([0-9a-f]{64})"\n}\n\Z')
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A piece of the tensor (kind, name) and the file that holds it under `key`."""
+    """A piece of the tensor (kind, name) and the file that holds it under `key`; or a run of pieces.
+
+    A run is `piece` cut into pieces of `size` elements (0: it is one piece), of which the last one may have fewer. The
+    first is in `file`, each further one in the file of that part whose rank is `stride` above the one before.
+    """
 
     kind: str
     dtype: str
     file: str
     piece: Piece
+    size: int = 0
+    stride: int = 0
 
     @property
     def key(self) -> str:
         """The tensor's name inside its safetensors file."""
         return f"{self.piece.shard.name}/{self.kind}/{self.piece.shard.start}/{self.piece.start}"
+
+    @property
+    def count(self) -> int:
+        """The number of pieces."""
+        return -(-(self.piece.stop - self.piece.start) // self.size) if self.size else 1
+
+    def pieces(self, begin: int = 0, end: int | None = None) -> Iterator[Entry]:
+        """Yield the pieces one by one: those that may have some of elements [begin, end) (None: all) of the tensor."""
+        if not self.size:
+            yield self
+            return
+        start, stop, shard = self.piece.start, self.piece.stop, self.piece.shard
+        rank, part = parse_file_name(self.file)
+        first = max(0, self.piece.local(begin) - start) // self.size
+        last = self.count if end is None else min(self.count, -(-(self.piece.local(end) - start) // self.size))
+        for index in range(first, last):
+            at = start + index * self.size
+            piece = Piece(shard, at, min(at + self.size, stop))
+            yield Entry(self.kind, self.dtype, file_name(rank + index * self.stride, part), piece)
+
+    def followed_by(self, other: Entry) -> Entry | None:
+        """Return this one and `other`, of the same tensor, as one run; None where they are none."""
+        one, two = self.piece, other.piece
+        size = self.size or one.stop - one.start
+        if one.shard != two.shard or one.stop != two.start or not size or (one.stop - one.start) % size:
+            return None
+        if other.size != size if other.size else not 0 < two.stop - two.start <= size:
+            return None
+        (rank, part), (other_rank, other_part) = parse_file_name(self.file), parse_file_name(other.file)
+        stride = self.stride or other.stride or other_rank - rank
+        if part != other_part or stride <= 0 or other_rank - rank != self.count * stride:
+            return None
+        if other.size and other.stride != stride:
+            return None
+        return replace(self, piece=Piece(one.shard, one.start, two.stop), size=size, stride=stride)
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as JSON values."""
@@ -57,7 +97,7 @@ class Entry:
             "dim": shard.dim,
             "start": shard.start,
             "length": shard.length,
-            "flat": [self.piece.start, self.piece.stop],
+            "flat": [self.piece.start, self.piece.stop, *([self.size, self.stride] if self.size else [])],
             **({} if shard.first_expert is None else {"first_expert": shard.first_expert}),
         }
 
@@ -67,11 +107,14 @@ class Entry:
         shape, local, dim = tuple(value["shape"]), tuple(value["local_shape"]), value["dim"]
         first_expert = value.get("first_expert")
         shard = ShardSpec(value["name"], shape, local, dim, value["start"], value["length"], first_expert=first_expert)
-        start, stop = value["flat"]
+        start, stop, *run = value["flat"]
+        numbers = [shard.start, shard.length, *value["flat"], *([] if first_expert is None else [first_expert])]
+        if not all(type(number) is int for number in numbers) or (run and (len(run) != 2 or min(run) < 1)):
+            raise ValueError(f"a piece at {str(numbers)[:200]}")
         problem = piece_problem(shard, start, stop)
         if problem or value["dtype"] not in DTYPES or not FILE_NAME.fullmatch(value["file"]):
             raise ValueError(problem or f"dtype {value['dtype']!r}, file {value['file']!r}")
-        return cls(value["kind"], value["dtype"], value["file"], Piece(shard, start, stop))
+        return cls(value["kind"], value["dtype"], value["file"], Piece(shard, start, stop), *run)
 
 
 def piece_problem(shard: ShardSpec, start: int, stop: int) -> str | None:
@@ -79,6 +122,8 @@ def piece_problem(shard: ShardSpec, start: int, stop: int) -> str | None:
     shape, local, dim, first = shard.global_shape, shard.local_shape, shard.dim, shard.first_expert
     if not all(type(size) is int and size >= 0 for size in (*shape, *local)):
         return f"shapes {shape} and {local} are not all counts"
+    if max(prod(shape), prod(local)) >= 1 << 63:
+        return f"shapes {shape} and {local} have more elements than a tensor may"
     if dim is None:
         fits = shape == local
     else:
@@ -106,8 +151,12 @@ class Manifest:
     tensors: Mapping[tuple[str, str], list[dict[str, Any]]] = field(repr=False)
 
     def entries(self, kind: str, name: str) -> list[Entry]:
-        """Return the pieces of one tensor. Raises KeyError where there is none."""
-        return [Entry.from_json(value) for value in self.tensors[kind, name]]
+        """Return the pieces and runs of one tensor. Raises KeyError where there is none, and ValueError."""
+        found = [Entry.from_json(value) for value in self.tensors[kind, name]]
+        for entry in found:
+            if entry.count > len(self.files):
+                raise ValueError(f"a run of {entry.count} pieces in {len(self.files)} files")
+        return found
 
     def encode(self) -> bytes:
         """Return the text of `manifest.json`: a line a file and a tensor, then the checksum of all that."""
@@ -183,67 +232,6 @@ def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _ungroup(group: Mapping[str, Any]) -> list[dict[str, Any]]:
     shared = {key: group[key] for key in _SHARED}
     names = {len(_OWN): _OWN, len(_OF_EXPERTS): _OF_EXPERTS}
+    if not group["pieces"]:
+        raise ValueError(f"no pieces of {group['name']}")
     return [{**shared, **dict(zip(names[len(piece)], piece, strict=True))} for piece in group["pieces"]]
-
-
-def collect(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Group the entries (JSON values) of all ranks by tensor, and check that each is there exactly once.
-
-    Raises CheckpointError, naming the tensor, for a gap, for elements written twice, and for shapes or dtypes
-    on which the ranks do not agree.
-    """
-    tensors: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        tensors.setdefault((row["kind"], row["name"]), []).append(row)
-    for (kind, name), group in tensors.items():
-        group.sort(key=lambda row: (row["start"], row["flat"]))
-        problem = _coverage_problem(group)
-        if problem:
-            raise CheckpointError(f"tensor {name} ({kind}): {problem}; the ranks' fragments must tile each tensor once")
-    return tensors
-
-
-def _coverage_problem(rows: list[dict[str, Any]]) -> str | None:
-    for key in ("shape", "dtype", "dim"):
-        known = {json.dumps(row[key]) for row in rows}
-        if len(known) > 1:
-            return f"the ranks wrote {key} {' and '.join(sorted(known))}"
-    if "first_expert" in rows[0]:
-        experts: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        for row in rows:
-            experts.setdefault((row["first_expert"], row["local_shape"][0]), []).append(row)
-        edges = [0, *(edge for first, count in sorted(experts) for edge in (first, first + count)), rows[0]["shape"][0]]
-        for stop, following in list(pairwise(edges))[::2]:
-            if stop != following:
-                return f"experts {stop} to {following} are " + _verdict(stop, following, rows)
-        return next(filter(None, map(_tiling_problem, experts.values())), None)
-    return _tiling_problem(rows)
-
-
-def _tiling_problem(rows: list[dict[str, Any]]) -> str | None:
-    """Return where the pieces, of the same experts if of any, leave a gap or meet; None where they tile."""
-    shards: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        shards.setdefault((row["start"], row["length"]), []).append(row)
-    for (start, _), pieces in shards.items():
-        shard = Entry.from_json(pieces[0]).piece.shard
-        edges = [
-            0,
-            *(edge for row in pieces for edge in row["flat"]),
-            Piece(shard, 0, prod(shard.local_shape)).valid_stop,
-        ]
-        for stop, following in list(pairwise(edges))[::2]:
-            if stop != following:
-                return f"in the shard at {start}, elements {stop} to {following} are " + _verdict(stop, following, rows)
-    if rows[0]["dim"] is not None:
-        edges = [0, *(edge for start, length in sorted(shards) for edge in (start, start + length))]
-        edges.append(rows[0]["shape"][rows[0]["dim"]])
-        for stop, following in list(pairwise(edges))[::2]:
-            if stop != following and prod(rows[0]["shape"]):
-                return f"indices {stop} to {following} of dim {rows[0]['dim']} are " + _verdict(stop, following, rows)
-    return None
-
-
-def _verdict(stop: int, following: int, rows: list[dict[str, Any]]) -> str:
-    names = ", ".join(sorted({row["file"] for row in rows})[:4])
-    return ("missing" if following > stop else "written twice") + f" (files {names})"

@@ -17,12 +17,25 @@ MANIFEST, STATE = "manifest.json", "state.json"
 STATE_LIMIT_BYTES = 64 << 20
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
 HIDDEN_NAME = re.compile(r"\.(step-(\d{8,18}))\.(partial|replaced|deleted)", re.ASCII)
-FILE_NAME = re.compile(r"rank-(\d{5,9})-(?:weight|optimizer)(?:-\d+)?\.safetensors", re.ASCII)
+FILE_NAME = re.compile(r"rank-(\d{5,9})-((?:weight|optimizer)(?:-\d+)?)\.safetensors", re.ASCII)
 
 
 def checkpoint_name(step: int) -> str:
     """Return the name of the directory of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
+
+
+def file_name(rank: int, part: str) -> str:
+    """Return the name of a rank's tensor file; `part` is "weight", "optimizer" or that with "-1", "-2", ..."""
+    return f"rank-{rank:05d}-{part}.safetensors"
+
+
+def parse_file_name(name: str) -> tuple[int, str]:
+    """Return the rank and the part of a tensor file. Raises ValueError for another name."""
+    match = FILE_NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"file {name!r}")
+    return int(match[1]), match[2]
 
 
 def hidden(path: Path, role: str) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from megalm.checkpoint.blocks import DAMAGED, BlockCache, FileRecord, hash_file, open_regular, read_exactly, unreadable
 from megalm.checkpoint.geometry import Offsets, Piece, overlap
+from megalm.checkpoint.index import tiling_problem
 from megalm.checkpoint.manifest import Entry, Manifest, piece_problem
-from megalm.checkpoint.names import CHECKPOINT_NAME, MANIFEST, STATE, STATE_LIMIT_BYTES
+from megalm.checkpoint.names import CHECKPOINT_NAME, FILE_NAME, MANIFEST, STATE, STATE_LIMIT_BYTES
 from megalm.checkpoint.tensor_file import CHUNK_BYTES, DTYPES, Read, TensorFile
 from megalm.distributed.progress import progress
 from megalm.distributed.sharding import ShardSpec
@@ -69,10 +71,11 @@ class CheckpointReader:
         return sorted(name for found, name in self.manifest.tensors if found == kind)
 
     def files(self, *kinds: str) -> list[str]:
-        """Return the names of the files in which tensors of these kinds lie, sorted."""
-        return sorted(
-            {row["file"] for (found, _), rows in self.manifest.tensors.items() if found in kinds for row in rows}
-        )
+        """Return the names of the files in which tensors of these kinds may lie, sorted: some parts of all ranks."""
+        rows = (row for (found, _), some in self.manifest.tensors.items() if found in kinds for row in some)
+        parts = {match[2] for row in rows if (match := FILE_NAME.fullmatch(str(row["file"])))}
+        names = ((name, FILE_NAME.fullmatch(name)) for name in self.manifest.files)
+        return sorted(name for name, match in names if match and match[2] in parts)
 
     def read_local(self, shard: ShardSpec, kind: str) -> Tensor:
         """Return the local tensor of `shard`, a CPU tensor of the stored dtype; padding is zero."""
@@ -102,10 +105,11 @@ class CheckpointReader:
         if wanted < stop - start:
             out.zero_()
         begin, end = target.bounds()
-        chosen = [entries[i] for i in np.flatnonzero((low < end) & (high > begin))] if wanted else []
+        near = np.flatnonzero((low < end) & (high > begin)) if wanted else ()
+        chosen = (entry for i in near for entry in entries[i].pieces(begin, end))
         found = 0
-        for first in range(0, len(chosen), OPEN_FILES):
-            copies = [(entry, list(overlap(entry.piece, target))) for entry in chosen[first : first + OPEN_FILES]]
+        while some_entries := list(islice(chosen, OPEN_FILES)):
+            copies = [(entry, list(overlap(entry.piece, target))) for entry in some_entries]
             plans = (self._file(entry).plan(entry.key, some, out.detach()) for entry, some in copies if some)
             self._run([read for plan in plans for read in plan])
             found += sum(copy.length * copy.repeat for _, some in copies for copy in some)
@@ -132,13 +136,15 @@ class CheckpointReader:
             self._pool = None
 
     def _entries(self, shard: ShardSpec, kind: str) -> tuple[list[Entry], Offsets, Offsets]:
-        """Return the pieces of a tensor and their global bounds; a tensor of another shape is an error."""
+        """Return the pieces and runs of a tensor and their global bounds; a tensor of another shape is an error."""
         key = (kind, shard.name)
         if key not in self._index:
             if key not in self.manifest.tensors:
                 raise CheckpointError(self._missing(shard.name, kind))
             try:
                 entries = self.manifest.entries(kind, shard.name)
+                if problem := tiling_problem(entries):
+                    raise ValueError(problem)
             except (KeyError, TypeError, ValueError) as error:
                 raise DamagedCheckpoint(
                     f"{self.directory / MANIFEST}: index of {shard.name} ({kind}): {error}; {DAMAGED}"

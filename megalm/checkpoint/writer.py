@@ -21,10 +21,11 @@ from torch import Tensor
 from megalm.checkpoint.blocks import HASH_THREADS, FileRecord
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.geometry import Piece
-from megalm.checkpoint.manifest import FORMAT, KIND, VERSION, Entry, Manifest, collect, piece_problem
-from megalm.checkpoint.names import MANIFEST, STATE, checkpoint_name, hidden
+from megalm.checkpoint.index import Rows, collect, told
+from megalm.checkpoint.manifest import FORMAT, KIND, VERSION, Entry, Manifest, piece_problem
+from megalm.checkpoint.names import MANIFEST, STATE, checkpoint_name, file_name, hidden
 from megalm.checkpoint.tensor_file import DTYPE_NAMES, write_tensor_file
-from megalm.distributed.exchange import Group, gather_json, rank_of, together
+from megalm.distributed.exchange import Group, gather_distinct, gather_json, rank_of, together
 from megalm.distributed.meeting import Meeting
 from megalm.distributed.progress import progress
 from megalm.distributed.sharding import Fragment
@@ -88,11 +89,12 @@ def write_and_count(
         writer = RankWriter(files, partial, rank_of(group), step, file_bytes)
         with together(group):
             writer.write(fragments)
-        reports = gather_json(writer.report(), group)
+        report, rows = writer.report()
+        reports, lists = gather_json(report, group), gather_distinct(rows, group)
         total = sum(size for report in reports for _, size, *_ in report["files"])
         with together(group):
             if rank_of(group) == 0:
-                finish(files, final, step, state_text, dict(layout or {}), reports)
+                finish(files, final, step, state_text, dict(layout or {}), reports, lists)
     except BaseException:
         if rank_of(group) == 0:
             _discard(files, final)
@@ -123,12 +125,10 @@ class RankWriter:
                 progress.act()
                 self._flush(part, hashers)
 
-    def report(self) -> dict[str, Any]:
-        """Return what rank 0 needs for the manifest, as JSON values."""
-        return {
-            "files": [record.to_json() for record in self._records],
-            "entries": self._rows,
-        }
+    def report(self) -> tuple[dict[str, Any], dict[str, Rows]]:
+        """Return what rank 0 needs for the manifest, as JSON values: of this rank alone, and see `index.told`."""
+        report, lists = told(self._rank, self._rows)
+        return {**report, "files": [record.to_json() for record in self._records]}, lists
 
     def _add(self, fragment: Fragment, hashers: ThreadPoolExecutor) -> None:
         shard, values = fragment.shard, fragment.values
@@ -155,7 +155,7 @@ class RankWriter:
 
     def _name(self, part: str) -> str:
         serial = f"-{self._serial[part]}" if self._serial[part] else ""
-        return f"rank-{self._rank:05d}-{part}{serial}.safetensors"
+        return file_name(self._rank, part + serial)
 
     def _flush(self, part: str, hashers: ThreadPoolExecutor) -> None:
         pending = self._pending[part]
@@ -173,9 +173,15 @@ class RankWriter:
 
 
 def finish(
-    files: FileSystem, final: Path, step: int, state_text: bytes, layout: dict[str, Any], reports: list[Any]
+    files: FileSystem,
+    final: Path,
+    step: int,
+    state_text: bytes,
+    layout: dict[str, Any],
+    reports: list[Any],
+    lists: Mapping[str, Rows],
 ) -> None:
-    """Complete the partial directory of `final` from all ranks' reports, and rename it (rank 0)."""
+    """Complete the partial directory of `final` from all ranks' reports and lists of rows, and rename it (rank 0)."""
     partial = hidden(final, "partial")
     written = [FileRecord.from_json(row) for report in reports for row in report["files"]]
     records = {record.name: record for record in written}
@@ -189,7 +195,7 @@ def finish(
             where = "is not there" if found is None else f"has {found} of {record.size} bytes"
             raise CheckpointError(f"{path}: {where} for rank 0; run.dir must be on a file system that all ranks share")
     records[STATE] = FileRecord(STATE, len(state_text), sha256(state_text).hexdigest())
-    tensors = collect(row for report in reports for row in report["entries"])
+    tensors = collect(reports, lists)
     manifest = Manifest(step, layout, records, tensors).encode()
     with _NamedErrors(partial):
         files.write_file(partial / STATE, state_text)

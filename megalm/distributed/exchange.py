@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,37 @@ def gather_json(value: Any, group: Group | Meeting) -> list[Any]:
     return [json.loads(zlib.decompress(_unpadded(message))) for message in messages]
 
 
+def gather_distinct(values: Mapping[str, Any], group: Group | Meeting) -> dict[str, Any]:
+    """Return, on rank 0, what any rank has in `values` (JSON), each key once, and {} on the others.
+
+    A key's values must be equal wherever it is there: of the ranks that have it, one sends it.
+    """
+    if group is None or group.size() == 1:
+        return dict(values)
+    if isinstance(group, Meeting):
+        return group.gather_distinct(values)
+    senders: dict[str, int] = {}
+    for rank, keys in enumerate(gather_json(sorted(values), group)):
+        for key in keys:
+            senders.setdefault(key, rank)
+    senders = broadcast_json(senders, group)
+    root = dist.get_global_rank(group, 0)
+    own = {key: value for key, value in values.items() if senders[key] == group.rank()}
+    if group.rank() != 0:
+        if own:
+            message = _padded(zlib.compress(json.dumps(own).encode(), 1))
+            dist.send(torch.tensor([len(message)]), root, group=group)
+            dist.send(message, root, group=group)
+        return {}
+    for rank in sorted({*senders.values()} - {0}):
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.recv(length, dist.get_global_rank(group, rank), group=group)
+        message = torch.empty(int(length.item()), dtype=torch.uint8)
+        dist.recv(message, dist.get_global_rank(group, rank), group=group)
+        own |= json.loads(zlib.decompress(_unpadded(message)))
+    return own
+
+
 def broadcast_json(value: Any, group: Group) -> Any:
     """Return rank 0's value on every rank; the argument of the others is not looked at."""
     if group is None or group.size() == 1:
@@ -81,7 +112,7 @@ def broadcast_json(value: Any, group: Group) -> Any:
     return json.loads(_unpadded(message))
 
 
-def _padded(data: bytes, length: int) -> torch.Tensor:
+def _padded(data: bytes, length: int = 0) -> torch.Tensor:
     text = len(data).to_bytes(_LENGTH_BYTES, "little") + data
     return torch.frombuffer(bytearray(text.ljust(_LENGTH_BYTES + length, b"\0")), dtype=torch.uint8)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,25 +59,43 @@ class Meeting:
 
     def agree(self, error: BaseException | None) -> None:
         """Raise on all ranks what the lowest rank with an error has, see `collectives.agree`."""
-        self._meet(error, None)
+        self._meet(error, {})
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values (JSON) of all ranks, in their order, on rank 0, and an empty list on the others."""
-        place = self._meet(None, value)
-        if self._rank:
-            return []
-        keys = [f"{place}/value/{rank}" for rank in range(self._size)]
-        with _store_errors():
-            return [json.loads(text) for text in self._store.multi_get(keys)]
+        place = self._meet(None, {str(self._rank): value})
+        return self._values(place, [str(rank) for rank in range(self._size)]) if self._rank == 0 else []
 
-    def _meet(self, error: BaseException | None, value: Any) -> str:
-        """Bring a value or an error, wait until all have brought theirs, and raise if any has an error."""
+    def gather_distinct(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return, on rank 0, what any rank has in `values` (JSON), each key once, and {} on the others.
+
+        A key's values must be equal wherever it is there: the first rank to come brings it for all.
+        """
+        keys = sorted({key for some in self.gather(sorted(values)) for key in some})
+        first = {}
+        with _store_errors():
+            for key, value in values.items():
+                claim = f"{self._name}/{self._count}/first/{key}"
+                if self._store.add(claim, 1) == 1:
+                    self._given.setdefault(self._count, []).append(claim)
+                    first[key] = value
+        place = self._meet(None, first)
+        return dict(zip(keys, self._values(place, keys), strict=True)) if self._rank == 0 else {}
+
+    def _values(self, place: str, keys: list[str]) -> list[Any]:
+        """Return values that the ranks brought to a meeting."""
+        with _store_errors():
+            found = self._store.multi_get([f"{place}/value/{key}" for key in keys]) if keys else []
+        return [json.loads(text) for text in found]
+
+    def _meet(self, error: BaseException | None, values: Mapping[str, Any]) -> str:
+        """Bring values or an error, wait until all have brought theirs, and raise if any has an error."""
         self._count += 1
         place = f"{self._name}/{self._count}"
         with _store_errors():
             self._forget()
-            if value is not None:
-                self._give(f"{place}/value/{self._rank}", json.dumps(value, separators=(",", ":")))
+            for key, value in values.items():
+                self._give(f"{place}/value/{key}", json.dumps(value, separators=(",", ":")))
             if error is not None:
                 self._complain(place, error)
             if self._store.add(f"{place}/came", 1) == self._size:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megalm.checkpoint.commands import checkpoints_at
 from megalm.checkpoint.files import FileSystem
+from megalm.checkpoint.index import Rows
 from megalm.checkpoint.names import CHECKPOINTS, checkpoint_name, hidden
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.writer import RankWriter, encode_state, finish
@@ -145,7 +146,8 @@ def _copy(files: FileSystem, reader: CheckpointReader, config: RunConfig, layout
     vocab = reader.manifest.entries("weight", "embedding.weight")[0].piece.shard.global_shape[0]
     state = {**reader.state, "config": config.model_dump(mode="json")}
     whole: dict[str, tuple[int, ...]] = {}
-    reports = []
+    reports: list[dict[str, Any]] = []
+    lists: dict[str, Rows] = {}
     for rank in range(layout.world_size):
         pieces = list(saved_pieces(config, layout, rank, vocab))
         whole |= {piece.shard.name: tuple(piece.shard.global_shape) for piece in pieces}
@@ -153,9 +155,11 @@ def _copy(files: FileSystem, reader: CheckpointReader, config: RunConfig, layout
         last = rank == layout.world_size - 1
         rest = _of_no_parameter(reader, whole) if last else iter(())
         writer.write(_fragments(reader, pieces, rest))
-        reports.append(writer.report())
+        report, rows = writer.report()
+        reports.append(report)
+        lists |= rows
         logger.info("rank %d of %d is written", rank, layout.world_size)
-    finish(files, final, reader.step, encode_state(state), describe_layout(config, layout), reports)
+    finish(files, final, reader.step, encode_state(state), describe_layout(config, layout), reports, lists)
 
 
 def _fragments(reader: CheckpointReader, pieces: list[Saved], rest: Iterator[Fragment]) -> Iterator[Fragment]:
@@ -180,8 +184,7 @@ def _of_no_parameter(reader: CheckpointReader, whole: Mapping[str, tuple[int, ..
     for kind, name in sorted(reader.manifest.tensors):
         if _stored_shape(reader, kind, name) == whole.get(name):
             continue
-        for entry in reader.manifest.entries(kind, name):
-            piece = entry.piece
+        for piece in (one.piece for entry in reader.manifest.entries(kind, name) for one in entry.pieces()):
             yield Fragment(piece.shard, kind, piece.start, reader.read_flat(piece.shard, kind, piece.start, piece.stop))
 
 

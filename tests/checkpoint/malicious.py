@@ -258,6 +258,39 @@ def _overlapping(values: dict[str, Any]) -> None:
         tensor["pieces"] *= 2
 
 
+def _run(size: Any, stride: Any, shape: int | None = None) -> Act:
+    """Make a run of each tensor's pieces of one shard; `shape`: the tensors have so many elements then."""
+
+    def change(values: dict[str, Any]) -> None:
+        for tensor in values["tensors"]:
+            file, local_shape, _, _, _, flat = tensor["pieces"][0]
+            if shape is not None:
+                tensor["shape"] = local_shape = [shape]
+                flat = [0, shape]
+                tensor["pieces"] = [[file, local_shape, None, 0, 0, flat]]
+            tensor["pieces"][0][5] = [*flat[:2], size, stride]
+
+    return _manifest(change)
+
+
+def _many_runs(values: dict[str, Any]) -> None:
+    """Let 20,000 runs of 20,000 pieces be in 20,000 files."""
+    names = [f"rank-{rank:05d}-weight.safetensors" for rank in range(20_000)]
+    files = [file for file in values["files"] if file[2] not in names]
+    values["files"] = files + [["0" * 64, 8, name] for name in names]
+    shape = [40_000]
+    for tensor in values["tensors"]:
+        tensor["shape"] = shape
+        tensor["pieces"] = [[names[0], shape, None, 0, 0, [0, 40_000, 2, 1]]] * 20_000
+
+
+def _half_twice(values: dict[str, Any]) -> None:
+    """Have as many elements as there are, but the first half of each shard twice."""
+    for tensor in values["tensors"]:
+        halves = [[*piece[:5], [0, piece[5][1] // 2]] for piece in tensor["pieces"]]
+        tensor["pieces"] = halves + halves
+
+
 def _lookalike(old: str, new: str) -> Act:
     """Rename a shard, in the manifest as well."""
 
@@ -337,7 +370,22 @@ CASES = (
     Case("a sum that is no sum", "rank-", _file(0, 7)),
     Case("a manifest of 10^6 files", "rank-", _manifest(_a_million_files), ways=1),
     Case("a tensor of 30,000 pieces", "", _manifest(_many_pieces), ways=2),
+    Case("half of each shard twice", MANIFEST, _manifest(_half_twice)),
     Case("pieces twice", "step-", _manifest(_overlapping)),
+    Case("a tensor of no piece", MANIFEST, _manifest(lambda values: values["tensors"][0].update(pieces=[]))),
+    Case("a run of 10^18 pieces", MANIFEST, _run(1, 1, 10**18)),
+    Case("a run of 2^80 pieces", MANIFEST, _run(1, 1, 1 << 80)),
+    Case("a run of more pieces than files", MANIFEST, _run(1, 1)),
+    Case("a run in files that are not listed", "rank-00005-weight.safetensors", _run(76, 5)),
+    Case("a run in other files than it was written in", "rank-00001-weight.safetensors", _run(76, 1)),
+    Case("a run that goes backwards", MANIFEST, _run(48, -1)),
+    Case("a run that stays in a file", MANIFEST, _run(48, 0)),
+    Case("a run of pieces of no elements", MANIFEST, _run(0, 1)),
+    Case("a run of pieces of NaN elements", MANIFEST, _run(float("nan"), 1)),
+    Case("a run of a text", MANIFEST, _run("1", [])),
+    Case("a run from a fraction on", MANIFEST, _piece(5, [0.0, 152, 76, 1])),
+    Case("a run of three numbers", MANIFEST, _piece(5, [0, 48, 1, 1, 1])),
+    Case("20,000 runs of 20,000 pieces", "step-", _manifest(_many_runs), ways=3),
     Case("a deep manifest", MANIFEST, _text('"layout": ', f'"layout": {DEEP}, "more": ')),
     Case("a key twice in the manifest", "", _text('"step": 3', '"step": 9, "step": 3')),
     Case("a step that is infinite", "step-", _text('"step": 3', '"step": Infinity')),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megalm.checkpoint.reader import CheckpointReader
-from tests.checkpoint.simulated import Logical, small_model, write_ranks, zero_fragments
+from megalm.distributed.sharding import Fragment
+from tests.checkpoint.simulated import Logical, even_fragments, small_model, write_ranks, zero_fragments
 
 shapes = st.lists(st.integers(1, 9), max_size=3).map(tuple)
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.int64])
@@ -38,17 +40,19 @@ sizes = st.integers(1, 5)
     written=st.tuples(sizes, sizes),
     read=st.tuples(sizes, sizes),
     file_bytes=st.integers(1, 2000),
+    cut=st.sampled_from([zero_fragments, even_fragments]),
 )
 def test_any_layout_reads_what_any_other_wrote(
     model: dict[str, tuple[Logical, Logical]],
     written: tuple[int, int],
     read: tuple[int, int],
     file_bytes: int,
+    cut: Callable[..., list[list[Fragment]]],
 ) -> None:
     sources = {name: source for name, (source, _) in model.items()}
     targets = {name: target for name, (_, target) in model.items()}
     with tempfile.TemporaryDirectory() as directory:
-        ranks = zero_fragments(sources, "exp_avg", *written)
+        ranks = cut(sources, "exp_avg", *written)
         path = write_ranks(Path(directory), 7, ranks, file_bytes=file_bytes)
         reader = CheckpointReader(path)
         assert reader.names("exp_avg") == sorted(model)

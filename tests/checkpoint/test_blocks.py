@@ -32,7 +32,14 @@ from megalm.checkpoint.tensor_file import BEGIN_BYTES, write_tensor_file
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError, DamagedCheckpoint
 from tests.checkpoint.forge import body_of, parsed, seal
-from tests.checkpoint.simulated import HastyFileSystem, Logical, small_model, write_ranks, zero_fragments
+from tests.checkpoint.simulated import (
+    HastyFileSystem,
+    Logical,
+    even_fragments,
+    small_model,
+    write_ranks,
+    zero_fragments,
+)
 
 BLOCK_VALUES = BLOCK_BYTES // 4
 COLUMNS = 1000
@@ -256,6 +263,25 @@ def test_a_checkpoint_of_version_2_is_read_and_checked(
     seal(path, body_of({**values, "version": 2}))
     with pytest.raises(CheckpointError, match=r"SHA-256 .* is not the manifest's"):
         verify(path)
+
+
+def test_a_checkpoint_of_version_3_is_read_and_says_what_version_4_does(tmp_path: Path) -> None:
+    """It has a row for each piece, where version 4 has one for those that are cut evenly."""
+    old = Path(__file__).with_name("version_3") / "step-00000007"
+    new = write_ranks(tmp_path, 7, even_fragments(small_model(), "weight", 2, 3))
+    found = []
+    for path in (old, new):
+        with closing(CheckpointReader(path)) as reader:
+            for name, item in small_model().items():
+                assert torch.equal(whole(reader, small_model(), name), item.values)
+            entries = [entry for key in reader.manifest.tensors for entry in reader.manifest.entries(*key)]
+            pieces = {(piece.file, piece.key, piece.piece) for entry in entries for piece in entry.pieces()}
+            found.append((pieces, len(entries)))
+        assert verify(path)["checkpoints"][0]["files"] == 7
+    assert found[0][0] == found[1][0] and [rows for _, rows in found] == [21, 7]
+    assert {file.name: file.stat().st_size for file in old.glob("rank-*")} == {
+        file.name: file.stat().st_size for file in new.glob("rank-*")
+    }
 
 
 def test_a_checkpoint_of_version_1_is_read_and_checked(tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ from megalm.checkpoint.reader import CheckpointReader
 from megalm.distributed.exchange import together
 from megalm.distributed.meeting import Meeting
 from megalm.errors import CheckpointError, StorageError
-from tests.checkpoint.simulated import HastyFileSystem, small_model, zero_fragments
+from tests.checkpoint.simulated import HastyFileSystem, even_fragments, small_model, zero_fragments
 from tests.worker_pool import WorkerPool
+
+CUTS = {"weight": zero_fragments, "exp_avg": even_fragments}
+"""Of the optimizers of ZeRO 2 and of ZeRO 3."""
 
 
 def save_steps(rank: int, run: str, tensor: int, steps: list[int]) -> None:
@@ -29,7 +32,7 @@ def save_steps(rank: int, run: str, tensor: int, steps: list[int]) -> None:
         mine = [
             fragment
             for kind in ("weight", "exp_avg")
-            for fragment in zero_fragments(model, kind, tensor, group.size() // tensor)[rank]
+            for fragment in CUTS[kind](model, kind, tensor, group.size() // tensor)[rank]
         ]
         manager.save(step, iter(mine), {"step": step})
 
@@ -108,7 +111,7 @@ def save_beside(rank: int, run: str) -> list[tuple[int, str, bool]]:
         for step, refusals in ((1, 0), (2, 2), (3, 100), (4, 0)):
             files.left = refusals if rank == 2 else 0
             model = small_model(step)
-            mine = [f for kind in ("weight", "exp_avg") for f in zero_fragments(model, kind, 1, 3)[rank]]
+            mine = [f for kind, cut in CUTS.items() for f in cut(model, kind, 1, 3)[rank]]
             manager.begin(step, iter(mine), {"step": step})
             for fragment in mine:
                 fragment.values.zero_()  # training goes on

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalm.distributed.exchange import gather_json, rank_of, size_of, together
+from megalm.distributed.exchange import gather_distinct, gather_json, rank_of, size_of, together
 from megalm.distributed.meeting import Meeting
 from megalm.errors import CheckpointError, DistributedError, StorageError
 from tests.worker_pool import WorkerPool
@@ -94,3 +94,19 @@ def wait_in_vain(rank: int) -> str:
 
 def test_a_wait_can_be_given_up(pool: WorkerPool) -> None:
     assert pool.run(wait_in_vain, world=2) == ["over"] * 2
+
+
+def tell(rank: int) -> tuple[list[dict[str, Any]], int]:
+    """Return what rank 0 gathered, by a meeting and by the group, and how many values this rank brought to it."""
+    meeting = Meeting.of_world("test")
+    values = {"all": [1, 2], f"of {rank % 2}": {"half": rank % 2}, **({"one": None} if rank == 1 else {})}
+    found = [gather_distinct(values, meeting)]
+    brought = sum(key.partition("/value/")[2] in values for keys in meeting._given.values() for key in keys)
+    return [*found, gather_distinct(values, dist.group.WORLD), gather_distinct({}, meeting)], brought
+
+
+def test_values_that_many_ranks_have_are_sent_by_one(pool: WorkerPool) -> None:
+    answers = pool.run(tell, world=4)
+    everything = {"all": [1, 2], "of 0": {"half": 0}, "of 1": {"half": 1}, "one": None}
+    assert sum(brought for _, brought in answers) == len(everything)
+    assert [found for found, _ in answers] == [[everything, everything, {}], *[[{}, {}, {}]] * 3]
