@@ -10,7 +10,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +47,24 @@ def latest_checkpoint(
     run_dir: Path,
     load: Load | None = None,
     group: Group = None,
-    before: int | None = None,
-    passed_over: list[str] | None = None,
+    before: Sequence[int] = (),
+    passed_over: dict[int, str] | None = None,
 ) -> CheckpointReader | None:
     """Return a run's newest checkpoint that `load` finds whole, the same on all ranks; None where none was ever saved.
 
     `load` reads what is wanted, in one pass with its checks (None: every rank checks every byte). Where it raises
     DamagedCheckpoint, which it must do on all ranks or on none, the checkpoint is passed over and the next older one is
-    loaded. Other errors, such as a format of a later program, are the caller's. `before`: only those of earlier steps
-    count. `passed_over` gets a line for each damaged one, for the caller to tell; None: they are warned of here. Every
-    rank of `group` must call. Raises CheckpointError if there are checkpoints, but no valid one.
+    loaded; one that its run has deleted meanwhile is no damage, and what was saved since is looked at. Other errors,
+    such as a format of a later program, are the caller's. `before`: those of steps before the first of these are tried
+    first, then those before the next one, at last all others. `passed_over` gets, by step, why each damaged one was,
+    for the caller to tell; None: they are warned of here. Every rank of `group` must call. Raises CheckpointError if
+    there are checkpoints, but no valid one.
     """
     directory = run_dir / CHECKPOINTS
-    names: list[str] = []
-    with together(group):
-        if rank_of(group) == 0:
-            names = [path.name for path in find_checkpoints(directory) if before is None or step_of(path) < before]
-    first_error = ""
-    names = broadcast_json(names, group)
-    for name in names:
-        reader = None
+    names = first = _names(directory, before, group)
+    damaged: dict[str, str] = {}
+    while left := [name for name in names if name not in damaged]:
+        name, reader = left[0], None
         try:
             with together(group):
                 reader = CheckpointReader(directory / name)
@@ -78,19 +76,35 @@ def latest_checkpoint(
             return reader
         except DamagedCheckpoint as error:
             reason = str(error).replace(REMEDY, "")
-            first_error = first_error or reason
-            if passed_over is not None:
-                passed_over.append(reason)
-            elif rank_of(group) == 0:
-                logger.warning("SKIPPING DAMAGED CHECKPOINT %s: %s", name, reason)
         if reader is not None:
             reader.close()
-    if names:
+        names = _names(directory, before, group)
+        if name not in names:
+            continue
+        damaged[name] = reason
+        if passed_over is not None:
+            passed_over[step_of(Path(name))] = reason
+        elif rank_of(group) == 0:
+            logger.warning("SKIPPING DAMAGED CHECKPOINT %s: %s", name, reason)
+    if damaged:
         raise CheckpointError(
-            f"{directory}: none of its {len(names)} checkpoints is valid (newest: {first_error}); "
+            f"{directory}: none of its {len(damaged)} checkpoints is valid ({next(iter(damaged.values()))}); "
             "restore one from a copy, or begin anew by megalm train --fresh"
         )
+    if first:
+        raise CheckpointError(f"{directory}: all its checkpoints went away while they were read; see who deletes them")
     return None
+
+
+def _names(directory: Path, before: Sequence[int], group: Group) -> list[str]:
+    """Return the names of a run's checkpoints in the order in which `latest_checkpoint` tries them; all ranks call."""
+    names: list[str] = []
+    with together(group):
+        if rank_of(group) == 0:
+            paths = find_checkpoints(directory)
+            paths.sort(key=lambda path: [*(step_of(path) < step for step in before), True].index(True))
+            names = [path.name for path in paths]
+    return broadcast_json(names, group)
 
 
 class CheckpointManager:
@@ -120,8 +134,9 @@ class CheckpointManager:
             raise CheckpointError(f"checkpoint.keep={self.keep.last} would keep no checkpoint; use 1 or more")
         self.run_dir = run_dir
         self.directory = run_dir / CHECKPOINTS
-        self.passed_over: list[str] = []
-        """Why the last `latest` passed over damaged checkpoints, newest first."""
+        self.passed_over: dict[int, str] = {}
+        """By step, why the last `latest` passed over damaged checkpoints, in the order in which they were tried."""
+        self._damaged: set[int] = set()  # all that were passed over and are still there
         self._group, self._layout, self._files = group, layout, files or FileSystem()
         self._meeting, self._saved = meeting, saved
         self._snapshot = Snapshot()
@@ -212,11 +227,13 @@ class CheckpointManager:
             logger.warning("%s: was not saved: %s", self._path(self._flight.step), reason)
         self._flight = None
 
-    def latest(self, load: Load | None = None, before: int | None = None) -> CheckpointReader | None:
+    def latest(self, load: Load | None = None, before: Sequence[int] = ()) -> CheckpointReader | None:
         """Return the newest checkpoint that `load` finds whole, the same on all ranks. See `latest_checkpoint`."""
         self.wait()
         self.passed_over.clear()
-        return latest_checkpoint(self.run_dir, load, self._group, before, self.passed_over)
+        reader = latest_checkpoint(self.run_dir, load, self._group, before, self.passed_over)
+        self._damaged |= self.passed_over.keys()
+        return reader
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps than `step`, to which the run went back. Raises CheckpointError."""
@@ -244,6 +261,7 @@ class CheckpointManager:
         found = write_and_count(self.directory, step, fragments, state, group, self._layout, self._files)
         if rank_of(group) == 0:
             self._was_there = True
+            self._damaged.discard(step)
             if self._saved is not None:
                 self._saved()
             self._note_metric(step, metric_of(state, self.keep.best))
@@ -261,19 +279,21 @@ class CheckpointManager:
         self._files.remove_tree(deleted)
         self._files.rename(path, deleted)
         self._metrics.pop(step_of(path), None)
+        self._damaged.discard(step_of(path))
         self._files.sync_directory(self.directory)
         self._files.remove_tree(deleted)
 
     def _retain(self, step: int) -> None:
-        """Delete the checkpoints that are not to stay.
+        """Delete the checkpoints that are not to stay, now that one of `step` is whole.
 
-        Later steps than `step`, just saved, were passed over as damaged on resume: they neither count nor are
-        deleted, and are replaced when the run gets there again.
+        Those that `latest` passed over as damaged never count. They are deleted once a newer one is whole: until then,
+        as those of later steps, which are all of that sort, they may be all that there is to restore.
         """
         try:
             named = [path for path in find_checkpoints(self.directory) if CHECKPOINT_NAME.fullmatch(path.name)]
             earlier = {step_of(path): path for path in named if step_of(path) <= step}
-            for old in superfluous(earlier, self.keep, self._metrics):
+            damaged = self._damaged & earlier.keys()
+            for old in [*superfluous(earlier.keys() - damaged, self.keep, self._metrics), *sorted(damaged)]:
                 self._delete(earlier[old])
         except (OSError, CheckpointError) as error:
             where, why = (

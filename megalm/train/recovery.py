@@ -69,9 +69,7 @@ class GoBack:
     def _checkpoint(self, state: TrainState) -> CheckpointReader | None:
         """Load the newest checkpoint before the wrong steps, after a rollback in vain an earlier one, and return it."""
         first = state.skipped_steps[0]
-        tries = [min(first, state.went_to), first] if state.rollbacks else [first]
-        readers = (self.manager.latest(self.load, step) for step in [*tries, None])
-        return next((reader for reader in readers if reader is not None), None)
+        return self.manager.latest(self.load, [min(first, state.went_to), first] if state.rollbacks else [first])
 
     def _go_back(self, trainer: Trainer, reader: CheckpointReader) -> None:
         """Take up the checkpoint with the data behind the present step, and make it the newest one."""
@@ -98,5 +96,5 @@ class GoBack:
 
 def tell_of_damaged(tracker: Tracker, manager: CheckpointManager, step: int) -> None:
     """Say which damaged checkpoints were passed over for the one of `step`, and why."""
-    for reason in manager.passed_over:
+    for reason in manager.passed_over.values():
         tracker.event({"step": step, "event": "DAMAGED CHECKPOINT PASSED OVER", "reason": reason})

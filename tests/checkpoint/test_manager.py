@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from megalm.checkpoint.commands import inspect, verify
 from megalm.checkpoint.manager import CheckpointManager, latest_checkpoint
 from megalm.checkpoint.names import find_checkpoints, hidden
+from megalm.checkpoint.reader import CheckpointReader
+from megalm.checkpoint.retention import Keep
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.errors import CheckpointError
 
@@ -63,13 +66,68 @@ def test_a_run_that_goes_back_finds_an_earlier_one_and_drops_the_later(tmp_path:
     manager = CheckpointManager(tmp_path, 3)
     for step in (10, 20, 30):
         save(manager, step)
-    earlier = [manager.latest(before=step) for step in (31, 30, 20, 10)]
-    assert [reader and reader.step for reader in earlier] == [30, 20, 10, None]
+    tries = [[31], [30], [20], [20, 30], [10, 30], [10]]
+    earlier = [manager.latest(before=steps) for steps in tries]
+    assert [reader and reader.step for reader in earlier] == [30, 20, 10, 10, 20, 30]
     manager.drop_after(10)
     assert names(tmp_path) == ["step-00000010"]
     save(manager, 10, mark=1.0)
     latest = manager.latest()
     assert latest is not None and latest.state["mark"] == 1.0
+
+
+def test_a_run_that_goes_back_tries_all_that_there_is(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 3)
+    paths = [save(manager, step) for step in (10, 20, 30)]
+    damage(paths[0])
+    latest = manager.latest(before=[15])
+    assert latest is not None and latest.step == 30 and list(manager.passed_over) == [10]
+    damage(paths[1])
+    latest = manager.latest(before=[15, 25])
+    assert latest is not None and latest.step == 30 and list(manager.passed_over) == [10, 20]
+    damage(paths[2])
+    with pytest.raises(CheckpointError, match=r"none of its 3 checkpoints is valid \(.*step-00000010/rank"):
+        manager.latest(before=[15])
+
+
+def test_damaged_ones_neither_count_nor_stay_once_a_newer_one_is_whole(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 4)
+    for step, loss in ((36, 0.2), (38, 0.3), (39, 0.3), (40, 0.1)):
+        state = {"metric": {"name": "loss", "value": loss, "step": step}}
+        manager.save(step, [Fragment(SPEC, "weight", 0, torch.zeros(32))], state)
+    damage(manager.directory / "step-00000040")
+    again = CheckpointManager(tmp_path, Keep(2, every=40, best="loss"))
+    latest = again.latest()
+    assert latest is not None and latest.step == 39
+    save(again, 39)  # has no metric now
+    assert names(tmp_path) == [f"step-000000{step}" for step in (36, 38, 39, 40)], "no newer one than 40 is there yet"
+    save(again, 42)
+    assert names(tmp_path) == [f"step-000000{step}" for step in (36, 39, 42)], "the best that is whole and two more"
+    save(again, 40)
+    assert names(tmp_path) == [f"step-000000{step}" for step in (36, 39, 40, 42)], "what was saved again is whole"
+
+
+def test_what_a_run_deletes_while_it_is_read_is_no_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The run deletes a checkpoint, as retention does, once its manifest was read, and has saved another."""
+    manager = CheckpointManager(tmp_path, 1)
+    save(manager, 1)
+    known: list[int] = []
+
+    def load(reader: CheckpointReader) -> None:
+        known.append(reader.step)
+        if reader.step < 3:
+            save(manager, reader.step + 1)
+        reader.verify_files()
+
+    latest = latest_checkpoint(tmp_path, load)
+    assert latest is not None and latest.step == 3 and known == [1, 2, 3] and caplog.records == []
+
+    def lose(reader: CheckpointReader) -> None:
+        shutil.rmtree(reader.directory)
+        reader.verify_files()
+
+    with pytest.raises(CheckpointError, match="all its checkpoints went away while they were read; see who"):
+        manager.latest(lose)  # and not None, by which a run would begin anew
 
 
 def test_damaged_ones_are_passed_over_loudly_and_do_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -79,7 +137,7 @@ def test_damaged_ones_are_passed_over_loudly_and_do_not_count(tmp_path: Path, ca
     (paths[1] / "manifest.json").unlink()
     latest = manager.latest()
     assert latest is not None and latest.step == 1
-    assert all(str(path) in reason for path, reason in zip(paths[:0:-1], manager.passed_over, strict=True))
+    assert all(str(path) in reason for path, reason in zip(paths[:0:-1], manager.passed_over.values(), strict=True))
     assert caplog.records == [], "whoever asks a manager tells of them"
     latest = latest_checkpoint(tmp_path)
     assert latest is not None and latest.step == 1

@@ -7,13 +7,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megalm.checkpoint.manager import CheckpointManager
 from megalm.errors import Diverged
 from megalm.launch.local import run_workers
+from megalm.train.recovery import GoBack, tell_of_damaged
 from megalm.train.tracking import read_events, read_metrics
+from megalm.train.trainer import TrainState
 from tests.end_to_end.workplace import environment, make_workplace
 
 SETTINGS = ("stability.spike_window=8", "checkpoint.every=10", "evaluate.every=0")
@@ -93,6 +97,19 @@ def test_a_few_skipped_steps_are_events_and_the_run_goes_on(place: Path) -> None
         records = [record for record in read_metrics(place / run / "metrics.jsonl") if "train/loss" in record]
         assert [record["step"] for record in records if math.isnan(record["optim/grad_norm"])] == [24, 25]
         assert len(records) == 40
+
+
+def test_a_damaged_checkpoint_before_the_trouble_is_told_and_a_later_one_taken(place: Path, poisoned: Path) -> None:
+    run = place / "half"
+    shutil.copytree(poisoned, run)
+    (run / "checkpoints" / "step-00000030" / "manifest.json").write_bytes(b"")
+    told: list[dict[str, Any]] = []
+    manager, tracker = CheckpointManager(run, 2), SimpleNamespace(event=told.append)
+    recovery = GoBack(tracker, None, manager, None, None)  # type: ignore[arg-type]
+    reader = recovery._checkpoint(TrainState(step=42, skipped_steps=[37, 41, 42]))
+    assert reader is not None and reader.step == 40
+    tell_of_damaged(recovery.tracker, manager, reader.step)
+    assert [event["event"] for event in told] == ["DAMAGED CHECKPOINT PASSED OVER"] and "00000030" in told[0]["reason"]
 
 
 def test_a_run_without_a_way_back_stops_and_says_why(place: Path) -> None:

@@ -122,7 +122,7 @@ class Run:
         """Return the steps of the checkpoints; each must hold its step's weights."""
         found = find_checkpoints(self.manager.directory)
         for path in found:
-            reader = latest_checkpoint(self.manager.run_dir, before=step_of(path) + 1)
+            reader = latest_checkpoint(self.manager.run_dir, before=[step_of(path) + 1])
             assert reader is not None
             with closing(reader):
                 assert reader.read_local(SPEC, "weight").eq(reader.step).all() and reader.step == step_of(path)
@@ -389,7 +389,7 @@ def real_saves(mesh: ParallelMesh, run: str) -> list[int]:
 
     trainer.fit([Keeper(), save])
     for path in find_checkpoints(manager.directory):
-        reader = latest_checkpoint(Path(run), before=step_of(path) + 1)
+        reader = latest_checkpoint(Path(run), before=[step_of(path) + 1])
         assert reader is not None and reader.step == step_of(path)
         assert reader.state["progress"]["planned"] == reader.state["progress"]["samples"] == 8 * reader.step
         for fragment in trainer.engine.state():
