@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalm.checkpoint.commands import inspect, verify
+from megalm.checkpoint.commands import diff, inspect, verify
 from megalm.checkpoint.manager import CheckpointManager, latest_checkpoint
 from megalm.checkpoint.names import find_checkpoints, hidden
 from megalm.checkpoint.reader import CheckpointReader
@@ -128,6 +128,44 @@ def test_what_a_run_deletes_while_it_is_read_is_no_damage(tmp_path: Path, caplog
 
     with pytest.raises(CheckpointError, match="all its checkpoints went away while they were read; see who"):
         manager.latest(lose)  # and not None, by which a run would begin anew
+
+
+def test_commands_beside_a_run_that_deletes_what_they_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    managers = [CheckpointManager(tmp_path / run, 2) for run in "ab"]
+    saves: list[int] = []
+
+    class Slow(CheckpointReader):
+        def __init__(self, directory: Path) -> None:
+            super().__init__(directory)
+            for manager in managers if saves else ():
+                save(manager, saves[0])
+            del saves[:1]
+
+    for manager in managers:
+        save(manager, 1), save(manager, 2)
+    monkeypatch.setattr("megalm.checkpoint.commands.CheckpointReader", Slow)
+    saves += [3]
+    found = verify(tmp_path / "a")
+    assert [item["step"] for item in found["checkpoints"]] == [2]
+    assert found["deleted_meanwhile"] == [str(tmp_path / "a" / "checkpoints" / "step-00000001")]
+    damage(managers[0].directory / "step-00000003")
+    saves += [4]
+    with pytest.raises(CheckpointError, match=r"step-00000003/rank.*\(and 1 deleted meanwhile by the run\)"):
+        verify(tmp_path / "a")
+    for manager in managers:
+        manager.keep = Keep(1)
+        save(manager, 5)
+    saves += [6]
+    with pytest.raises(CheckpointError, match="1 deleted meanwhile by the run, and no other was there; try again"):
+        verify(tmp_path / "a")
+    saves += [7]
+    assert inspect(tmp_path / "a")["step"] == 7
+    saves += [8, 9]
+    found = diff(tmp_path / "a", tmp_path / "b")
+    assert found["equal"] and [Path(found[which]).name for which in ("first", "second")] == 2 * ["step-00000009"]
+    damage(managers[1].directory / "step-00000009")
+    with pytest.raises(CheckpointError, match="b/checkpoints/step-00000009/rank"):
+        diff(tmp_path / "a", tmp_path / "b")
 
 
 def test_damaged_ones_are_passed_over_loudly_and_do_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
