@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from megalm.checkpoint.commands import checkpoints_at
+from megalm.checkpoint.commands import of_newest
 from megalm.checkpoint.files import FileSystem
 from megalm.checkpoint.index import Rows
 from megalm.checkpoint.names import CHECKPOINTS, checkpoint_name, hidden
@@ -26,6 +25,7 @@ from megalm.config.run import RunConfig
 from megalm.config.storage import wide_dtype
 from megalm.config.yaml_text import sealed
 from megalm.data.tokenizer import FILE_NAME as TOKENIZER
+from megalm.data.tokenizer import read_tokenizer_file
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.distributed.world import layout_of
@@ -33,7 +33,7 @@ from megalm.dry_run.stated import Stated
 from megalm.dry_run.world import pretended_mesh
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.build import DTYPES, build_stage
-from megalm.models.imported import new_directory, require_free
+from megalm.models.imported import SOURCE_FILE, new_directory, require_free
 from megalm.train.optimizers import freeze
 from megalm.train.run_directory import CONFIG_FILE, IDENTITY_FILE, read_identity, run_identity
 from megalm.zero.engine import counted_here, kept_buffers, replicas_of, shard_of
@@ -67,18 +67,23 @@ def reshard(source: Path, out: Path, overrides: list[str], ranks: int | None) ->
         if name.partition(".")[0] not in SECTIONS and name not in BATCH:
             keys = ", ".join([*(f"{section}.*" for section in SECTIONS), *BATCH])
             raise ConfigError(f"{override} is no key of a layout; reshard changes {keys}")
-    with closing(CheckpointReader(checkpoints_at(source)[0])) as reader:
-        known = reader.state.get("config")
-        if not isinstance(known, dict):
-            raise CheckpointError(
-                f"{reader.directory}: its state has no config, so its model is unknown; give one of a run"
-            )
-        config = load_values(known, f"config of {reader.directory}", [*overrides, f"run.dir={json.dumps(str(out))}"])
-        layout = layout_of(config, ranks or config.parallel.least_ranks)
-        require_free(out)
-        with new_directory(out) as (files, partial):
-            _copy(files, reader, config, layout, partial)
-            _make_run(files, reader, config, layout, partial)
+    return of_newest(source, lambda reader: _reshard(reader, out, overrides, ranks))
+
+
+def _reshard(reader: CheckpointReader, out: Path, overrides: list[str], ranks: int | None) -> dict[str, Any]:
+    known = reader.state.get("config")
+    if not isinstance(known, dict):
+        raise CheckpointError(
+            f"{reader.directory}: its state has no config, so its model is unknown; give one of a run"
+        )
+    config = load_values(known, f"config of {reader.directory}", [*overrides, f"run.dir={json.dumps(str(out))}"])
+    layout = layout_of(config, ranks or config.parallel.least_ranks)
+    require_free(out)
+    texts = _texts(reader, config, layout)
+    with new_directory(out) as (files, partial):
+        _copy(files, reader, config, layout, partial)
+        for name, text in texts.items():
+            files.write_file(partial / name, text)
     path = out / CHECKPOINTS / checkpoint_name(reader.step)
     return {
         "path": str(path),
@@ -188,20 +193,30 @@ def _of_no_parameter(reader: CheckpointReader, whole: Mapping[str, tuple[int, ..
             yield Fragment(piece.shard, kind, piece.start, reader.read_flat(piece.shard, kind, piece.start, piece.stop))
 
 
-def _make_run(files: FileSystem, reader: CheckpointReader, config: RunConfig, layout: RankLayout, out: Path) -> None:
-    """Write the files beside the checkpoint by which a run knows itself, so that it can be gone on with."""
+def _texts(reader: CheckpointReader, config: RunConfig, layout: RankLayout) -> dict[str, bytes]:
+    """Return, by name, the files beside the checkpoint: a run can be gone on with, imported weights are begun from.
+
+    Raises ConfigError or CheckpointError for a checkpoint of neither.
+    """
     run = reader.directory.parent.parent
-    parameters = sum(_elements(reader, name) for name in reader.names("weight"))
-    data, tokenizer = (reader.state[f"{name}_fingerprint"] for name in ("data", "tokenizer"))
-    identity = run_identity(config, data, tokenizer, layout.world_size, parameters, read_identity(run) or {})
-    texts = {
-        IDENTITY_FILE: (json.dumps(identity, indent=1) + "\n").encode(),
-        CONFIG_FILE: sealed(dump_yaml(config)).encode(),
-    }
+    texts = {CONFIG_FILE: sealed(dump_yaml(config)).encode()}
+    data, tokenizer = (reader.state.get(f"{name}_fingerprint") for name in ("data", "tokenizer"))
+    if isinstance(data, str) and isinstance(tokenizer, str):
+        parameters = sum(_elements(reader, name) for name in reader.names("weight"))
+        # Weights that a run began from may be gone, and are nothing to who has a checkpoint.
+        begun = {"init_from": {"path": config.train.init_from, "fingerprint": "unknown"}}
+        identity = run_identity(config, data, tokenizer, layout.world_size, parameters, read_identity(run) or begun)
+        texts[IDENTITY_FILE] = (json.dumps(identity, indent=1) + "\n").encode()
+    elif "imported" in reader.state:
+        texts[SOURCE_FILE] = (json.dumps(reader.state["imported"], indent=1) + "\n").encode()
+    else:
+        raise CheckpointError(
+            f"{reader.directory}: its state says neither what data it was trained with nor where it was imported from; "
+            "give one of a run"
+        )
     if (run / TOKENIZER).is_file():
-        texts[TOKENIZER] = (run / TOKENIZER).read_bytes()
-    for name, text in texts.items():
-        files.write_file(out / name, text)
+        texts[TOKENIZER] = read_tokenizer_file(run / TOKENIZER)
+    return texts
 
 
 def _elements(reader: CheckpointReader, name: str) -> int:

@@ -12,10 +12,14 @@ import torch.distributed as dist
 from megalm.checkpoint.commands import diff, inspect, verify
 from megalm.checkpoint.manager import CheckpointManager
 from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.reader import CheckpointReader
 from megalm.cli import main
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
+from megalm.distributed.sharding import Fragment, ShardSpec
 from megalm.dry_run.reshard import describe_layout, reshard
+from megalm.errors import CheckpointError
+from megalm.models.imported import SOURCE_FILE, write_run
 from megalm.train.run_directory import check_place
 from tests.parity.harness import VOCAB, build_trainer
 from tests.worker_pool import WorkerPool
@@ -84,6 +88,36 @@ def test_each_rank_gets_the_pieces_that_it_would_have_written(pool: WorkerPool, 
         assert check_place(run) is not None, "a run goes on in it"
     assert done["layout"] == inspect(written)["layout"] == inspect(back)["layout"]
     assert diff(written, back)["config"].keys() <= {"run.dir", "zero.config"}
+
+
+def test_weights_without_a_run_of_their_own_and_a_run_whose_first_weights_are_gone(
+    pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imported weights stay such, and what a run began from is not asked for; without either nothing is copied."""
+    run, imported, out = (tmp_path / name for name in ("run", "imported", "out"))
+    gone = {"train.init_from": str(tmp_path / "gone")}
+    pool.run(train_and_save, str(run), Cell("zero0", "fp32"), gone, layout=RankLayout(1, 1, 1))
+    reshard(run, out, ["parallel.tensor=2"], None)
+    identity = check_place(out)
+    assert identity is not None and identity["init_from"] == {"path": gone["train.init_from"], "fingerprint": "unknown"}
+    assert diff(run, out)["equal"]
+
+    reader = CheckpointReader(run / "checkpoints" / "step-00000001")
+    rows = [(name, reader.manifest.entries("weight", name)[0].piece.shard) for name in reader.names("weight")]
+    tensors = [(name, reader.read_local(ShardSpec.whole(name, shard.global_shape), "weight")) for name, shard in rows]
+    write_run(imported, reader.state["config"]["model"], tensors, None, {"family": "llama"})
+    reshard(imported, tmp_path / "again", ["parallel.tensor=2"], None)
+    assert diff(imported, tmp_path / "again")["equal"]
+    files = [{path.name for path in place.iterdir()} for place in (imported, tmp_path / "again")]
+    assert files[0] == files[1]
+    assert (tmp_path / "again" / SOURCE_FILE).read_bytes() == (imported / SOURCE_FILE).read_bytes()
+
+    parts = [Fragment(ShardSpec.whole(name, tuple(part.shape)), "weight", 0, part.view(-1)) for name, part in tensors]
+    CheckpointManager(tmp_path / "bare", 1).save(1, parts, {"config": reader.state["config"]})
+    monkeypatch.setattr("megalm.dry_run.reshard._copy", None)
+    with pytest.raises(CheckpointError, match=r"neither what data .* nor where it was imported from; give"):
+        reshard(tmp_path / "bare", tmp_path / "none", [], None)
+    assert not (tmp_path / "none").exists()
 
 
 def test_wrong_layouts_and_places_are_refused_in_one_line(
