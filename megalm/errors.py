@@ -35,7 +35,7 @@ class CheckpointError(UserError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """Files of a checkpoint are missing, cannot be read, or are not as they were written; an older one may do."""
+    """Files of a checkpoint are missing, lost by the disk, or not as they were written; an older one may do."""
 
 
 class StorageError(CheckpointError):

@@ -37,7 +37,7 @@ HASH_THREADS = 2  # of a rank that writes: 2.7 GB/s of SHA-256
 IN_FLIGHT = 8  # buffers that are written, but not yet hashed
 REMEDY = "; delete this checkpoint to resume from an older one, or restore it from a copy"
 DAMAGED = f"the file is damaged{REMEDY}"
-_NO_DAMAGE = {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
+_DAMAGE = {errno.ENOENT, errno.EIO, errno.EUCLEAN, errno.EBADMSG}  # the latter two: a file system's own checksums
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,10 +237,14 @@ def open_regular(path: Path) -> Any:
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """Return the one-line error for a file that the system would not read: damage, unless only the way to it is."""
+    """Return the one-line error for a file that the system would not read: damage where its bytes are lost.
+
+    All else, such as memory or a server that is short for a while, may be over soon: a checkpoint that was passed over
+    for that would be replaced by older work.
+    """
     if isinstance(error, FileNotFoundError):
         return DamagedCheckpoint(f"{path}: the file is missing; {REMEDY[2:]}")
-    kind = CheckpointError if error.errno in _NO_DAMAGE else DamagedCheckpoint
+    kind = DamagedCheckpoint if error.errno in _DAMAGE else CheckpointError
     return kind(f"{path}: cannot read: {error.strerror or error}; check the file system and permissions")
 
 

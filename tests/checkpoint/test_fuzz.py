@@ -127,10 +127,11 @@ def test_a_file_that_may_not_be_read_is_no_damage(runs: tuple[Subject, Path], mo
 
     with monkeypatch.context() as patch:
         patch.setattr("os.preadv", refuse)
-        for code, damage_is_told in ((errno.ESTALE, False), (errno.EIO, True)):
+        lost = {errno.EIO, errno.EUCLEAN}
+        for code in (*lost, errno.ESTALE, errno.ENOMEM, errno.ENODEV, errno.ESHUTDOWN, errno.EHOSTDOWN):
             with pytest.raises(CheckpointError, match=os.strerror(code)) as caught, redirect_stdout(StringIO()):
                 train(runs[0].config)
-            assert ("none of its 2 checkpoints is valid" in str(caught.value)) == damage_is_told
+            assert ("none of its 2 checkpoints is valid" in str(caught.value)) == (code in lost)
 
 
 def test_an_older_checkpoint_is_evaluated_and_continued_by_its_step(
