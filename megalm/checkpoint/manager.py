@@ -6,10 +6,8 @@ rests of interrupted saves; who only reads calls `latest_checkpoint`.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -255,9 +253,11 @@ class CheckpointManager:
     ) -> tuple[Path, int]:
         """Write once, and then delete what is not to stay. In the thread of a flight, or in the main one."""
         with together(group):
-            if rank_of(group) == 0 and self._was_there and not self.run_dir.is_dir():
-                gone = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.run_dir))
-                raise storage_error(gone, self.run_dir)  # to make it anew might fill the disk below a lost mount
+            if rank_of(group) == 0 and self._was_there:
+                try:
+                    self._files.require_directory(self.run_dir)  # made anew, it might fill the disk below a lost mount
+                except OSError as error:
+                    raise storage_error(error, self.run_dir) from error
         found = write_and_count(self.directory, step, fragments, state, group, self._layout, self._files)
         if rank_of(group) == 0:
             self._was_there = True

@@ -136,6 +136,22 @@ def test_a_fault_that_passes_is_tried_again_and_one_that_stays_is_told(
     assert patient.error is None and mark_of(tmp_path) == 4.0
 
 
+def test_a_look_at_the_directory_that_fails_is_a_fault_of_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a server of files is away for a moment: the save is tried again, and does not end the run."""
+    manager, left, stat = CheckpointManager(tmp_path, 2), [2], Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path == tmp_path and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert save(manager, 1, 1.0).error is None and left == [0]
+
+
 def test_a_directory_that_vanished_is_named_and_not_made_anew(tmp_path: Path, disk: Disk) -> None:
     run = tmp_path / "mount" / "run"
     run.mkdir(parents=True)
