@@ -205,7 +205,8 @@ def _texts(reader: CheckpointReader, config: RunConfig, layout: RankLayout) -> d
         parameters = sum(_elements(reader, name) for name in reader.names("weight"))
         # Weights that a run began from may be gone, and are nothing to who has a checkpoint.
         begun = {"init_from": {"path": config.train.init_from, "fingerprint": "unknown"}}
-        identity = run_identity(config, data, tokenizer, layout.world_size, parameters, read_identity(run) or begun)
+        before = {**(read_identity(run) or begun), "saved": True}
+        identity = run_identity(config, data, tokenizer, layout.world_size, parameters, before)
         texts[IDENTITY_FILE] = (json.dumps(identity, indent=1) + "\n").encode()
     elif "imported" in reader.state:
         texts[SOURCE_FILE] = (json.dumps(reader.state["imported"], indent=1) + "\n").encode()

@@ -100,7 +100,7 @@ def test_weights_without_a_run_of_their_own_and_a_run_whose_first_weights_are_go
     reshard(run, out, ["parallel.tensor=2"], None)
     identity = check_place(out)
     assert identity is not None and identity["init_from"] == {"path": gone["train.init_from"], "fingerprint": "unknown"}
-    assert diff(run, out)["equal"]
+    assert diff(run, out)["equal"] and identity["saved"]
 
     reader = CheckpointReader(run / "checkpoints" / "step-00000001")
     rows = [(name, reader.manifest.entries("weight", name)[0].piece.shard) for name in reader.names("weight")]
