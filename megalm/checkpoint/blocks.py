@@ -37,7 +37,10 @@ HASH_THREADS = 2  # of a rank that writes: 2.7 GB/s of SHA-256
 IN_FLIGHT = 8  # buffers that are written, but not yet hashed
 REMEDY = "; delete this checkpoint to resume from an older one, or restore it from a copy"
 DAMAGED = f"the file is damaged{REMEDY}"
-_DAMAGE = {errno.ENOENT, errno.EIO, errno.EUCLEAN, errno.EBADMSG}  # the latter two: a file system's own checksums
+_DAMAGE = {
+    *(errno.ENOENT, errno.EIO, errno.EUCLEAN, errno.EBADMSG),  # the latter two: a file system's own checksums
+    *(errno.EINVAL, errno.ENXIO, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),  # something else is in the file's place
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +240,7 @@ def open_regular(path: Path) -> Any:
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """Return the one-line error for a file that the system would not read: damage where its bytes are lost.
+    """Return the one-line error for a file that the system would not read: damage where its bytes are not there.
 
     All else, such as memory or a server that is short for a while, may be over soon: a checkpoint that was passed over
     for that would be replaced by older work.
