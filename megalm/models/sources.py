@@ -13,6 +13,7 @@ from megalm.errors import CheckpointError
 from megalm.files import require_regular
 
 CONFIG = "config.json"
+COMPANIONS = "huggingface"  # of a run: what only transformers needs
 _LONGEST_HEADER = 100_000_000
 
 

@@ -30,6 +30,7 @@ from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.world import joined_mesh
 from megalm.errors import CheckpointError, DistributedError, Interrupted, UserError
 from megalm.models.build import DTYPES, build_executor, build_stage
+from megalm.models.huggingface.companions import companions_of
 from megalm.models.transformer import Transformer
 from megalm.preflight.gate import preflight
 from megalm.train.callbacks import Evaluate, LogMetrics, StopEarly
@@ -114,7 +115,7 @@ def _train(
         trainer = Trainer(config, mesh, executor, engine, loader, state, clock)
         starts_from = config.train.init_from if reader is None else None
         begins = [] if starts_from is None else _start(config, vocab, trainer, directory)
-        _claim(directory, data)
+        _claim(directory, data, starts_from)
         interrupted = _fit(recipe, trainer, model, data, windows, memory, manager, reader, load, begins, interruption)
     if interrupted is not None:
         raise Interrupted(
@@ -266,16 +267,13 @@ def _open_directory(
     return directory
 
 
-def _claim(directory: RunDirectory | None, data: PreparedData) -> None:
+def _claim(directory: RunDirectory | None, data: PreparedData, starts_from: str | None) -> None:
     """Write what the run is into its directory, the tokenizer beside it, on rank 0; all ranks fail together."""
-    error = None
-    if directory is not None:
-        try:
-            directory.claim()
-            data.tokenizer().save(directory.path)
-        except Exception as caught:
-            error = caught
-    agree(error, world_group())
+    with together(world_group()):
+        if directory is not None:
+            tokenizer = data.tokenizer()
+            directory.claim({} if starts_from is None else companions_of(Path(starts_from), tokenizer))
+            tokenizer.save(directory.path)
 
 
 def _start(config: RunConfig, vocab: int, trainer: Trainer, directory: RunDirectory | None) -> list[str]:

@@ -28,7 +28,7 @@ from megalm.config.storage import masters_dtype, wide_dtype
 from megalm.config.yaml_text import sealed
 from megalm.errors import CheckpointError, ConfigError
 from megalm.files import partial_of, refused_write, require_regular, sync_directory, write_durably
-from megalm.models.sources import fingerprint
+from megalm.models.sources import COMPANIONS, fingerprint
 from megalm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _SAVED, _REMOVING = "saved", "removing"
 """Of `run.json`: whether a checkpoint was ever saved, and whether the run before this one is still being removed."""
 _TABLES = ("rank_times.tsv", "rank_memory.tsv", "inspect.jsonl", "inspect.png")
 _OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl", *_TABLES)
-_OWNED_DIRECTORIES = (CHECKPOINTS, "profile", "tensorboard", "wandb")
+_OWNED_DIRECTORIES = (CHECKPOINTS, COMPANIONS, "profile", "tensorboard", "wandb")
 
 # What may differ from one start of a run to the next. First where and how it is computed; the data's path is free
 # because its fingerprint is held instead, so prepared data may be moved, and so is that of first weights.
@@ -94,16 +94,19 @@ class RunDirectory:
     _identity: dict[str, Any]
     _fresh: bool
 
-    def claim(self) -> None:
+    def claim(self, companions: Mapping[str, bytes] | None = None) -> None:
         """Write `config.yaml` and `run.json`, with `fresh` after the removal of the run that was here.
 
         Called once all that could show the recipe to be wrong is done: from then on another recipe is refused here.
-        Raises StorageError.
+        `companions` are files by name for its directory `huggingface`, which exports want. Raises StorageError.
         """
         try:
             if self._fresh and read_identity(self.path) is not None:
                 self._write_identity({**self._identity, _REMOVING: True})
                 _remove_run(self.path)
+            for name, content in (companions or {}).items():
+                (self.path / COMPANIONS).mkdir(exist_ok=True)
+                write_durably(self.path / COMPANIONS / name, content)
             self._write_identity(self._identity)
             _write_changed(self.path / CONFIG_FILE, sealed(dump_yaml(self._config)))
         except OSError as error:

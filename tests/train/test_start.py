@@ -18,6 +18,7 @@ from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import CheckpointError, ConfigError
+from megalm.models.huggingface.companions import companions_of
 from megalm.models.huggingface.importing import import_model
 from megalm.models.huggingface.reader import HuggingFaceReader
 from megalm.models.sources import fingerprint
@@ -91,8 +92,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("start")
     make_data(place / "data")
     tokenizer = Tokenizer.load(place / "data")
-    values = {**values_of("llama"), "vocab_size": tokenizer.vocabulary, "num_hidden_layers": 1}
+    values = {**values_of("llama"), "vocab_size": tokenizer.vocabulary, "num_hidden_layers": 1, "eos_token_id": 2}
     tokenizer.save(make(place / "source", values))
+    (place / "source" / "chat_template.jinja").write_text("{{ messages }}")
     import_model(place / "source", place / "imported")
     return place
 
@@ -137,6 +139,8 @@ def test_a_run_starts_with_the_weights_of_its_source(place: Path, tmp_path: Path
     identity = read_identity(run)
     assert identity is not None
     assert identity["init_from"] == {"path": str(init_from), "fingerprint": fingerprint(init_from)}
+    assert json.loads((run / "huggingface" / "token_ids.json").read_text())["eos_token_id"] == 2
+    assert (run / "huggingface" / "chat_template.jinja").read_text() == "{{ messages }}"
     shutil.rmtree(source)  # a resume asks for nothing of it
     train(config.model_copy(update={"train": config.train.model_copy(update={"stop_at": 4})}))
     assert same(weights(run, 4), whole)
@@ -282,6 +286,9 @@ def test_what_is_no_source_is_refused_before_anything_starts(place: Path, tmp_pa
     assert cli.main([*arguments, f"train.init_from={tmp_path / 'nothing'}"]) == 2
     assert cli.main([*arguments, f"train.init_from={place / 'imported'}"]) == 2  # another model
     assert not (tmp_path / "run" / "run.json").exists()
+    other = Tokenizer.load(place / "data")
+    other.serialized += b"\n"
+    assert companions_of(place / "source", other) == {}, "special tokens of another tokenizer are not these"
     with pytest.raises(CheckpointError, match="no run with a checkpoint"):
         fingerprint(tmp_path)
 

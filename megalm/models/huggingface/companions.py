@@ -1,7 +1,8 @@
 """What stands beside a model's weights for transformers: special tokens, the chat template, how to generate.
 
-megalm computes with none of it. An import keeps it in the run's directory `huggingface`, the files as they are, and an
-export writes it back. Of a run without it megalm knows one special token, the end of a text.
+megalm computes with none of it. An import keeps it in the run's directory `huggingface`, the files as they are, so does
+a run that begins with such weights, and an export writes it back. Of a run without it megalm knows one special token,
+the end of a text.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer import FILE_NAME, Tokenizer, read_tokenizer_file
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.huggingface.fields import LARGEST
-from megalm.models.huggingface.safetensors_files import parse_object, read_bounded
+from megalm.models.huggingface.safetensors_files import parse_object, read_bounded, read_json
+from megalm.models.sources import COMPANIONS, CONFIG, is_huggingface, newest_checkpoint
 
-DIRECTORY = "huggingface"
 FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 TOKEN_IDS = "token_ids.json"
 """In the run's directory, of the model's config.json."""
@@ -37,6 +38,22 @@ def read_companions(directory: Path, config: Mapping[str, Any], where: str) -> d
         if value is not None and not (len(several) <= _MOST_IDS and all(map(_is_id, several))):
             raise ConfigError(f"{where}: {key}={repr(value)[:60]} is neither a token's number nor a list of them")
     return {TOKEN_IDS: _json(ids), **_files(directory)}
+
+
+def companions_of(source: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return what a run that begins with the weights of a source keeps, by name.
+
+    `source` is a Hugging Face directory, a run, or a checkpoint of one. Where it has another tokenizer than that given,
+    or none, its special tokens are not this run's: {}. Raises as `read_companions` does.
+    """
+    path = source / CONFIG
+    place = source if is_huggingface(source) else newest_checkpoint(source).resolve().parent.parent
+    if not (place / FILE_NAME).is_file() or read_tokenizer_file(place / FILE_NAME) != tokenizer.serialized:
+        return {}
+    if is_huggingface(source):
+        return read_companions(source, read_json(path), str(path))
+    kept = place / COMPANIONS
+    return {TOKEN_IDS: read_bounded(kept / TOKEN_IDS, LIMIT_BYTES), **_files(kept)} if kept.is_dir() else {}
 
 
 def _is_id(value: Any) -> bool:
@@ -67,7 +84,7 @@ def written_companions(
     They are those that came with an imported run. Of another the one id that is known is that of the end of a text; for
     what is not known null is written, as transformers would else take the ids of some published model.
     """
-    kept = run / DIRECTORY
+    kept = run / COMPANIONS
     if kept.is_dir():
         path = kept / TOKEN_IDS
         return parse_object(read_bounded(path, LIMIT_BYTES), path), _files(kept)

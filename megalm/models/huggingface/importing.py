@@ -14,10 +14,10 @@ from typing import Any
 from megalm.data.tokenizer import FILE_NAME, Tokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.models.build import DTYPES
-from megalm.models.huggingface.companions import DIRECTORY, read_companions
+from megalm.models.huggingface.companions import read_companions
 from megalm.models.huggingface.reader import CONFIG, HuggingFaceReader
 from megalm.models.imported import require_free, write_run
-from megalm.models.sources import fingerprint
+from megalm.models.sources import COMPANIONS, fingerprint
 
 
 def import_model(directory: Path, out: Path, precision: str | None = None) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def import_model(directory: Path, out: Path, precision: str | None = None) -> di
         "fingerprint": fingerprint(directory),
     }
     companions = read_companions(directory, reader.config, str(directory / CONFIG))
-    beside = {f"{DIRECTORY}/{name}": content for name, content in companions.items()}
+    beside = {f"{COMPANIONS}/{name}": content for name, content in companions.items()}
     write_run(out, reader.section, reader.tensors(), tokenizer, source, precision=precision, beside=beside)
     return {
         "run": str(out),
