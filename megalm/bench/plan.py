@@ -21,7 +21,7 @@ from megalm.errors import ConfigError
 from megalm.files import write_durably
 from megalm.launch.checks import check_world
 from megalm.launch.records import LOGS, code_identity
-from megalm.train.run_directory import IDENTITY_FILE
+from megalm.train.run_identity import IDENTITY_FILE
 
 PLAN_FILE, POINTS, JOBS = "plan.json", "points", "jobs"
 JSON_FILE, TABLE_FILE, PICTURE_FILE = "scaling.json", "scaling.md", "scaling.png"

@@ -35,7 +35,8 @@ from megalm.errors import CheckpointError, ConfigError
 from megalm.models.build import DTYPES, build_stage
 from megalm.models.imported import SOURCE_FILE, new_directory, require_free
 from megalm.train.optimizers import freeze
-from megalm.train.run_directory import CONFIG_FILE, IDENTITY_FILE, read_identity, run_identity
+from megalm.train.run_directory import CONFIG_FILE
+from megalm.train.run_identity import IDENTITY_FILE, read_identity, run_identity
 from megalm.zero.engine import counted_here, kept_buffers, replicas_of, shard_of
 from megalm.zero.saving import saved_by_stage, saved_range
 

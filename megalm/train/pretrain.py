@@ -44,8 +44,9 @@ from megalm.train.optimizers import build_optimizer, freeze
 from megalm.train.profiling import Profile
 from megalm.train.recovery import GoBack, tell_of_damaged
 from megalm.train.replicas import CompareReplicas
-from megalm.train.run_directory import RunDirectory, differing_settings, open_run
+from megalm.train.run_directory import RunDirectory, open_run
 from megalm.train.run_facts import run_facts
+from megalm.train.run_identity import differing_settings
 from megalm.train.saving import SaveCheckpoints
 from megalm.train.sinks import Sinks
 from megalm.train.start import check_start, notes, set_start

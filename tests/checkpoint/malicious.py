@@ -40,7 +40,7 @@ from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.trained import trained_config
 from megalm.distributed.sharding import ShardSpec
 from megalm.errors import MegalmError
-from megalm.train.run_directory import read_identity
+from megalm.train.run_identity import read_identity
 from tests.checkpoint.forge import body_of, parsed, reseal, seal
 from tests.checkpoint.simulated import small_model, write_ranks, zero_fragments
 from tests.checkpoint.subject import listening

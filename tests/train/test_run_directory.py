@@ -16,7 +16,8 @@ import yaml
 
 from megalm.errors import ConfigError, StorageError
 from megalm.train import run_directory
-from megalm.train.run_directory import RunDirectory, differing_settings, open_run
+from megalm.train.run_directory import RunDirectory, open_run
+from megalm.train.run_identity import differing_settings
 from tests.train.recipes import small_recipe
 
 DATA, TOKENIZER = "d" * 64, "t" * 64

@@ -23,7 +23,8 @@ from megalm.models.huggingface.importing import import_model
 from megalm.models.huggingface.reader import HuggingFaceReader
 from megalm.models.sources import fingerprint
 from megalm.train.pretrain import train
-from megalm.train.run_directory import check_run, fixed_settings, read_identity
+from megalm.train.run_directory import check_run
+from megalm.train.run_identity import fixed_settings, read_identity
 from megalm.train.start import check_start, notes, shapes_of
 from tests.end_to_end.workplace import make_data
 from tests.models.huggingface.plain import make, values_of

@@ -60,8 +60,7 @@ def export_model(
     """Write the newest weights of a run (`averaged`: their average) as a Hugging Face directory `out`.
 
     `dtype` is that of the files (None: the recipe's precision), `family` the model_type to be written (None: one that
-    fits).
-    `step`: weights of that checkpoint, not the newest. Keys of the result: out, family, step, weights, dtype,
+    fits), `step` that of the checkpoint (None: the newest). Keys of the result: out, family, step, weights, dtype,
     rounded (tensors that lost bits, as they were stored in a wider dtype), parameters, files, largest_difference,
     tolerance. Raises ConfigError for a model that the family cannot express, naming what it is, CheckpointError for
     numbers that are not finite in the dtype, and where the written model differs.
