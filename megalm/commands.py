@@ -56,7 +56,7 @@ def _launcher() -> Rendezvous | None:
 
 
 def _is_restart() -> bool:
-    """Return whether the launcher starts this job again: then `--fresh`, still in its command, was done already."""
+    """Return whether the launcher starts this job again, whose command may still have `--fresh` in it."""
     launched = _launcher()
     return launched is not None and launched.attempt != "0"
 
@@ -85,7 +85,7 @@ def train(args: Namespace) -> int:
 
     interruption = Interruption()  # first of all, as the imports below take seconds
     from megalm.config.load import load_recipe
-    from megalm.train.run_directory import check_run
+    from megalm.train.run_directory import check_run, is_doomed
 
     config = load_recipe(args.recipe, args.overrides)
     world, starts_workers = _world(config, args.nproc)
@@ -96,12 +96,12 @@ def train(args: Namespace) -> int:
     check_sinks(config)
     check_rules(config, data)
     restarted = _is_restart()
-    fresh = args.fresh and not restarted
+    fresh = args.fresh and (is_doomed(Path(config.run.dir)) or not restarted)
     before = check_run(config, data.fingerprint, data.tokenizer_fingerprint, fresh)
     if config.train.init_from is not None and (before is None or fresh):
         from megalm.train.start import check_start
 
-        check_start(config, config.model.vocab or data.vocabulary, tied=starts_workers)
+        check_start(config, config.model.vocab or data.vocabulary, data.tokenizer() if starts_workers else None)
     if starts_workers:
         if interruption.received:  # from here on signals are passed on to the workers
             raise Interrupted(f"{signal.Signals(interruption.received).name} came before anything was started")
@@ -109,7 +109,7 @@ def train(args: Namespace) -> int:
         return _start_workers(args, command, world, Path(config.run.dir) / "logs", STOPPING)
     from megalm.train.pretrain import train as pretrain
 
-    pretrain(config, fresh, interruption, restarted)
+    pretrain(config, args.fresh, interruption, restarted)
     return 0
 
 

@@ -125,7 +125,7 @@ def piece_problem(shard: ShardSpec, start: int, stop: int) -> str | None:
     if max(prod(shape), prod(local)) >= 1 << 63:
         return f"shapes {shape} and {local} have more elements than a tensor may"
     if dim is None:
-        fits = shape == local
+        fits = shape == local and first is None
     else:
         at = 0 if first is None else 1  # dims before it are experts, of which any range may be held
         fits = 0 <= dim < len(shape) == len(local)

@@ -33,10 +33,12 @@ from megalm.dry_run.stated import Stated
 from megalm.dry_run.world import pretended_mesh
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.build import DTYPES, build_stage
-from megalm.models.imported import SOURCE_FILE, new_directory, require_free
+from megalm.models.huggingface.companions import kept_companions
+from megalm.models.imported import SOURCE_FILE, new_directory, require_free, write_beside
+from megalm.models.sources import COMPANIONS
 from megalm.train.optimizers import freeze
 from megalm.train.run_directory import CONFIG_FILE
-from megalm.train.run_identity import IDENTITY_FILE, read_identity, run_identity
+from megalm.train.run_identity import IDENTITY_FILE, SAVED, read_identity, run_identity
 from megalm.zero.engine import counted_here, kept_buffers, replicas_of, shard_of
 from megalm.zero.saving import saved_by_stage, saved_range
 
@@ -83,8 +85,7 @@ def _reshard(reader: CheckpointReader, out: Path, overrides: list[str], ranks: i
     texts = _texts(reader, config, layout)
     with new_directory(out) as (files, partial):
         _copy(files, reader, config, layout, partial)
-        for name, text in texts.items():
-            files.write_file(partial / name, text)
+        write_beside(files, partial, texts)
     path = out / CHECKPOINTS / checkpoint_name(reader.step)
     return {
         "path": str(path),
@@ -206,7 +207,7 @@ def _texts(reader: CheckpointReader, config: RunConfig, layout: RankLayout) -> d
         parameters = sum(_elements(reader, name) for name in reader.names("weight"))
         # Weights that a run began from may be gone, and are nothing to who has a checkpoint.
         begun = {"init_from": {"path": config.train.init_from, "fingerprint": "unknown"}}
-        before = {**(read_identity(run) or begun), "saved": True}
+        before = {**(read_identity(run) or begun), SAVED: True}
         identity = run_identity(config, data, tokenizer, layout.world_size, parameters, before)
         texts[IDENTITY_FILE] = (json.dumps(identity, indent=1) + "\n").encode()
     elif "imported" in reader.state:
@@ -218,7 +219,7 @@ def _texts(reader: CheckpointReader, config: RunConfig, layout: RankLayout) -> d
         )
     if (run / TOKENIZER).is_file():
         texts[TOKENIZER] = read_tokenizer_file(run / TOKENIZER)
-    return texts
+    return texts | {f"{COMPANIONS}/{name}": text for name, text in kept_companions(run).items()}
 
 
 def _elements(reader: CheckpointReader, name: str) -> int:

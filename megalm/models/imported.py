@@ -72,12 +72,17 @@ def write_run(
             files.write_file(partial / FILE_NAME, read_tokenizer_file(tokenizer))
         files.write_file(partial / "config.yaml", sealed(dump_yaml(config)).encode())
         files.write_file(partial / SOURCE_FILE, (json.dumps(dict(source), indent=1) + "\n").encode())
-        for name, content in (beside or {}).items():
-            files.make_directory((partial / name).parent)
-            files.write_file(partial / name, content)
-        for folder in {(partial / name).parent for name in beside or {}}:
-            files.sync_directory(folder)
+        write_beside(files, partial, beside or {})
     return out / path.relative_to(partial)
+
+
+def write_beside(files: FileSystem, directory: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files by their names in a directory, at most one directory deep. Raises OSError."""
+    for name, content in contents.items():
+        files.make_directory((directory / name).parent)
+        files.write_file(directory / name, content)
+    for folder in {(directory / name).parent for name in contents}:
+        files.sync_directory(folder)
 
 
 def disk_error(error: OSError, path: Path) -> CheckpointError:

@@ -13,7 +13,7 @@ from megalm.errors import CheckpointError
 from megalm.files import require_regular
 
 CONFIG = "config.json"
-COMPANIONS = "huggingface"  # of a run: what only transformers needs
+COMPANIONS = "companions"  # of a run: what stands beside the weights of a model of transformers
 _LONGEST_HEADER = 100_000_000
 
 

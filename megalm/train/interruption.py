@@ -29,7 +29,7 @@ class Interruption:
 
     The ranks' requests are joined by one all-reduce of a number a step, which runs while the next step computes: a
     request is acted on at most two steps after it came. A SIGTERM or Ctrl-C that comes again some seconds later ends
-    the process at once, as it does by default; under Slurm, which kills by itself, nothing but that ends a save.
+    the process at once, as it does by default; not SIGTERM under Slurm, which kills by itself, if need be.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,8 @@ class Interruption:
         atexit.register(_ignore)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        insists = number == self.received and number in _INSISTING and "SLURM_JOB_ID" not in os.environ
+        kills_later = number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ
+        insists = number == self.received and number in _INSISTING and not kills_later
         if insists and time.monotonic() - self._since > _INSIST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -63,7 +64,8 @@ class Interruption:
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            if not self.received:  # else a further Ctrl-C must not break what is done at the end
+                signal.signal(signal.SIGINT, before)
 
     def agreed(self, device: torch.device) -> signal.Signals | None:
         """Return the signal that any rank had received a step ago, None if none had. Every rank of the world calls."""
@@ -86,5 +88,5 @@ class Interruption:
 
 def _ignore() -> None:
     """Have a signal that comes after all work is done change nothing: the interpreter's end gives it its default."""
-    for number in STOPPING:
+    for number in (*STOPPING, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

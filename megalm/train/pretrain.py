@@ -24,7 +24,7 @@ from megalm.data.windows import Windows, all_windows
 from megalm.distributed import launch
 from megalm.distributed.collectives import agree
 from megalm.distributed.communication_time import CommunicationClock
-from megalm.distributed.exchange import together
+from megalm.distributed.exchange import broadcast_json, together
 from megalm.distributed.meeting import Meeting
 from megalm.distributed.mesh import ParallelMesh, world_group
 from megalm.distributed.world import joined_mesh
@@ -57,8 +57,6 @@ from megalm.watchdog.watch import watched
 from megalm.zero.build import build_engine, partitioner
 from megalm.zero.engine import ZeroEngine
 
-_DEAD_LOCK_S = 180.0  # NFS gives a dead client's locks free after 90 s
-
 
 def train(
     config: RunConfig, fresh: bool = False, interruption: Interruption | None = None, restarted: bool = False
@@ -75,7 +73,7 @@ def train(
     config = config.with_windows(len(windows))
     with watched(config.run.hang_timeout_s) as join, joined_mesh(config) as mesh:
         join()
-        directory = _open_directory(config, data, mesh, fresh, _DEAD_LOCK_S if restarted else 0.0)
+        directory, fresh = _open_directory(config, data, mesh, fresh, restarted)
         try:
             if config.run.preflight:
                 preflight(config, mesh, count_parameters(config.model, vocabulary(config, data)).total)
@@ -115,7 +113,7 @@ def _train(
         state = TrainState() if reader is None else progress_of(reader)
         trainer = Trainer(config, mesh, executor, engine, loader, state, clock)
         starts_from = config.train.init_from if reader is None else None
-        begins = [] if starts_from is None else _start(config, vocab, trainer, directory)
+        begins = [] if starts_from is None else _start(config, data, trainer, directory)
         _claim(directory, data, starts_from)
         interrupted = _fit(recipe, trainer, model, data, windows, memory, manager, reader, load, begins, interruption)
     if interrupted is not None:
@@ -242,9 +240,9 @@ def order_seed(config: RunConfig) -> int:
 
 
 def _open_directory(
-    config: RunConfig, data: PreparedData, mesh: ParallelMesh, fresh: bool, patience_s: float
-) -> RunDirectory | None:
-    """Open the run's directory on rank 0; all ranks fail together."""
+    config: RunConfig, data: PreparedData, mesh: ParallelMesh, fresh: bool, restarted: bool
+) -> tuple[RunDirectory | None, bool]:
+    """Return the run's directory, opened on rank 0, and whether it begins anew there; all ranks fail together."""
     directory, error = None, None
     if mesh.rank == 0:
         try:
@@ -255,7 +253,7 @@ def _open_directory(
                 mesh.layout.world_size,
                 count_parameters(config.model, vocabulary(config, data)).total,
                 fresh,
-                patience_s,
+                restarted,
             )
         except Exception as caught:
             error = caught
@@ -265,7 +263,7 @@ def _open_directory(
         if directory is not None:
             directory.close()
         raise
-    return directory
+    return directory, bool(broadcast_json(directory is not None and directory.fresh, world_group()))
 
 
 def _claim(directory: RunDirectory | None, data: PreparedData, starts_from: str | None) -> None:
@@ -277,12 +275,13 @@ def _claim(directory: RunDirectory | None, data: PreparedData, starts_from: str 
             tokenizer.save(directory.path)
 
 
-def _start(config: RunConfig, vocab: int, trainer: Trainer, directory: RunDirectory | None) -> list[str]:
+def _start(config: RunConfig, data: PreparedData, trainer: Trainer, directory: RunDirectory | None) -> list[str]:
     """Set the weights from `train.init_from`; all ranks fail together. Return what is to be said of it, in lines."""
+    vocab = vocabulary(config, data)
     with together(world_group()):
         if directory is not None:
             directory.check_source()
-        source = check_start(config, vocab, tied=directory is not None)
+        source = check_start(config, vocab, None if directory is None else data.tokenizer())
     with closing(source):
         set_start(config, trainer.engine, source)
         return notes(config, source)

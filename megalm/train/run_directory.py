@@ -28,6 +28,7 @@ from megalm.errors import CheckpointError, ConfigError
 from megalm.files import partial_of, refused_write, sync_directory, write_durably
 from megalm.models.sources import COMPANIONS, fingerprint
 from megalm.train.run_identity import (
+    DOOMED,
     IDENTITY_FILE,
     REMOVING,
     SAVED,
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
+DEAD_LOCK_S = 180.0  # NFS gives a dead client's locks free after 90 s
 _POLL_S = 0.5
 _TABLES = ("rank_times.tsv", "rank_memory.tsv", "inspect.jsonl", "inspect.png")
 _OWNED_FILES = (CONFIG_FILE, "tokenizer.json", "metrics.jsonl", *_TABLES)
@@ -54,25 +56,26 @@ class RunDirectory:
     path: Path
     resumed: bool
     """Whether a run with this identity was here already (it may still have no checkpoint)."""
+    fresh: bool
+    """Whether the run that is here is to be removed."""
     _lock: IO[str]
     _config: RunConfig
     _identity: dict[str, Any]
-    _fresh: bool
 
     def claim(self, companions: Mapping[str, bytes] | None = None) -> None:
         """Write `config.yaml` and `run.json`, with `fresh` after the removal of the run that was here.
 
         Called once all that could show the recipe to be wrong is done: from then on another recipe is refused here.
-        `companions` are files by name for its directory `huggingface`, which exports want. Raises StorageError.
+        `companions` are files by name for its directory `companions`, which exports want. Raises StorageError.
         """
         try:
-            if self._fresh and read_identity(self.path) is not None:
-                self._write_identity({**self._identity, REMOVING: True})
+            if self.fresh and read_identity(self.path) is not None:
+                _write_identity(self.path, {**self._identity, REMOVING: True})
                 _remove_run(self.path)
             for name, content in (companions or {}).items():
                 (self.path / COMPANIONS).mkdir(exist_ok=True)
                 write_durably(self.path / COMPANIONS / name, content)
-            self._write_identity(self._identity)
+            _write_identity(self.path, self._identity)
             _write_changed(self.path / CONFIG_FILE, sealed(dump_yaml(self._config)))
         except OSError as error:
             raise refused_write(error, self.path) from error
@@ -80,14 +83,11 @@ class RunDirectory:
     def note_saved(self) -> None:
         """Remember that the run has a checkpoint: without one it does not begin again by itself from now on."""
         if not self._identity[SAVED]:
-            self._identity[SAVED] = True
             try:
-                self._write_identity(self._identity)
+                _write_identity(self.path, {**self._identity, SAVED: True})
+                self._identity[SAVED] = True
             except OSError as error:
                 logger.warning("%s: cannot be written: %s", self.path / IDENTITY_FILE, error.strerror)
-
-    def _write_identity(self, identity: Mapping[str, Any]) -> None:
-        _write_changed(self.path / IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
 
     def check_source(self) -> None:
         """Raise CheckpointError where the weights at `train.init_from` are no longer those that the run began with."""
@@ -127,6 +127,11 @@ def check_run(
     return before
 
 
+def is_doomed(path: Path) -> bool:
+    """Return whether the run in a directory is one that a start with `--fresh` was still to remove."""
+    return bool((read_identity(path) or {}).get(DOOMED))
+
+
 def check_place(path: Path) -> dict[str, Any] | None:
     """Return the identity of the run in a directory, None where a new one may be. Writes nothing.
 
@@ -145,27 +150,31 @@ def open_run(
     world: int,
     model_parameters: int,
     fresh: bool = False,
-    patience_s: float = 0.0,
+    restarted: bool = False,
 ) -> RunDirectory:
     """Make or re-open `run.dir` for this recipe and data, and lock it; `claim` then writes to it.
 
     With `fresh`, the metrics, checkpoints and recipe of the run that is here are to be removed; a removal that was
-    killed half-way is ended here. Another process that holds the lock is waited for `patience_s`: a network file system
-    keeps a dead node's lock for a while. Raises ConfigError for a directory that cannot be made, that another process
-    trains in, and as `check_run` does; StorageError.
+    killed half-way is ended here. `restarted`: a launcher starts the job again. What it was to remove is gone by then,
+    unless it died before; and a dead node's lock is waited for, which network file systems keep for a while. Raises
+    ConfigError for a directory that cannot be made, that another process trains in, and as `check_run` does;
+    StorageError.
     """
     path = Path(config.run.dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path, patience_s)
+        lock = _lock(path, DEAD_LOCK_S if restarted else 0.0)
     except OSError as error:
         raise ConfigError(f"run.dir={path}: cannot be written ({error.strerror}); choose another run.dir") from error
     try:
+        fresh = fresh and (is_doomed(path) or not restarted)
         before = check_run(config, data_fingerprint, tokenizer_fingerprint, fresh)
         for name in (*_OWNED_FILES, IDENTITY_FILE):  # of a process that was killed while it wrote
             partial_of(path / name).unlink(missing_ok=True)
         if before is not None and before.get(REMOVING):
             _remove_run(path)
+        elif before is not None and fresh:
+            _write_identity(path, {**before, DOOMED: True})
     except OSError as error:
         lock.close()
         raise refused_write(error, path) from error
@@ -174,7 +183,7 @@ def open_run(
         raise
     begun = None if fresh else before
     identity = run_identity(config, data_fingerprint, tokenizer_fingerprint, world, model_parameters, begun)
-    return RunDirectory(path, before is not None and not fresh, lock, config, identity, fresh)
+    return RunDirectory(path, before is not None and not fresh, fresh, lock, config, identity)
 
 
 def _lock(path: Path, patience_s: float) -> IO[str]:
@@ -247,6 +256,10 @@ def _remove_run(path: Path) -> None:
     for name in _OWNED_FILES:
         (path / name).unlink(missing_ok=True)
     sync_directory(path)
+
+
+def _write_identity(path: Path, identity: Mapping[str, Any]) -> None:
+    _write_changed(path / IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
 
 
 def _write_changed(path: Path, text: str) -> None:

@@ -20,8 +20,9 @@ from megalm.version import __version__
 
 IDENTITY_FILE = "run.json"
 FORMAT = "megalm-run-1"
-SAVED, REMOVING = "saved", "removing"
-"""Of `run.json`: whether a checkpoint was ever saved, and whether the run before this one is still being removed."""
+SAVED, DOOMED, REMOVING = "saved", "doomed", "removing"
+"""Of `run.json`: whether a checkpoint was ever saved, whether a start with `--fresh` is on its way, which is to remove
+this run, and whether the run before this one is still being removed."""
 _LARGEST_IDENTITY = 4 << 20
 
 # What may differ from one start of a run to the next. First where and how it is computed; the data's path is free

@@ -14,8 +14,10 @@ from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.model import ModelSection
 from megalm.config.optim import OptimSection
 from megalm.config.run import RunConfig
+from megalm.data.tokenizer import Tokenizer
 from megalm.errors import ConfigError
 from megalm.models.build import whole_tensors
+from megalm.models.huggingface.companions import companions_of
 from megalm.models.huggingface.configs import differences
 from megalm.models.huggingface.reader import HuggingFaceReader
 from megalm.models.sources import is_huggingface, newest_checkpoint
@@ -28,17 +30,20 @@ ADAMS = frozenset({"adam", "adamw", "fused_adamw", "apex_adamw"})
 """Optimizers that keep the same: each may go on with the state of another."""
 
 
-def check_start(config: RunConfig, vocab: int, tied: bool = False) -> Source:
+def check_start(config: RunConfig, vocab: int, tokenizer: Tokenizer | None = None) -> Source:
     """Return the source at `train.init_from`, whose tensors are those of the model, open for reading.
 
-    `tied`: compare also a head in the files with the embedding that it is tied to, as one process does. Raises
-    ConfigError, with both shapes, where they are not; CheckpointError where the source is damaged.
+    Given the run's `tokenizer`, as one process is, look also at what the run is to keep of the source, and compare a
+    head in its files with the embedding that it is tied to. Raises ConfigError, with both shapes, where they are not
+    the model's; CheckpointError where the source is damaged.
     """
     assert config.train.init_from is not None
     path = Path(config.train.init_from)
     source: Source = HuggingFaceReader(path) if is_huggingface(path) else CheckpointReader(newest_checkpoint(path))
-    if tied and isinstance(source, HuggingFaceReader):
-        source.check_tied()
+    if tokenizer is not None:
+        companions_of(path, tokenizer)
+        if isinstance(source, HuggingFaceReader):
+            source.check_tied()
     there = shapes_of(source)
     here = {name: spec.global_shape for name, spec in whole_tensors(config.model, vocab).items()}
     where = f"train.init_from={path}"

@@ -112,6 +112,9 @@ class MetricsFile:
         except OSError as error:
             logger.warning("%s: cannot be written: %s; steps after %d will stand there twice", self.path, error, step)
         self._stream = self._append()
+        if self.path.read_bytes()[-1:] not in (b"", b"\n"):  # a line that is torn
+            self._waiting.append(b"\n")
+            self._waiting_bytes += 1
 
     def _drop_after(self, step: int) -> None:
         """Drop lines whole or not at all; where a full disk has no room for that, in place."""
@@ -125,8 +128,11 @@ class MetricsFile:
                 write_durably(self.path, content)
             except OSError as error:
                 logger.warning("%s: cannot be replaced: %s; its later lines are cut off in place", self.path, error)
+                both = zip(self.path.read_bytes(), content, strict=False)
+                same = next((at for at, (old, new) in enumerate(both) if old != new), len(content))
                 with self.path.open("r+b") as stream:
-                    stream.write(content)
+                    stream.seek(same)
+                    stream.write(content[same:])
                     stream.truncate()
 
     def write(self, record: Record | Event) -> bool:

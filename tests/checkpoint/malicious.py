@@ -253,6 +253,11 @@ def _many_pieces(values: dict[str, Any]) -> None:
     values["tensors"][0]["pieces"] *= 30_000
 
 
+def _expert_of_a_scalar(values: dict[str, Any]) -> None:
+    tensor = values["tensors"][0]
+    tensor |= {"shape": [], "pieces": [[tensor["pieces"][0][0], [], None, 0, 0, [0, 1], 0]]}
+
+
 def _overlapping(values: dict[str, Any]) -> None:
     for tensor in values["tensors"]:
         tensor["pieces"] *= 2
@@ -371,6 +376,7 @@ CASES = (
     Case("a manifest of 10^6 files", "rank-", _manifest(_a_million_files), ways=1),
     Case("a tensor of 30,000 pieces", "", _manifest(_many_pieces), ways=2),
     Case("half of each shard twice", MANIFEST, _manifest(_half_twice)),
+    Case("an expert of a scalar", "step-", _manifest(_expert_of_a_scalar)),
     Case("pieces twice", "step-", _manifest(_overlapping)),
     Case("a tensor of no piece", MANIFEST, _manifest(lambda values: values["tensors"][0].update(pieces=[]))),
     Case("a run of 10^18 pieces", MANIFEST, _run(1, 1, 10**18)),

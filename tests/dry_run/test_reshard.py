@@ -105,11 +105,13 @@ def test_weights_without_a_run_of_their_own_and_a_run_whose_first_weights_are_go
     reader = CheckpointReader(run / "checkpoints" / "step-00000001")
     rows = [(name, reader.manifest.entries("weight", name)[0].piece.shard) for name in reader.names("weight")]
     tensors = [(name, reader.read_local(ShardSpec.whole(name, shard.global_shape), "weight")) for name, shard in rows]
-    write_run(imported, reader.state["config"]["model"], tensors, None, {"family": "llama"})
+    beside = {"companions/token_ids.json": b"{}", "companions/chat_template.jinja": b"{{ messages }}"}
+    write_run(imported, reader.state["config"]["model"], tensors, None, {"family": "llama"}, beside=beside)
     reshard(imported, tmp_path / "again", ["parallel.tensor=2"], None)
     assert diff(imported, tmp_path / "again")["equal"]
     files = [{path.name for path in place.iterdir()} for place in (imported, tmp_path / "again")]
     assert files[0] == files[1]
+    assert {name: (tmp_path / "again" / name).read_bytes() for name in beside} == beside
     assert (tmp_path / "again" / SOURCE_FILE).read_bytes() == (imported / SOURCE_FILE).read_bytes()
 
     parts = [Fragment(ShardSpec.whole(name, tuple(part.shape)), "weight", 0, part.view(-1)) for name, part in tensors]

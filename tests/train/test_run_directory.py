@@ -24,10 +24,10 @@ DATA, TOKENIZER = "d" * 64, "t" * 64
 
 
 def open_once(
-    directory: Path, fresh: bool = False, fingerprint: str = DATA, patience_s: float = 0.0, **sections: Any
+    directory: Path, fresh: bool = False, fingerprint: str = DATA, restarted: bool = False, **sections: Any
 ) -> RunDirectory:
     config = small_recipe(**{"run": {"dir": str(directory)}, **sections})
-    run = open_run(config, fingerprint, TOKENIZER, 1, model_parameters=1000, fresh=fresh, patience_s=patience_s)
+    run = open_run(config, fingerprint, TOKENIZER, 1, model_parameters=1000, fresh=fresh, restarted=restarted)
     run.claim()
     run.close()
     return run
@@ -176,10 +176,37 @@ def test_a_removal_that_was_killed_half_way_is_ended_by_the_next_start(
     assert not (tmp_path / "checkpoints").exists() and "removing" not in (tmp_path / "run.json").read_text()
 
 
-def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_by_itself(tmp_path: Path) -> None:
+def test_a_job_that_died_before_it_removed_a_run_removes_it_when_it_is_started_again(tmp_path: Path) -> None:
+    open_once(tmp_path)
+    config = small_recipe(run={"dir": str(tmp_path)})
+
+    def opened(**how: bool) -> RunDirectory:
+        run = open_run(config, DATA, TOKENIZER, 1, 1000, **how)
+        run.close()
+        return run
+
+    opened(fresh=True)  # and dies while it loads its first weights
+    assert opened().resumed is True, "whoever does not ask for it removes nothing"
+    again = opened(fresh=True, restarted=True)
+    assert again.fresh is True and again.resumed is False
+    again.claim()
+    once_more = opened(fresh=True, restarted=True)
+    assert once_more.fresh is False and once_more.resumed is True
+
+
+def full(path: Path, content: bytes) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = open_once(tmp_path)
     assert open_once(tmp_path).resumed is True, "it has saved nothing yet"
-    run.note_saved()
+    with monkeypatch.context() as patched:
+        patched.setattr(run_directory, "write_durably", full)
+        run.note_saved()
+    run.note_saved()  # which a disk that was full meanwhile does not keep from it
     with pytest.raises(ConfigError, match=r"saved checkpoints, and .*checkpoints holds none; mount or restore it, or"):
         open_once(tmp_path)
     (tmp_path / "checkpoints").symlink_to(tmp_path / "unmounted")
@@ -196,10 +223,6 @@ def test_a_run_goes_on_where_the_disk_has_no_room_and_nothing_is_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_once(tmp_path)
-
-    def full(path: Path, content: bytes) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     monkeypatch.setattr(run_directory, "write_durably", full)
     assert open_once(tmp_path).resumed is True
     with pytest.raises(StorageError, match=rf"{tmp_path}: cannot be written: No space left on device; free space"):
@@ -263,9 +286,7 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path) -> N
             open_once(tmp_path)
         death = threading.Timer(1.0, holder.kill)
         death.start()
-        assert (
-            open_once(tmp_path, patience_s=60.0).resumed is True
-        )  # a restart waits for a lock that outlives its owner
+        assert open_once(tmp_path, restarted=True).resumed is True  # a restart waits for a lock that outlives its owner
 
 
 def test_what_a_killed_writer_left_is_swept_up(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from megalm.models.huggingface.importing import import_model
 from megalm.models.huggingface.reader import HuggingFaceReader
 from megalm.models.sources import fingerprint
 from megalm.train.pretrain import train
-from megalm.train.run_directory import check_run
+from megalm.train.run_directory import check_run, is_doomed
 from megalm.train.run_identity import fixed_settings, read_identity
 from megalm.train.start import check_start, notes, shapes_of
 from tests.end_to_end.workplace import make_data
@@ -140,8 +140,8 @@ def test_a_run_starts_with_the_weights_of_its_source(place: Path, tmp_path: Path
     identity = read_identity(run)
     assert identity is not None
     assert identity["init_from"] == {"path": str(init_from), "fingerprint": fingerprint(init_from)}
-    assert json.loads((run / "huggingface" / "token_ids.json").read_text())["eos_token_id"] == 2
-    assert (run / "huggingface" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert json.loads((run / "companions" / "token_ids.json").read_text())["eos_token_id"] == 2
+    assert (run / "companions" / "chat_template.jinja").read_text() == "{{ messages }}"
     shutil.rmtree(source)  # a resume asks for nothing of it
     train(config.model_copy(update={"train": config.train.model_copy(update={"stop_at": 4})}))
     assert same(weights(run, 4), whole)
@@ -256,7 +256,7 @@ def test_fresh_keeps_the_old_run_until_the_first_weights_are_there(place: Path, 
     run, source = tmp_path / "run", tmp_path / "copy"
     config = recipe(place, run, None)
     train(config)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "run.lock"}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name[:4] != "run."}
     for own in (run, run / "checkpoints" / "step-00000002"):
         with pytest.raises(ConfigError, match=r"train\.init_from=.* is in run\.dir=.*, which --fresh removes"):
             train(recipe(place, run, own), fresh=True)
@@ -266,7 +266,9 @@ def test_fresh_keeps_the_old_run_until_the_first_weights_are_there(place: Path, 
     with pytest.raises(CheckpointError, match=damaged.name):
         train(recipe(place, run, source), fresh=True)
     assert {path: path.read_bytes() for path in before} == before
+    assert is_doomed(run) and read_identity(run)["saved"], "the job, started again, begins anew"  # type: ignore[index]
     train(recipe(place, run, place / "imported"), fresh=True)
+    assert not is_doomed(run)
     assert same(weights(run, 2), dict(HuggingFaceReader(place / "source").tensors()))
 
 
@@ -277,7 +279,7 @@ def test_one_process_compares_a_head_with_the_embedding_to_which_it_is_tied(plac
     opened = check_start(config, 280)
     assert isinstance(opened, HuggingFaceReader) and opened.bytes_read == 0
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the embedding"):
-        check_start(config, 280, tied=True)
+        check_start(config, 280, Tokenizer.load(place / "data"))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the embedding"):
         train(config)
 

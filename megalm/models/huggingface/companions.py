@@ -1,6 +1,6 @@
 """What stands beside a model's weights for transformers: special tokens, the chat template, how to generate.
 
-megalm computes with none of it. An import keeps it in the run's directory `huggingface`, the files as they are, so does
+megalm computes with none of it. An import keeps it in the run's directory `companions`, the files as they are, so does
 a run that begins with such weights, and an export writes it back. Of a run without it megalm knows one special token,
 the end of a text.
 """
@@ -52,7 +52,12 @@ def companions_of(source: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
         return {}
     if is_huggingface(source):
         return read_companions(source, read_json(path), str(path))
-    kept = place / COMPANIONS
+    return kept_companions(place)
+
+
+def kept_companions(run: Path) -> dict[str, bytes]:
+    """Return what a run keeps, by name; {} where it keeps nothing. Raises CheckpointError."""
+    kept = run / COMPANIONS
     return {TOKEN_IDS: read_bounded(kept / TOKEN_IDS, LIMIT_BYTES), **_files(kept)} if kept.is_dir() else {}
 
 
@@ -84,10 +89,8 @@ def written_companions(
     They are those that came with an imported run. Of another the one id that is known is that of the end of a text; for
     what is not known null is written, as transformers would else take the ids of some published model.
     """
-    kept = run / COMPANIONS
-    if kept.is_dir():
-        path = kept / TOKEN_IDS
-        return parse_object(read_bounded(path, LIMIT_BYTES), path), _files(kept)
+    if files := kept_companions(run):
+        return parse_object(files.pop(TOKEN_IDS), run / COMPANIONS / TOKEN_IDS), files
     end = None if tokenizer is None else tokenizer.end_of_text
     ids: dict[str, int | list[int] | None] = {**dict.fromkeys(_KEYS), "eos_token_id": end}
     files = {"generation_config.json": _json({"_from_model_config": True, **ids})}
