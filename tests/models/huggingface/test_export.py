@@ -314,7 +314,7 @@ def test_tokens_of_which_nothing_is_known_are_null(tmp_path: Path) -> None:
     """Not those of transformers' defaults, which are of GPT-2's, Llama's or Gemma's vocabulary."""
     transformers = pytest.importorskip("transformers")
     import_model(make(tmp_path / "source", values_of("gemma 2")), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "huggingface")  # as of a run of ours
+    shutil.rmtree(tmp_path / "run" / "companions")  # as of a run of ours
     export_model(tmp_path / "run", tmp_path / "out")
     for kind in (transformers.AutoConfig, transformers.GenerationConfig):
         config = kind.from_pretrained(tmp_path / "out")
