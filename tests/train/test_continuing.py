@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_other_batches_and_rates_and_tells_it(tmp_path_factor
         (4, "settings changed"), (4, "DAMAGED CHECKPOINT PASSED OVER"), (4, "settings changed")
     ]  # fmt: skip
     assert events[0]["train.global_batch"] == "4 -> 8" and events[0]["train.stop_at"] == "4 -> 7"
-    assert str(damaged.relative_to(place)) in events[1]["reason"] and damaged.name in third.stderr
+    assert str(damaged.relative_to(place)) in events[1]["reason"] and damaged.name in third.stdout
     records = [line for line in read_metrics(place / "run" / "metrics.jsonl") if "train/loss" in line]
     assert [line["tokens"] // 16 for line in records] == [4, 8, 12, 16, *range(24, 81, 8)]
     assert [line["optim/lr"] for line in records[4:]] == [1e-3] * 8
