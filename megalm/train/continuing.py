@@ -18,6 +18,7 @@ from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.ramps import samples_before, steps_for
 from megalm.config.run import RunConfig, key_fields
 from megalm.errors import CheckpointError, ConfigError
+from megalm.train.run_identity import by_dotted_key
 from megalm.train.trainer import TrainState
 from megalm.zero.engine import ZeroEngine
 
@@ -80,20 +81,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
     A key that the earlier one lacks, as it came later, had its default.
     """
     defaults = {key: field.get_default() for key, field in key_fields().items() if not field.is_required()}
-    old, new = (_flat(recipe) for recipe in (before, now))
+    old, new = (by_dotted_key(recipe) for recipe in (before, now))
     found = {}
     for key in sorted(new.keys() - _UNTOLD):
         was, is_now = (json.dumps(value) for value in (old.get(key, defaults.get(key)), new[key]))
         if was != is_now:
             found[key] = f"{was} -> {is_now}"
     return found
-
-
-def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, section in recipe.items():
-        if isinstance(section, Mapping):
-            flat.update({f"{name}.{key}": value for key, value in section.items()})
-        else:
-            flat[name] = section
-    return flat

@@ -116,13 +116,18 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 
 def _fixed(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return, by dotted key, the fixed settings of a recipe given as JSON values."""
+    return {key: value for key, value in by_dotted_key(recipe).items() if _is_fixed(key)}
+
+
+def by_dotted_key(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe given as JSON values, of its sections "section.key"."""
     flat: dict[str, Any] = {}
     for name, section in recipe.items():
-        if isinstance(section, dict):
+        if isinstance(section, Mapping):
             flat.update({f"{name}.{key}": value for key, value in section.items()})
         else:
             flat[name] = section
-    return {key: value for key, value in flat.items() if _is_fixed(key)}
+    return flat
 
 
 def differing_settings(recipe: Mapping[str, Any], config: RunConfig) -> list[str]:
