@@ -31,7 +31,7 @@ from typing import Any
 from checkpoint import spread
 from workers import machine, write_result
 
-from megalm.train.tracking import read_metrics
+from megalm.train.metrics_file import read_metrics
 
 EVERY = 50
 GOAL = 0.05

@@ -157,7 +157,7 @@ def _evaluate(run: Path, data: PreparedData, config: RunConfig) -> Perplexities:
 
 def _draw(config: RunConfig, perplexities: Perplexities) -> None:
     from megalm.evaluation.picture import draw_losses
-    from megalm.train.tracking import METRICS_FILE, read_metrics
+    from megalm.train.metrics_file import METRICS_FILE, read_metrics
 
     run, parallel = Path(config.run.dir), config.parallel
     records = read_metrics(run / METRICS_FILE)

@@ -25,7 +25,7 @@ from megalm.files import write_durably
 from megalm.launch.jobs import ENDED, accounted, job_states
 from megalm.launch.records import LOGS
 from megalm.launch.requeue import error_line, rank_logs
-from megalm.train.tracking import METRICS_FILE, read_metrics
+from megalm.train.metrics_file import METRICS_FILE, read_metrics
 
 MEASURED, FAILED, UNFINISHED = "measured", "failed", "not over"
 POINT_LOG = "train.log"

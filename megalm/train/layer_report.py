@@ -12,7 +12,7 @@ from typing import Any
 
 from megalm.config.trained import trained_config
 from megalm.errors import ConfigError
-from megalm.train.tracking import read_metrics
+from megalm.train.metrics_file import read_metrics
 
 INSPECT_FILE = "inspect.jsonl"
 PICTURE_FILE = "inspect.png"

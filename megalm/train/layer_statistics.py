@@ -25,7 +25,7 @@ from megalm.models.transformer import Transformer
 from megalm.nn.context import Context
 from megalm.nn.entropy import head_entropy
 from megalm.train.layer_report import INSPECT_FILE, layer_names
-from megalm.train.tracking import MetricsFile
+from megalm.train.metrics_file import MetricsFile
 from megalm.train.trainer import StepResult, Trainer
 from megalm.zero.engine import kept_buffers, shard_of
 

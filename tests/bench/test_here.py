@@ -11,7 +11,7 @@ import pytest
 from megalm.bench import here
 from megalm.bench.plan import Point, point_directory, read_plan
 from megalm.cli import main
-from megalm.train.tracking import read_metrics
+from megalm.train.metrics_file import read_metrics
 from tests.bench.points import write_steps
 from tests.end_to_end.workplace import make_workplace, megalm
 

@@ -28,9 +28,9 @@ from megalm.data.tokenizer import Tokenizer
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.world import joined_mesh
 from megalm.errors import MegalmError
+from megalm.train.metrics_file import METRICS_FILE, MetricsFile
 from megalm.train.run_directory import check_run
 from megalm.train.run_identity import read_identity
-from megalm.train.tracking import METRICS_FILE, MetricsFile
 from tests.checkpoint.forge import reseal
 from tests.checkpoint.regions import Region, regions_of
 from tests.checkpoint.subject import CAUGHT, NAMELESS, SILENT, TRUE, Subject, listening, make_run

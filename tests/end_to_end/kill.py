@@ -31,7 +31,7 @@ from megalm.checkpoint.names import CHECKPOINTS, HIDDEN_NAME, find_checkpoints
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.run import CheckpointSection
 from megalm.distributed.sharding import ShardSpec
-from megalm.train.tracking import METRICS_FILE, read_metrics
+from megalm.train.metrics_file import METRICS_FILE, read_metrics
 from tests.end_to_end.forked import LEDGER, Forked, import_everything, read_ledger
 from tests.end_to_end.workplace import PROGRAM, environment, make_workplace
 

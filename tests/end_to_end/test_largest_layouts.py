@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.train.tracking import read_events, read_metrics
+from megalm.train.metrics_file import read_events, read_metrics
 from tests.end_to_end.workplace import make_workplace, megalm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megalm.checkpoint.names import CHECKPOINTS, find_checkpoints
-from megalm.train.tracking import read_metrics
+from megalm.train.metrics_file import read_metrics
 from tests.slurm.cluster import Cluster, Job
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.train.tracking import read_metrics
+from megalm.train.metrics_file import read_metrics
 from tests.end_to_end.workplace import megalm
 from tests.slurm.cluster import Cluster
 

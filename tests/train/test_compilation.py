@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from megalm.distributed.mesh import ParallelMesh
 from megalm.errors import ConfigError
 from megalm.train.compilation import compile_blocks
-from megalm.train.tracking import read_events, read_metrics
+from megalm.train.metrics_file import read_events, read_metrics
 from tests.end_to_end.workplace import make_workplace, megalm
 from tests.parity.cases import misses
 from tests.parity.harness import LLAMA, Case, RankReport, build_trainer, compare, reference_run, train_rank

@@ -13,7 +13,7 @@ from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.ramps import batch_at
 from megalm.errors import CheckpointError, ConfigError
 from megalm.train.continuing import changes, continued, progress_of
-from megalm.train.tracking import read_events, read_metrics
+from megalm.train.metrics_file import read_events, read_metrics
 from megalm.train.trainer import TrainState
 from tests.end_to_end.workplace import make_workplace, megalm
 from tests.train.recipes import small_recipe

@@ -22,8 +22,8 @@ from megalm.errors import ConfigError
 from megalm.models.build import build_executor, build_stage
 from megalm.tensor_parallel.float8 import Float8Products
 from megalm.tensor_parallel.linear import Linear
+from megalm.train.metrics_file import read_metrics
 from megalm.train.run_directory import check_run, open_run
-from megalm.train.tracking import read_metrics
 from tests.end_to_end.workplace import make_workplace, megalm
 from tests.parity.harness import LLAMA, Case, RandomText, RankReport, assemble, reference_run, train_rank
 from tests.worker_pool import WorkerPool

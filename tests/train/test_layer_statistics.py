@@ -18,7 +18,7 @@ from megalm.distributed.mesh import ParallelMesh
 from megalm.train import layer_statistics
 from megalm.train.layer_report import FIGURES, INSPECT_FILE, layer_names
 from megalm.train.layer_statistics import LayerStatistics
-from megalm.train.tracking import read_metrics
+from megalm.train.metrics_file import read_metrics
 from megalm.train.trainer import Trainer
 from megalm.zero.engine import kept_buffers
 from tests.parity.harness import VOCAB, Case, build_trainer

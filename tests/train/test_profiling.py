@@ -15,8 +15,8 @@ from megalm.config.run import ProfileSection
 from megalm.distributed.layout import RankLayout
 from megalm.distributed.mesh import ParallelMesh
 from megalm.distributed.progress import Progress, progress
+from megalm.train.metrics_file import read_metrics
 from megalm.train.profiling import Profile
-from megalm.train.tracking import read_metrics
 from tests.end_to_end.workplace import make_workplace, megalm
 from tests.train.test_callbacks import Notes, trainer_of
 from tests.worker_pool import WorkerPool

@@ -14,7 +14,7 @@ from megalm.config.checks import check_world
 from megalm.config.ramps import batch_at, ramp_steps, samples_before, sequence_at, sequence_steps, steps_for
 from megalm.config.run import RunConfig
 from megalm.errors import ConfigError
-from megalm.train.tracking import read_metrics
+from megalm.train.metrics_file import read_metrics
 from tests.end_to_end.workplace import make_workplace, megalm
 from tests.parity.cases import misses
 from tests.parity.harness import Case, run_case, steps_data

@@ -15,8 +15,8 @@ import pytest
 from megalm.checkpoint.manager import CheckpointManager
 from megalm.errors import Diverged
 from megalm.launch.local import run_workers
+from megalm.train.metrics_file import read_events, read_metrics
 from megalm.train.recovery import GoBack, tell_of_damaged
-from megalm.train.tracking import read_events, read_metrics
 from megalm.train.trainer import TrainState
 from tests.end_to_end.workplace import environment, make_workplace
 

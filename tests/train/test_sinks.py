@@ -15,8 +15,9 @@ import pytest
 
 from megalm.config.run import RunConfig
 from megalm.train import sinks
+from megalm.train.metrics_file import read_events, read_metrics
 from megalm.train.sinks import SINKS, Record, Sinks
-from megalm.train.tracking import Tracker, read_events, read_metrics
+from megalm.train.tracking import Tracker
 from tests.end_to_end.workplace import environment, make_workplace
 from tests.train.recipes import small_recipe
 from tests.train.test_tracking import EVALUATION, step_record

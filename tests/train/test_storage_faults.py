@@ -12,7 +12,7 @@ from megalm.checkpoint.commands import verify
 from megalm.checkpoint.names import find_checkpoints, step_of
 from megalm.errors import HUNG
 from megalm.launch.local import run_workers
-from megalm.train.tracking import read_events, read_metrics
+from megalm.train.metrics_file import read_events, read_metrics
 from tests.end_to_end.workplace import ROOT, make_workplace
 
 STEPS = 12

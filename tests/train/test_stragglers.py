@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megalm.launch.local import run_workers
+from megalm.train.metrics_file import read_events, read_metrics
 from megalm.train.stragglers import (
     RANK_TIMES_FILE,
     RankTime,
@@ -22,7 +23,6 @@ from megalm.train.stragglers import (
     slow_throughout,
     summary,
 )
-from megalm.train.tracking import read_events, read_metrics
 from megalm.train.trainer import StepTimes
 from tests.end_to_end.workplace import ROOT, make_workplace
 

@@ -13,17 +13,9 @@ from typing import Any
 import pytest
 
 from megalm.errors import StorageError
-from megalm.train import tracking
-from megalm.train.tracking import (
-    Console,
-    MetricsFile,
-    Tracker,
-    format_bytes,
-    format_count,
-    format_time,
-    read_events,
-    read_metrics,
-)
+from megalm.train import metrics_file
+from megalm.train.metrics_file import MetricsFile, read_events, read_metrics
+from megalm.train.tracking import Console, Tracker, format_bytes, format_count, format_time
 
 EVALUATION = {"step": 4, "evaluate/loss": 4.2, "evaluate/perplexity": 66.7, "evaluate/bits_per_byte": 2.1}
 
@@ -85,7 +77,7 @@ def test_a_kill_while_lines_are_dropped_leaves_the_old_file(tmp_path: Path, monk
     def die(path: Path, content: bytes) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tracking, "write_durably", die)
+    monkeypatch.setattr(metrics_file, "write_durably", die)
     with pytest.raises(KeyboardInterrupt):
         MetricsFile(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -239,7 +231,7 @@ def test_lines_that_a_full_disk_refuses_wait_and_are_written_later(
     Full.room = 0
     metrics.write(step_record(8))
     metrics.write(step_record(9))
-    monkeypatch.setattr(tracking, "_WAITING_BYTES", 500)
+    monkeypatch.setattr(metrics_file, "_WAITING_BYTES", 500)
     metrics.write(step_record(10))
     metrics.close()
     assert "3 lines of metrics are lost" in caplog.messages[-1] and steps_in(tmp_path) == list(range(1, 8))
@@ -254,7 +246,7 @@ def test_later_lines_are_dropped_where_a_disk_has_no_room_for_a_copy(
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tracking, "write_durably", full)
+    monkeypatch.setattr(metrics_file, "write_durably", full)
     metrics = MetricsFile(tmp_path, 9 if rewind else 4)
     if rewind:
         metrics.rewind(4)
