@@ -1,7 +1,7 @@
 """A run's directory: whose it is, and that one run at a time writes to it.
 
-Owns `config.yaml`, `run.json` (see `run_identity`) and `run.lock`. `metrics.jsonl` is `metrics_file`'s, `tensorboard/` and
-`wandb/` are `sinks`', `profile/` is `profiling`'s, `rank_times.tsv` `stragglers`', `rank_memory.tsv` `memory`'s,
+Owns `config.yaml`, `run.json` (see `run_identity`) and `run.lock`. `metrics.jsonl` is `metrics_file`'s, `tensorboard/`
+and `wandb/` are `sinks`', `profile/` is `profiling`'s, `rank_times.tsv` `stragglers`', `rank_memory.tsv` `memory`'s,
 `checkpoints/` `megalm.checkpoint`'s, `logs/` the launcher's. Only rank 0 opens a run; anyone may check it, which writes
 nothing. No torch.
 """
