@@ -25,9 +25,9 @@ install: $(STAMP)  ## make the environment and install megalm into it
 quickstart: $(STAMP)  ## text, tokenizer, training on four processes, evaluation, a sample
 	$(BIN)/megalm quickstart $(ARGS)
 
-test: lint  ## lint, types and all tests that need neither GPU nor cluster; first those that keep to one core
-	$(BIN)/python -m pytest -m "side_by_side and not slurm" --numprocesses auto --maxprocesses 4 $(ARGS)
-	$(BIN)/python -m pytest -m "not side_by_side and not slurm" $(ARGS)
+test: lint  ## lint, types and all tests that need neither GPU nor cluster; last those that measure time
+	$(BIN)/python -m pytest -m "not alone and not slurm" --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "alone and not slurm" $(ARGS)
 
 test-slurm: $(STAMP)  ## batch jobs on a Slurm cluster that is started on this machine (needs root and apt)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)

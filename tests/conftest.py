@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -21,21 +22,25 @@ if not torch.cuda.is_available():
 from tests.worker_pool import WorkerPool
 
 POOL_SIZE = 8
-SIDE_BY_SIDE = {
-    *("checkpoint", "config", "data", "dry_run", "evaluation", "generation", "kernels", "launch", "models", "nn"),
-    *("pipeline_parallel", "tensor_parallel"),
-}
-"""Directories whose tests, but for those with a pool, keep to one core each."""
+ALONE = {"preflight", "watchdog", "distributed/test_launch.py", "launch/test_local.py", "test_worker_pool.py"}
+"""Directories and files whose tests need the machine for themselves; so do those marked as flaky, by themselves."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what may run side by side; with a GPU all tests of kernels run on it, and `-m gpu` takes them in."""
+    """Mark what must run alone; with a GPU all tests of kernels run on it, and `-m gpu` takes them in."""
     for item in items:
-        place = item.path.relative_to(Path(__file__).parent).parts[0]
-        if place in SIDE_BY_SIDE and "pool" not in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.side_by_side)
+        file = item.path.relative_to(Path(__file__).parent)
+        place = file.parts[0]
+        if {place, file.as_posix()} & ALONE or item.get_closest_marker("flaky"):
+            item.add_marker(pytest.mark.alone)
         if torch.cuda.is_available() and place == "kernels" and item.path.name != "test_compile.py":
             item.add_marker(pytest.mark.gpu)
+
+
+def pytest_collection_finish() -> None:
+    """Take what imports and collecting have made out of the garbage collector's sight, which reads all it sees."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
