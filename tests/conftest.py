@@ -19,6 +19,10 @@ if not torch.cuda.is_available():
 
     repair_bf16()
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's job in the background; the programs that tests start and interrupt would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from tests.worker_pool import WorkerPool
 
 POOL_SIZE = 8

@@ -62,12 +62,15 @@ def dry(case: Case, rank: int, every: bool = False) -> DryRun:
         return run_rank(case.config(), case.layout, rank, VOCAB, every)
 
 
+def ends(pool: WorkerPool, case: Case) -> list[tuple[DryRun, Seen]]:
+    seen = pool.run(observe, case.config(), layout=case.layout)
+    return [(dry(case, rank), seen[rank]) for rank in (0, case.layout.world_size - 1)]
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def both(request: pytest.FixtureRequest, pool: WorkerPool) -> list[tuple[DryRun, Seen]]:
-    """Give the dry run of each rank of a small world, and the real one."""
-    case: Case = request.param
-    seen = pool.run(observe, case.config(), layout=case.layout)
-    return [(dry(case, rank), seen[rank]) for rank in range(case.layout.world_size)]
+    """Give the dry run and the real one of a small world's first and last rank, which differ on every axis."""
+    return ends(pool, request.param)
 
 
 def test_a_rank_holds_what_is_said(both: list[tuple[DryRun, Seen]]) -> None:
@@ -112,8 +115,8 @@ def test_gradients_larger_than_a_bucket_are_reduced_as_is_said(
     file = tmp_path / "small-buckets.json"
     file.write_text(json.dumps(SMALL_BUCKETS).replace('"stage": 2', f'"stage": {stage}'))
     case = Case(1, 4, 1, {**shape, "precision": "bf16", "zero.stage": stage, "zero.config": str(file)})
-    for rank, seen in enumerate(pool.run(observe, case.config(), layout=case.layout)):
-        assert by_axis(seen.calls) == by_axis(expected_calls(dry(case, rank)))
+    for run, seen in ends(pool, case):
+        assert by_axis(seen.calls) == by_axis(expected_calls(run))
 
 
 LITTLE_AT_ONCE = {
@@ -140,8 +143,7 @@ def test_what_zero_3_holds_and_sends_is_said(
     file = tmp_path / "zero3.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "overlap_comm": False, **json_keys}}))
     case.overrides.update({"zero.stage": 3, "zero.config": str(file)})
-    for rank, seen in enumerate(pool.run(observe, case.config(), layout=case.layout)):
-        run = dry(case, rank)
+    for run, seen in ends(pool, case):
         assert run.held == pytest.approx(seen.held, rel=0.01)
         assert by_axis(seen.calls) == by_axis(expected_calls(run))
         assert run.unstated == []

@@ -211,11 +211,14 @@ def test_a_second_derivative_is_refused_not_taken_for_zero() -> None:
 
 
 def test_offsets_beyond_32_bits_are_not_cut_off() -> None:
-    """Two rows at a distance of more than 2^31 elements; memory that is not touched takes no room on a CPU."""
-    stride = 2**31 + 24
-    memory = torch.empty(stride + 1100, dtype=torch.float16, device=DEVICE)
-    far = memory.as_strided((2, 1100), (stride, 1), 0)
-    near, t = normal(2, 1100, dtype=torch.float16), targets(2, 1100)
+    """Two rows at a distance of more than 2^31 elements; memory that is not touched takes no room on a CPU.
+
+    Of both tensors all rows begin at a 16-byte border, for lanes that begin elsewhere sum in another order.
+    """
+    stride, columns = 2**31 + 24, 1104
+    memory = torch.empty(stride + columns, dtype=torch.float16, device=DEVICE)
+    far = memory.as_strided((2, columns), (stride, 1), 0)
+    near, t = normal(2, columns, dtype=torch.float16), targets(2, columns)
     far.copy_(near)
     far.requires_grad_()
     losses = cross_entropy(far, t)
