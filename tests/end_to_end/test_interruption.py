@@ -35,7 +35,7 @@ def test_signals_save_and_nothing_is_computed_twice(
         before = newest_step(start.directory)
         assert start.wait_for(lambda start=start: len(start.steps()) >= 3)
         start.process.send_signal(number)
-        assert start.process.wait(60) == 75, start.said()
+        assert start.process.wait(180) == 75, start.said()
         assert start.steps() == list(range(before + 1, newest_step(start.directory) + 1))
         reached = newest_step(start.directory)
         assert f"stopped: {number.name}: saved at step {reached} of 40; start again to go on" in start.said()
@@ -50,7 +50,7 @@ def test_a_signal_before_the_first_step_is_not_lost(tmp_path: Path) -> None:
     start = Start(tmp_path, "run", Layout())
     assert start.wait_for((start.directory / "run.json").exists)  # written before the first step
     start.process.send_signal(signal.SIGUSR1)
-    assert start.process.wait(60) == 75, start.said()
+    assert start.process.wait(180) == 75, start.said()
     assert 1 <= newest_step(start.directory) < 40
 
 
@@ -59,7 +59,7 @@ def test_a_signal_at_the_very_start_of_workers_is_held_until_it_can_be_obeyed(tm
     start = Start(tmp_path, "run", Layout(tensor=2))
     assert start.wait_for(lambda: len(start.workers()) == 2)
     start.process.send_signal(signal.SIGUSR1)
-    assert start.process.wait(120) == 75, start.said()
+    assert start.process.wait(180) == 75, start.said()
     assert 1 <= newest_step(start.directory) < 40
 
 
@@ -85,7 +85,7 @@ def test_ctrl_c_before_there_is_anything_to_save_ends_the_program(tmp_path: Path
     start = Start(tmp_path, "run", Layout())
     assert start.wait_for((start.directory / "run.lock").exists)
     start.process.send_signal(signal.SIGINT)
-    assert start.process.wait(60) == 130, start.said()
+    assert start.process.wait(180) == 130, start.said()
     assert start.said().endswith("error: interrupted") and newest_step(start.directory) == 0
 
 

@@ -148,6 +148,7 @@ def test_what_the_table_lacks_has_no_known_peak(name: str, precision: str) -> No
     assert known_peak(name, precision) is None
 
 
+@pytest.mark.flaky(reruns=2)  # measures time beside whatever else the machine does
 def test_cpu_peak_is_measured_in_little_time_and_says_so() -> None:
     begin = time.perf_counter()
     peak = peak_flops(torch.device("cpu"), torch.float32)
