@@ -30,7 +30,7 @@ CASES = [
     Case(2, 1, 2, {**SHAPE, "precision": "fp32"}),
     Case(2, 1, 2, {**SEQUENCE, "train.recompute": "full"}),
     Case(2, 1, 2, {**SEQUENCE, "train.recompute": "selective"}),
-    Case(1, 1, 2, {**SEQUENCE, "train.fp8": "rowwise"}),
+    Case(1, 1, 2, {**SEQUENCE, "train.fp8": "rowwise", "train.global_batch": 4}),
     Case(2, 2, 1, {**CHUNKS, "zero.stage": 1, "precision": "bf16", "optim.centralize": True}),
     Case(1, 2, 2, {**SHAPE, **FROZEN, "zero.stage": 1, "precision": "fp32", "optim.kind": "lion"}),
     Case(1, 2, 2, {**SEQUENCE, **DIVIDED, "optim.kind": "muon"}),
